@@ -1,0 +1,59 @@
+"""The seams: what a stage needs from another floor, as a few methods.
+
+`train` and `eval` reach generation only through `Completer`, so the in-process engine, a fake in a test and a
+remote server are interchangeable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tafkir.records import Completion, Example, Message, Request, Split, Verdict
+
+__all__ = ["Completer", "Grader", "MetricSink", "Task"]
+
+
+@runtime_checkable
+class Completer(Protocol):
+    """Anything that turns token prompts into sampled tokens with log-probabilities."""
+
+    def complete(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        """Yield one completion per request, in the order in which they finish."""
+        ...
+
+    def score(self, token_ids: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Teacher-forced log-probabilities: for each sequence of n tokens, n - 1 float32 values."""
+        ...
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Replace the policy's weights; completions from now on carry `version`."""
+        ...
+
+
+class Grader(Protocol):
+    """Judges one completion of one example: the metric of `eval` and the reward of `rlvr` alike."""
+
+    def grade(self, example: Example, text: str, *, finished: bool = True) -> Verdict:
+        """Grade the text of an assistant turn; `finished` is False when the length limit cut it off."""
+        ...
+
+
+class Task(Grader, Protocol):
+    """A set of examples with a prompt and a grader."""
+
+    @property
+    def name(self) -> str: ...
+
+    def examples(self, split: Split) -> Sequence[Example]: ...
+
+    def prompt(self, example: Example) -> list[Message]: ...
+
+
+class MetricSink(Protocol):
+    """Where numbers go. Names look like `train/loss`."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...

@@ -1,0 +1,166 @@
+"""The typed recipe: every key that a recipe file may hold, with its default and its meaning.
+
+Frozen and closed: an unknown key is an error. Imports without torch. A stage runs when its table is present;
+stages run in the order of `STAGES`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tafkir.recipe.model import ModelConfig
+
+__all__ = [
+    "STAGES",
+    "AugmentConfig",
+    "DataConfig",
+    "EvalConfig",
+    "IcePopConfig",
+    "OptimConfig",
+    "PretrainConfig",
+    "Recipe",
+    "ReportConfig",
+    "RlvrConfig",
+    "SftConfig",
+    "StageName",
+    "TokenizerConfig",
+]
+
+StageName = Literal["tokenizer", "pretrain", "sft", "rlvr", "eval", "report"]
+STAGES: tuple[StageName, ...] = ("tokenizer", "pretrain", "sft", "rlvr", "eval", "report")
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class AugmentConfig(_Table):
+    """Fresh variants of training problems whose answer is recomputed from the equations."""
+
+    renumber: float = Field(0.8, ge=0, le=1, description="Share of drawn problems that get new numbers.")
+    rename: float = Field(0.5, ge=0, le=1, description="Share of drawn problems that get new names.")
+    max_number: int = Field(999, ge=10, description="Largest number that renumbering may draw or produce.")
+
+
+class DataConfig(_Table):
+    """Which word problems are read, and how they are varied."""
+
+    sources: tuple[str, ...] = Field(
+        ("gsm8k", "svamp"), min_length=1, description="Bundled set names, or paths of JSONL files of one's own."
+    )
+    max_steps: int = Field(8, ge=1, description="Leave out training problems with longer solutions than this.")
+    on_bad_row: Literal["error", "skip"] = Field("error", description="What a malformed JSONL row does.")
+    augment: AugmentConfig = AugmentConfig()
+
+
+class TokenizerConfig(_Table):
+    """Byte-level BPE with single digits, trained on the training problems."""
+
+    vocab_size: int = Field(2048, ge=300, description="Entries, the special tokens among them.")
+
+
+class OptimConfig(_Table):
+    """AdamW with linear warm-up, then constant, linear or cosine decay."""
+
+    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate.")
+    warmup_steps: int = Field(50, ge=0, description="Steps of linear warm-up.")
+    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="Decay after the warm-up.")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="Last learning rate as a share of the peak.")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first-moment decay.")
+    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's second-moment decay.")
+    weight_decay: float = Field(0.1, ge=0, description="AdamW's decoupled decay, on matrices only.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Clip the global gradient norm to this.")
+
+
+class _TrainTable(OptimConfig):
+    steps: Positive = Field(100, description="Optimiser steps.")
+    expert_bias_update_rate: float = Field(
+        1e-3, ge=0, description="u of the aux-loss-free balance update b += u (sign(e) - mean sign(e)); 0 freezes it."
+    )
+    save_every: Positive = Field(100, description="Steps between resumable states.")
+    log_every: Positive = Field(10, description="Steps between metric rows.")
+
+
+class PretrainConfig(_TrainTable):
+    """Next-token loss on problems with solutions, and on arithmetic drills."""
+
+    batch_problems: Positive = Field(48, description="Documents per optimiser step.")
+    drill_share: float = Field(0.2, ge=0, le=1, description="Share of documents that are arithmetic drills.")
+
+
+class SftConfig(_TrainTable):
+    """Next-token loss on the assistant's chain of thought only, in the chat format."""
+
+    batch_problems: Positive = Field(48, description="Conversations per optimiser step.")
+
+
+class IcePopConfig(_Table):
+    """Acceptance band of the training / inference ratio k (arXiv 2510.18855, equations 1-3), both ends included."""
+
+    enabled: bool = Field(True, description="Weight tokens by k inside the band and by 0 outside it.")
+    alpha: float = Field(0.5, ge=0, description="Lower end of the band.")
+    beta: float = Field(5.0, gt=0, description="Upper end of the band.")
+
+
+class RlvrConfig(_TrainTable):
+    """GRPO advantages with the IcePop loss, on problems with a checkable answer."""
+
+    method: Literal["grpo"] = "grpo"
+    prompts_per_step: Positive = Field(32, description="Problems per step.")
+    group_size: int = Field(8, ge=2, description="Completions per problem.")
+    updates_per_rollout: Positive = Field(1, description="Optimiser steps on each batch of rollouts.")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature of the rollouts.")
+    max_completion_tokens: Positive = Field(96, description="Length limit of a rollout.")
+    clip_eps_low: float = Field(0.2, ge=0, description="PPO clip below one.")
+    clip_eps_high: float = Field(0.2, ge=0, description="PPO clip above one.")
+    kl_coef: float = Field(0.0, ge=0, description="Weight of the k3 penalty towards the stage's first policy.")
+    icepop: IcePopConfig = IcePopConfig()
+    normalize_std: bool = Field(True, description="Divide group advantages by the group's standard deviation.")
+    reduction: Literal["sequence_mean", "token_mean"] = Field(
+        "sequence_mean", description="Mean over tokens per completion, then over completions; or over all tokens."
+    )
+    drop_zero_variance: bool = Field(True, description="Leave out groups whose rewards are all equal.")
+    pass_rate_min: float = Field(0.0, ge=0, le=1, description="Skip problems the first policy solves more rarely.")
+    pass_rate_max: float = Field(1.0, ge=0, le=1, description="Skip problems the first policy solves more often.")
+    pass_rate_problems: int = Field(0, ge=0, description="Problems to estimate pass rates on; 0 leaves filtering out.")
+
+
+class EvalConfig(_Table):
+    """Held-out accuracy of every stage, with intervals."""
+
+    samples: Positive = Field(4, description="k of avg@k.")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature of avg@k.")
+    max_tokens: Positive = Field(128, description="Length limit of an answer.")
+    max_problems: int = Field(0, ge=0, description="Evaluate only the first this many problems per source; 0 is all.")
+    split: Literal["validation", "test"] = Field("test", description="Which held-out part is scored.")
+    stages: tuple[Literal["pretrain", "sft", "rlvr"], ...] = Field(
+        ("sft", "rlvr"), min_length=1, description="Stages whose checkpoints are scored."
+    )
+
+
+class ReportConfig(_Table):
+    """The page that explains the run."""
+
+    sample_chains: int = Field(10, ge=0, description="Sample chains to show, with verdicts.")
+
+
+class Recipe(_Table):
+    """One recipe: a model, its data and the stages that make it."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="Name of the run directory.")
+    description: str = Field("", description="One line for `tafkir recipe ls`.")
+    seed: int = Field(0, ge=0, description="Seed of everything random.")
+    threads: int = Field(0, ge=0, description="CPU threads of torch; 0 takes the physical cores, at most 8.")
+    base: str | None = Field(None, description="Bundled or local checkpoint that the first training stage starts from.")
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig | None = None
+    pretrain: PretrainConfig | None = None
+    sft: SftConfig | None = None
+    rlvr: RlvrConfig | None = None
+    eval: EvalConfig | None = None
+    report: ReportConfig | None = None

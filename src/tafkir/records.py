@@ -1,0 +1,91 @@
+"""Typed records that cross stages. Frozen, torch-free, and small enough to read at a glance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "cancelled"]
+Outcome = Literal["correct", "wrong", "no_answer", "length", "error"]
+Split = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One chat turn. `reasoning` is what stands between `<think>` and `</think>` in an assistant turn."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+    reasoning: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One problem of a task. `answer` is the reference answer; `extra` carries what only its own task reads."""
+
+    id: str
+    source: str
+    split: Split
+    question: str
+    answer: str
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a grader says of one completion. `reason` tells why the outcome is not "correct"."""
+
+    outcome: Outcome
+    reward: float
+    extracted: str | None
+    expected: str
+    reason: str = ""
+
+    @property
+    def correct(self) -> bool:
+        return self.outcome == "correct"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn. `temperature=0` is greedy; `top_k=0` and `top_p=1` mean no cut.
+
+    `seed` fixes the request's own random stream: the draw at position t depends on (seed, t) alone,
+    whatever other requests share the batch. None takes a fresh seed.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 256
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to complete."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The answer to one `Request`.
+
+    `token_ids` holds every sampled token, the stop token among them; `logprobs[t]` is the natural log of the
+    probability with which `token_ids[t]` was drawn from the *untruncated* distribution at the request's
+    temperature (at temperature 1 when it is greedy), so that it compares with a training forward.
+    `policy_version` is the number last given to `Completer.load_weights`.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    policy_version: int = 0
+    expert_ids: Any = None
