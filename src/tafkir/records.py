@@ -9,6 +9,9 @@ from typing import Any, Literal
 FinishReason = Literal["stop", "length", "cancelled"]
 Outcome = Literal["correct", "wrong", "no_answer", "length", "error"]
 Split = Literal["train", "validation", "test"]
+StageName = Literal["tokenizer", "pretrain", "sft", "rlvr", "eval", "report"]
+
+STAGES: tuple[StageName, ...] = ("tokenizer", "pretrain", "sft", "rlvr", "eval", "report")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from tafkir.recipe.model import ModelConfig
+from tafkir.records import STAGES, StageName
 
 __all__ = [
     "STAGES",
@@ -26,10 +27,8 @@ __all__ = [
     "SftConfig",
     "StageName",
     "TokenizerConfig",
+    "TrainTable",
 ]
-
-StageName = Literal["tokenizer", "pretrain", "sft", "rlvr", "eval", "report"]
-STAGES: tuple[StageName, ...] = ("tokenizer", "pretrain", "sft", "rlvr", "eval", "report")
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -76,23 +75,29 @@ class OptimConfig(_Table):
     max_grad_norm: float = Field(1.0, gt=0, description="Clip the global gradient norm to this.")
 
 
-class _TrainTable(OptimConfig):
+class TrainTable(OptimConfig):
+    """What every training stage has."""
+
+    """What every training stage has in common."""
+
     steps: Positive = Field(100, description="Optimiser steps.")
     expert_bias_update_rate: float = Field(
         1e-3, ge=0, description="u of the aux-loss-free balance update b += u (sign(e) - mean sign(e)); 0 freezes it."
     )
+    micro_batches: Positive = Field(1, description="Pieces of a step's batch, to save memory; the loss stays the same.")
     save_every: Positive = Field(100, description="Steps between resumable states.")
     log_every: Positive = Field(10, description="Steps between metric rows.")
+    validate_every: int = Field(0, ge=0, description="Steps between validation losses; 0 leaves them out.")
 
 
-class PretrainConfig(_TrainTable):
+class PretrainConfig(TrainTable):
     """Next-token loss on problems with solutions, and on arithmetic drills."""
 
     batch_problems: Positive = Field(48, description="Documents per optimiser step.")
     drill_share: float = Field(0.2, ge=0, le=1, description="Share of documents that are arithmetic drills.")
 
 
-class SftConfig(_TrainTable):
+class SftConfig(TrainTable):
     """Next-token loss on the assistant's chain of thought only, in the chat format."""
 
     batch_problems: Positive = Field(48, description="Conversations per optimiser step.")
@@ -106,7 +111,7 @@ class IcePopConfig(_Table):
     beta: float = Field(5.0, gt=0, description="Upper end of the band.")
 
 
-class RlvrConfig(_TrainTable):
+class RlvrConfig(TrainTable):
     """GRPO advantages with the IcePop loss, on problems with a checkable answer."""
 
     method: Literal["grpo"] = "grpo"
@@ -124,9 +129,6 @@ class RlvrConfig(_TrainTable):
         "sequence_mean", description="Mean over tokens per completion, then over completions; or over all tokens."
     )
     drop_zero_variance: bool = Field(True, description="Leave out groups whose rewards are all equal.")
-    pass_rate_min: float = Field(0.0, ge=0, le=1, description="Skip problems the first policy solves more rarely.")
-    pass_rate_max: float = Field(1.0, ge=0, le=1, description="Skip problems the first policy solves more often.")
-    pass_rate_problems: int = Field(0, ge=0, description="Problems to estimate pass rates on; 0 leaves filtering out.")
 
 
 class EvalConfig(_Table):

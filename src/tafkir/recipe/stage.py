@@ -1,0 +1,32 @@
+"""What a stage is given: the recipe, the run, its own directory, and where the stage before left its checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tafkir.recipe.schema import Recipe
+from tafkir.runlog.rundir import RunDir, StageDir
+
+__all__ = ["StageContext", "StageFunction"]
+
+
+@dataclass(frozen=True, slots=True)
+class StageContext:
+    """Everything that a stage function may read.
+
+    `previous` is the checkpoint folder of the nearest earlier stage, or of the recipe's base, or None where the
+    stage starts from nothing. `seed` is the recipe's.
+    """
+
+    recipe: Recipe
+    run: RunDir
+    stage: StageDir
+    previous: Path | None
+    seed: int
+
+
+StageFunction = Callable[[StageContext], dict[str, Any]]
+"""Runs one stage and returns what goes to its `result.json`; it resumes by itself from what it finds in `stage`."""
