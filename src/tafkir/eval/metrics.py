@@ -1,0 +1,329 @@
+"""What a score is worth: accuracy, avg@k, pass@k and paired differences, each with its interval.
+
+Pure functions over plain lists, without torch or numpy. The unit of uncertainty is the problem: k samples of one
+problem are one cluster, never k independent draws (Miller 2024, arXiv 2411.00640).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import NormalDist, fmean, stdev
+from typing import Any
+
+from tafkir.errors import DataError
+
+__all__ = [
+    "Estimate",
+    "PairedDifference",
+    "PooledDifference",
+    "accuracy",
+    "avg_at_k",
+    "bootstrap_interval",
+    "mcnemar_exact",
+    "mean_interval",
+    "paired_difference",
+    "pass_at_k",
+    "pooled_difference",
+    "student_t_cdf",
+    "student_t_quantile",
+]
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A share or mean with its interval. `method` names how the interval was made."""
+
+    value: float
+    low: float
+    high: float
+    num_problems: int
+    method: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class PairedDifference:
+    """How far B stands above A on the same problems.
+
+    `wins` and `losses` count the problems whose mean rose or fell. `p_value` is McNemar's exact one where every
+    problem has a single yes or no on each side (or all differences are equal), and the paired t-test's otherwise.
+    `min_detectable` is the difference that this many problems would have shown with 80 % power.
+    """
+
+    value: float
+    low: float
+    high: float
+    num_problems: int
+    wins: int
+    losses: int
+    p_value: float
+    min_detectable: float
+    method: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class PooledDifference:
+    """A paired difference over several runs (seeds) of the same comparison.
+
+    `pooled` averages each problem's difference over the runs and takes problems as clusters: it says what these
+    runs did on problems like these. `across_runs` takes each run's mean difference as one observation: it says
+    what a fresh seed would do, and is None for a single run.
+    """
+
+    pooled: PairedDifference
+    by_run: tuple[float, ...]
+    across_runs: Estimate | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "pooled": self.pooled.to_dict(),
+            "by_run": list(self.by_run),
+            "across_runs": self.across_runs.to_dict() if self.across_runs else None,
+        }
+
+
+def accuracy(correct: Sequence[bool], confidence: float = CONFIDENCE) -> Estimate:
+    """Share of correct answers with Wilson's score interval (one answer a problem)."""
+    if not correct:
+        raise DataError("there is no answer to score", expected="at least one problem")
+    return _wilson(sum(map(bool, correct)), len(correct), confidence)
+
+
+def _wilson(num_correct: int, total: int, confidence: float) -> Estimate:
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    share = num_correct / total
+    shrink = 1 + z * z / total
+    centre = (share + z * z / (2 * total)) / shrink
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / shrink
+    # The closed form misses 0 and 1 by a rounding error when every answer agrees.
+    low = 0.0 if num_correct == 0 else max(0.0, centre - half)
+    high = 1.0 if num_correct == total else min(1.0, centre + half)
+    return Estimate(share, low, high, total, "wilson")
+
+
+def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
+    """Mean of one value a problem with Student's t interval; infinite for a single value."""
+    if not values:
+        raise DataError("there is no value to average", expected="at least one problem")
+    mean = fmean(values)
+    if len(values) == 1:
+        return Estimate(mean, -math.inf, math.inf, 1, "t")
+    half = _t_half_width(values, confidence)
+    return Estimate(mean, mean - half, mean + half, len(values), "t")
+
+
+def _t_half_width(values: Sequence[float], confidence: float) -> float:
+    return student_t_quantile(0.5 + confidence / 2, len(values) - 1) * stdev(values) / math.sqrt(len(values))
+
+
+def avg_at_k(samples: Sequence[Sequence[float]], confidence: float = CONFIDENCE) -> Estimate:
+    """Mean over problems of the mean over that problem's samples, with an interval clustered by problem.
+
+    Student's t on the problem means, cut to [0, 1]. Where all problem means agree the t interval has no width,
+    so Wilson's with one trial a problem stands in (`method` says which).
+
+    Args:
+        samples: per problem, the 0/1 (or fractional) scores of its samples.
+    """
+    if not samples or any(len(scores) == 0 for scores in samples):
+        raise DataError("a problem without samples cannot be averaged", expected="at least one sample per problem")
+    means = [fmean(scores) for scores in samples]
+    if len(means) == 1 or min(means) == max(means):
+        return _wilson_of_mean(means, confidence)
+    estimate = mean_interval(means, confidence)
+    low, high = max(0.0, estimate.low), min(1.0, estimate.high)
+    return Estimate(estimate.value, low, high, len(means), "t, clustered by problem")
+
+
+def _wilson_of_mean(means: Sequence[float], confidence: float) -> Estimate:
+    # With one distinct mean the nearest whole counts bracket it; the wider side of each is kept.
+    total, mean = len(means), fmean(means)
+    below = _wilson(math.floor(mean * total + 1e-9), total, confidence)
+    above = _wilson(math.ceil(mean * total - 1e-9), total, confidence)
+    return Estimate(mean, below.low, above.high, total, "wilson on problems")
+
+
+def bootstrap_interval(
+    values: Sequence[float], *, draws: int = 2000, seed: int = 0, confidence: float = CONFIDENCE
+) -> Estimate:
+    """Mean with the percentile bootstrap over problems: the check beside the t interval, without its assumptions."""
+    if not values:
+        raise DataError("there is no value to resample", expected="at least one problem")
+    generator = random.Random(seed)
+    size = len(values)
+    means = sorted(fmean(generator.choices(values, k=size)) for _ in range(draws))
+    tail = (1 - confidence) / 2
+    low = means[max(0, math.ceil(tail * draws) - 1)]
+    high = means[min(draws - 1, math.ceil((1 - tail) * draws) - 1)]
+    return Estimate(fmean(values), low, high, size, f"bootstrap, {draws} draws")
+
+
+def pass_at_k(samples: Sequence[Sequence[bool]], k: int) -> float:
+    """Unbiased pass@k: mean over problems of 1 - C(n - c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374)."""
+    if not samples:
+        raise DataError("there is no problem to score", expected="at least one problem")
+    shortest = min(len(scores) for scores in samples)
+    if not 1 <= k <= shortest:
+        raise DataError(f"pass@{k} needs {k} samples of every problem", expected=f"1 <= k <= {shortest}")
+    return fmean(_pass_probability(len(scores), sum(map(bool, scores)), k) for scores in samples)
+
+
+def _pass_probability(num_samples: int, num_correct: int, k: int) -> float:
+    return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+
+
+def mcnemar_exact(wins: int, losses: int) -> float:
+    """Two-sided exact McNemar p-value: the binomial test of `wins` among the discordant problems against 1/2."""
+    discordant = wins + losses
+    if discordant == 0:
+        return 1.0
+    tail = sum(math.comb(discordant, i) for i in range(min(wins, losses) + 1))
+    # Integers first: the tail and 2^n are exact, and their quotient stays finite for any n.
+    return min(1.0, 2 * tail / (1 << discordant))
+
+
+def paired_difference(
+    before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]], confidence: float = CONFIDENCE
+) -> PairedDifference:
+    """Mean over problems of (mean of `after`) - (mean of `before`), with a paired t interval.
+
+    Args:
+        before, after: problem id -> scores of its samples; both hold the same problems.
+    """
+    ids = _same_problems(before, after)
+    differences = [fmean(after[i]) - fmean(before[i]) for i in ids]
+    single = all(len(side[i]) == 1 and side[i][0] in (0, 1) for side in (before, after) for i in ids)
+    return _summarise_differences(differences, single, confidence)
+
+
+def _same_problems(before: Mapping[str, object], after: Mapping[str, object]) -> list[str]:
+    unmatched = sorted(before.keys() ^ after.keys())
+    if unmatched:
+        raise DataError(
+            f"{len(unmatched)} problems were answered on one side only",
+            where=unmatched[0],
+            expected="the same problems on both sides",
+            fix="evaluate both with the same data, split and max_problems",
+        )
+    if not before:
+        raise DataError("there is no problem to compare", expected="at least one problem on both sides")
+    return sorted(before)
+
+
+def _summarise_differences(differences: Sequence[float], single: bool, confidence: float) -> PairedDifference:
+    # Differences of fractions like 1/3 carry rounding dust that must not count as a win.
+    wins = sum(d > 1e-12 for d in differences)
+    losses = sum(d < -1e-12 for d in differences)
+    size, mean = len(differences), fmean(differences)
+    spread = stdev(differences) if size > 1 else 0.0
+    error = spread / math.sqrt(size)
+    if error > 0:
+        half = student_t_quantile(0.5 + confidence / 2, size - 1) * error
+        low, high, method = mean - half, mean + half, "paired t, clustered by problem"
+    else:
+        low, high, method = _flat_bounds(mean, size, confidence)
+    normal = NormalDist()
+    detectable = (normal.inv_cdf(0.975) + normal.inv_cdf(0.8)) * error
+    # Where every difference is the same the t statistic is undefined, and the sign test (which McNemar's is) holds.
+    exact = single or error == 0
+    p_value = mcnemar_exact(wins, losses) if exact else 2 * student_t_cdf(-abs(mean / error), size - 1)
+    return PairedDifference(mean, max(-1.0, low), min(1.0, high), size, wins, losses, p_value, detectable, method)
+
+
+def _flat_bounds(mean: float, size: int, confidence: float) -> tuple[float, float, str]:
+    # No problem differs from another: the share of problems that could still move is bounded by Wilson's zero.
+    reach = _wilson(0, size, confidence).high
+    return mean - reach, mean + reach, "wilson bound, all differences equal"
+
+
+def pooled_difference(
+    pairs: Sequence[tuple[Mapping[str, Sequence[float]], Mapping[str, Sequence[float]]]],
+    confidence: float = CONFIDENCE,
+) -> PooledDifference:
+    """One paired difference over several runs of the same comparison, problems as clusters.
+
+    Args:
+        pairs: per run, its (before, after) as in `paired_difference`; every run holds the same problems.
+    """
+    if not pairs:
+        raise DataError("there is no run to pool", expected="at least one run")
+    ids = _same_problems(*pairs[0])
+    for before, after in pairs[1:]:
+        _same_problems(pairs[0][0], before)
+        _same_problems(before, after)
+    table = [[fmean(after[i]) - fmean(before[i]) for i in ids] for before, after in pairs]
+    by_run = tuple(fmean(row) for row in table)
+    per_problem = [fmean(column) for column in zip(*table, strict=True)]
+    single = len(pairs) == 1 and all(len(side[i]) == 1 for side in pairs[0] for i in ids)
+    pooled = _summarise_differences(per_problem, single, confidence)
+    across = mean_interval(by_run, confidence) if len(by_run) > 1 else None
+    return PooledDifference(pooled, by_run, across)
+
+
+def student_t_cdf(t: float, degrees: float) -> float:
+    """P(T <= t) for Student's t with `degrees` degrees of freedom, through the incomplete beta function."""
+    if math.isinf(t):
+        return 0.0 if t < 0 else 1.0
+    tail = 0.5 * _incomplete_beta(degrees / 2, 0.5, degrees / (degrees + t * t))
+    return tail if t < 0 else 1 - tail
+
+
+def student_t_quantile(probability: float, degrees: float) -> float:
+    """The t with P(T <= t) = `probability`, by bisection on the distribution function (error below 1e-10)."""
+    if not 0 < probability < 1 or degrees <= 0:
+        raise ValueError(f"no quantile at probability={probability}, degrees={degrees}")
+    if probability < 0.5:
+        return -student_t_quantile(1 - probability, degrees)
+    low, high = 0.0, 1.0
+    while student_t_cdf(high, degrees) < probability:
+        low, high = high, high * 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        if middle in (low, high) or high - low < 1e-12 * high:
+            break
+        if student_t_cdf(middle, degrees) < probability:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def _incomplete_beta(a: float, b: float, x: float) -> float:
+    """Regularised I_x(a, b), by the continued fraction of DLMF 8.17.22 evaluated with Lentz's method."""
+    if x <= 0 or x >= 1:
+        return 0.0 if x <= 0 else 1.0
+    if x > (a + 1) / (a + b + 2):
+        return 1 - _incomplete_beta(b, a, 1 - x)
+    log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+    return math.exp(log_front) / a * _beta_fraction(a, b, x)
+
+
+def _beta_fraction(a: float, b: float, x: float) -> float:
+    tiny = 1e-300
+    c = 1.0
+    d = 1.0 / _away_from_zero(1 - (a + b) * x / (a + 1), tiny)
+    result = d
+    for m in range(1, 1000):
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        for coefficient in (even, odd):
+            d = 1.0 / _away_from_zero(1 + coefficient * d, tiny)
+            c = _away_from_zero(1 + coefficient / c, tiny)
+            result *= c * d
+        if abs(c * d - 1) < 1e-15:
+            break
+    return result
+
+
+def _away_from_zero(value: float, tiny: float) -> float:
+    return value if abs(value) > tiny else tiny
