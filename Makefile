@@ -1,0 +1,70 @@
+# `make demo` makes a reasoning model on two CPU cores; `make test` proves the code. Both may be run again at any time.
+#
+# A GPU machine takes another torch build:   make install TORCH=cu130
+# (any build that https://download.pytorch.org/whl/ lists; `make clean` first if .venv already has another one)
+# Another Python:                            make install PYTHON=python3.13
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.stamps
+
+TORCH ?= cpu
+TORCH_INDEX ?= https://download.pytorch.org/whl/$(TORCH)
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+# The macOS wheels carry no build name.
+TORCH_BUILD := $(if $(filter Darwin,$(shell uname -s)),,+$(TORCH))
+
+# The first Python on the path that is new enough.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+
+.PHONY: help demo test check install install-dev clean
+
+help: ## List the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
+
+demo: install ## Install, make a small reasoning model (about 15 minutes on two cores), say how to chat with it
+	@$(BIN)/tafkir run recipes/wordmath-tiny.toml
+
+test: install-dev ## Install, run the whole test suite
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+check: install-dev ## Lint, formatting, types, import contracts
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+install: $(STAMPS)/runtime ## Create .venv with what Tafkir needs to run
+
+install-dev: $(STAMPS)/dev ## Create .venv with what the tests need as well
+
+clean: ## Remove .venv, caches and build products; runs/ stays
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMPS)/venv:
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "error: no Python 3.11 or newer found. Fix: install one, then say which: make PYTHON=/path/to/python3" >&2; \
+		exit 1; fi
+	@if ! $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
+		echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1), Tafkir needs 3.11 or newer. Fix: make PYTHON=/path/to/python3" >&2; \
+		exit 1; fi
+	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/torch-$(TORCH): $(STAMPS)/venv constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt --extra-index-url $(TORCH_INDEX) "torch==$(TORCH_VERSION)$(TORCH_BUILD)"
+	@touch $@
+
+$(STAMPS)/runtime: $(STAMPS)/torch-$(TORCH) pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(STAMPS)/dev: $(STAMPS)/runtime
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
