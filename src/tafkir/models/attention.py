@@ -1,0 +1,65 @@
+"""Grouped-query attention with per-head QK-norm and partial RoPE; who sees whom is the AttentionState's business.
+
+Shapes: N tokens, D hidden, H query heads, G key-value heads, K head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tafkir.models.layers import Linear, RMSNorm
+from tafkir.ops.attention import VarlenLayout, varlen_attention
+from tafkir.ops.rope import apply_rope
+from tafkir.recipe.model import ModelConfig
+
+__all__ = ["Attention", "AttentionState", "VarlenCausal"]
+
+
+class AttentionState(Protocol):
+    """What attention needs to know about the batch: document boundaries in training, a cache view in the engine."""
+
+    def attend(self, layer_idx: int, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
+        """Scaled causal attention, [N, H, K]; q and k come after RoPE."""
+        ...
+
+
+class VarlenCausal:
+    """Causal attention within each document of a flat batch; nothing is cached.
+
+    Args:
+        cu_seqlens: document boundaries, first 0, last N.
+        device: where the token indices live; that of the batch.
+    """
+
+    def __init__(self, cu_seqlens: Sequence[int] | Tensor, device: torch.device | None = None) -> None:
+        self.layout = VarlenLayout.build(cu_seqlens, device=device)
+
+    def attend(self, layer_idx: int, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
+        return varlen_attention(q_NHK, k_NGK, v_NGK, self.layout)
+
+
+class Attention(nn.Module):
+    """One attention sublayer; `qkv_proj` rows are [all Q | all K | all V]."""
+
+    def __init__(self, config: ModelConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.qkv_proj = Linear(config.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim)
+        self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.use_qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.use_qk_norm else None
+
+    def forward(self, x_ND: Tensor, cos: Tensor, sin: Tensor, attention: AttentionState) -> Tensor:
+        qkv = self.qkv_proj(x_ND).view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
+        q_NHK, k_NGK, v_NGK = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_NHK, k_NGK = self.q_norm(q_NHK), self.k_norm(k_NGK)
+        q_NHK, k_NGK = apply_rope(q_NHK, cos, sin), apply_rope(k_NGK, cos, sin)
+        out_NHK = attention.attend(self.layer_idx, q_NHK, k_NGK, v_NGK)
+        return self.o_proj(out_NHK.reshape(-1, self.num_heads * self.head_dim))  # type: ignore[no-any-return]

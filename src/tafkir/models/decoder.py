@@ -1,0 +1,118 @@
+"""The Ling 2.0 / Ring 2.0 decoder (arXiv 2510.22115, section 2) over a flat batch of documents.
+
+Shapes: N tokens, D hidden, E experts, A active experts per token, V vocab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tafkir.models.attention import Attention, AttentionState
+from tafkir.models.experts import MoE
+from tafkir.models.layers import Embedding, Linear, RMSNorm, SwiGLU
+from tafkir.models.router import Router, balanced_bias
+from tafkir.ops.rope import rope_table
+from tafkir.recipe.model import ModelConfig
+
+__all__ = ["Decoder", "DecoderLayer", "DecoderOutput", "update_expert_bias"]
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderOutput:
+    """What a forward pass leaves behind.
+
+    Attributes:
+        hidden_ND: hidden states after the final norm.
+        expert_ids: chosen experts, int64 [N, A], one entry per MoE layer.
+        expert_load: tokens that each expert got, int64 [E], one entry per MoE layer.
+    """
+
+    hidden_ND: Tensor
+    expert_ids: list[Tensor]
+    expert_load: list[Tensor]
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm block: x += attention(norm(x)); x += mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config, layer_idx)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp: MoE | SwiGLU = (
+            MoE(config) if config.is_moe_layer(layer_idx) else SwiGLU(config.hidden_size, config.intermediate_size)
+        )
+
+    def forward(
+        self, x_ND: Tensor, cos: Tensor, sin: Tensor, attention: AttentionState
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns the new residual stream and, in a MoE layer, the chosen experts [N, A]."""
+        x_ND = x_ND + self.attention(self.input_layernorm(x_ND), cos, sin, attention)
+        normed_ND = self.post_attention_layernorm(x_ND)
+        if isinstance(self.mlp, MoE):
+            out_ND, expert_ids_NA = self.mlp(normed_ND)
+            return x_ND + out_ND, expert_ids_NA
+        return x_ND + self.mlp(normed_ND), None
+
+
+class Decoder(nn.Module):
+    """Token ids to hidden states, and hidden states to logits. Weights are uninitialised: see `build_decoder`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output head's weight, [V, D]; the embedding table when they are tied."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    @property
+    def routers(self) -> list[Router]:
+        """The routers of the MoE layers, first layer first."""
+        return [layer.mlp.router for layer in self.layers if isinstance(layer.mlp, MoE)]
+
+    def forward(self, input_ids_N: Tensor, positions_N: Tensor, attention: AttentionState) -> DecoderOutput:
+        """Run the blocks over a flat batch.
+
+        Args:
+            input_ids_N: int64 token ids, documents concatenated without padding.
+            positions_N: int64 position of each token within its document.
+            attention: who sees whom; `VarlenCausal(cu_seqlens)` in training.
+        """
+        cos, sin = rope_table(positions_N, self.config.rotary_size, self.config.rope_theta)
+        x_ND = self.embed_tokens(input_ids_N)
+        expert_ids = []
+        for layer in self.layers:
+            x_ND, expert_ids_NA = layer(x_ND, cos, sin, attention)
+            if expert_ids_NA is not None:
+                expert_ids.append(expert_ids_NA)
+        num_experts = self.config.num_experts
+        load = [torch.bincount(ids_NA.reshape(-1), minlength=num_experts) for ids_NA in expert_ids]
+        return DecoderOutput(self.norm(x_ND), expert_ids, load)
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """Next-token logits [N, V] in float32."""
+        return F.linear(hidden_ND, self.head_weight).float()
+
+
+@torch.no_grad()
+def update_expert_bias(decoder: Decoder, loads: Sequence[Tensor], rate: float) -> None:
+    """Nudge every MoE layer's expert bias towards balance, without an auxiliary loss.
+
+    Args:
+        loads: tokens per expert, [E], one per MoE layer, summed over the step's micro-batches.
+        rate: u of the update; 0 leaves the bias alone.
+    """
+    for router, load_E in zip(decoder.routers, loads, strict=True):
+        router.expert_bias.copy_(balanced_bias(router.expert_bias, load_E, rate))

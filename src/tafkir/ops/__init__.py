@@ -1,0 +1,1 @@
+"""Tensor operations, each beside its slow reference: norm, rope, attention, mixture of experts, loss."""
