@@ -1,0 +1,161 @@
+"""The one training loop: resume, step, log, save. A method brings a step function; everything else is here."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tafkir.errors import TrainingError
+from tafkir.models.decoder import Decoder, update_expert_bias
+from tafkir.recipe.schema import TrainTable
+from tafkir.runlog.metrics import Metric
+from tafkir.runlog.progress import Progress
+from tafkir.runlog.rundir import StageDir
+from tafkir.train.optim import build_optimizer, learning_rate_at
+from tafkir.train.state import latest_state, load_state, save_state
+
+__all__ = ["FitResult", "StepOutput", "Trainer", "add_loads", "fit", "peak_rss_bytes", "router_metrics"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step function reports: deterministic numbers, clock-dependent ones, and what to show beside the bar."""
+
+    metrics: Mapping[str, Metric]
+    timings: Mapping[str, float] = field(default_factory=dict)
+    tokens: int = 0
+    shown: Mapping[str, float] = field(default_factory=dict)
+
+
+class Trainer:
+    """A decoder with its optimiser: the two things a step function changes."""
+
+    def __init__(self, decoder: Decoder, config: TrainTable) -> None:
+        self.decoder = decoder
+        self.config = config
+        self.optimizer = build_optimizer(decoder, config)
+
+    def set_step(self, step: int) -> float:
+        """Set the learning rate of step `step` and return it."""
+        rate = learning_rate_at(step, self.config.steps, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def update(self, loads: list[Tensor], *, where: str) -> float:
+        """Clip, step the optimiser, balance the routers; returns the gradient norm before clipping.
+
+        Args:
+            loads: tokens per expert, one tensor (E,) per MoE layer, counted over the whole optimiser step.
+            where: named in the error when the gradient is not finite.
+        """
+        norm = float(torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), self.config.max_grad_norm))
+        if not math.isfinite(norm):
+            raise TrainingError(
+                f"the gradient norm is {norm}", where=where, fix="lower the learning rate, then run the command again"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.config.expert_bias_update_rate > 0:
+            update_expert_bias(self.decoder, loads, self.config.expert_bias_update_rate)
+        return norm
+
+
+@dataclass(frozen=True, slots=True)
+class FitResult:
+    """Totals of a finished stage. Times cover this process only when the stage was resumed."""
+
+    steps: int
+    tokens: int
+    wall_s: float
+    cpu_s: float
+    peak_rss_bytes: int
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident size of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def add_loads(total: list[Tensor], loads: list[Tensor]) -> list[Tensor]:
+    """Sum of expert loads over micro-batches, layer by layer; an empty total is zero."""
+    return [a + b for a, b in zip(total, loads, strict=True)] if total else list(loads)
+
+
+def router_metrics(loads: list[Tensor]) -> dict[str, Metric]:
+    """Load shares per MoE layer, their mean entropy as a share of the uniform one, and the largest load factor."""
+    metrics: dict[str, Metric] = {}
+    entropies, peaks = [], []
+    for layer, load in enumerate(loads):
+        share = load.double() / load.sum().clamp(min=1)
+        metrics[f"router/load/{layer}"] = [round(float(x), 6) for x in share]
+        entropies.append(float(torch.special.entr(share).sum() / math.log(load.numel())))
+        peaks.append(float(share.max() * load.numel()))
+    if loads:
+        metrics["router/load_entropy"] = sum(entropies) / len(entropies)
+        metrics["router/load_max"] = max(peaks)
+    return metrics
+
+
+def fit(
+    trainer: Trainer,
+    stage: StageDir,
+    train_step: Callable[[int], StepOutput],
+    *,
+    validate: Callable[[], Mapping[str, float]] | None = None,
+    label: str,
+) -> FitResult:
+    """Run `train_step` for every step that is still to do; resumable at `config.save_every` steps, bit for bit.
+
+    `train_step(step)` must be a function of the step number, the decoder and the optimiser alone.
+    """
+    config = trainer.config
+    state = latest_state(stage.state_dir)
+    start = load_state(state, trainer.decoder, trainer.optimizer) if state else 0
+    metrics = stage.metrics()
+    timings = stage.timings()
+    metrics.truncate_to(start)
+    timings.truncate_to(start)
+    tokens = 0
+    began, began_cpu = time.perf_counter(), time.process_time()
+    with Progress(label, total=config.steps, start=start) as progress:
+        for step in range(start, config.steps):
+            step_began, step_cpu = time.perf_counter(), time.process_time()
+            rate = trainer.set_step(step)
+            output = train_step(step)
+            tokens += output.tokens
+            done = step + 1
+            row: dict[str, Metric] = {}
+            if done % config.log_every == 0 or done == config.steps:
+                row = {**output.metrics, "train/learning_rate": rate}
+            if validate and (done == config.steps or (config.validate_every and done % config.validate_every == 0)):
+                row |= validate()
+            step_s = time.perf_counter() - step_began
+            if row:
+                metrics.write(done, row)
+                timings.write(
+                    done,
+                    {
+                        "time/step_s": step_s,
+                        "time/cpu_s": time.process_time() - step_cpu,
+                        "time/tokens_per_s": output.tokens / step_s,
+                        "memory/peak_rss_bytes": peak_rss_bytes(),
+                        **output.timings,
+                    },
+                )
+            progress.update(done, tokens=output.tokens, **output.shown)
+            if done % config.save_every == 0 or done == config.steps:
+                save_state(stage.state_dir, trainer.decoder, trainer.optimizer, done)
+    return FitResult(
+        steps=config.steps,
+        tokens=tokens,
+        wall_s=time.perf_counter() - began,
+        cpu_s=time.process_time() - began_cpu,
+        peak_rss_bytes=peak_rss_bytes(),
+    )

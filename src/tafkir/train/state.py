@@ -1,0 +1,61 @@
+"""The resumable state of a training stage: weights, router biases and optimiser moments in one safetensors file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from tafkir.errors import CheckpointError
+from tafkir.runlog.atomic import guard_disk, write_bytes
+
+__all__ = ["latest_state", "load_state", "save_state"]
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def latest_state(folder: Path) -> Path | None:
+    """The newest complete state file in `folder`, or None."""
+    return max(folder.glob("step-*.safetensors"), default=None)
+
+
+def save_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> Path:
+    """Write the state after `step` steps, then remove older ones. A kill leaves the older one in place."""
+    tensors: dict[str, Tensor] = {f"model.{name}": value for name, value in module.state_dict().items()}
+    updates = 0
+    for name, param in module.named_parameters():
+        state = optimizer.state.get(param)
+        if state:
+            updates = int(state["step"])
+            for moment in _MOMENTS:
+                tensors[f"{moment}.{name}"] = state[moment]
+    path = folder / f"step-{step:08d}.safetensors"
+    metadata = {"step": str(step), "updates": str(updates)}
+    write_bytes(path, save({name: value.detach().contiguous() for name, value in tensors.items()}, metadata))
+    with guard_disk(folder):
+        for other in folder.glob("step-*.safetensors"):
+            if other != path:
+                other.unlink()
+    return path
+
+
+def load_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Restore weights and moments in place; returns the number of finished steps."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"cannot read the training state ({error})", where=str(path), fix="delete this file to redo the stage"
+        ) from error
+    weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+    module.load_state_dict(weights, strict=True)
+    updates = torch.tensor(float(metadata["updates"]))
+    for name, param in module.named_parameters():
+        if f"exp_avg.{name}" in tensors:
+            optimizer.state[param] = {"step": updates.clone()} | {m: tensors[f"{m}.{name}"] for m in _MOMENTS}
+    return int(metadata["step"])
