@@ -1,0 +1,61 @@
+"""Says what the result of each stage depends on, as one hash: equal hashes, equal results."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from tafkir.recipe.schema import Recipe
+from tafkir.records import STAGES, StageName
+
+__all__ = ["fingerprint_stages"]
+
+# How often a state is saved changes nothing in what comes out.
+_WITHOUT_EFFECT = {"save_every"}
+# Weights are known by the manifest's hashes; a foreign checkpoint without a manifest is hashed whole.
+_MANIFEST = "tafkir.json"
+
+
+def fingerprint_stages(recipe: Recipe, base: Path | None) -> dict[StageName, str]:
+    """One sha256 per stage of the recipe: over its table, what all stages share, and the stage before.
+
+    Args:
+        recipe: resolved, so that `threads` is a number.
+        base: folder of the checkpoint that the recipe starts from.
+    """
+    previous = _hash(
+        {
+            "seed": recipe.seed,
+            "threads": recipe.threads,
+            "model": recipe.model.model_dump(mode="json"),
+            "data": recipe.data.model_dump(mode="json"),
+            "files": {source: _hash_file(Path(source)) for source in recipe.data.sources if Path(source).is_file()},
+            "base": _hash_folder(base) if base else None,
+        }
+    )
+    fingerprints: dict[StageName, str] = {}
+    for kind in STAGES:
+        table = getattr(recipe, kind)
+        if table is not None:
+            previous = _hash([previous, kind, table.model_dump(mode="json", exclude=_WITHOUT_EFFECT)])
+            fingerprints[kind] = previous
+    return fingerprints
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash_folder(folder: Path) -> dict[str, str]:
+    manifest = folder / _MANIFEST
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    if manifest.exists():
+        files = [path for path in files if path.suffix != ".safetensors"]
+    return {path.name: _hash_file(path) for path in files}

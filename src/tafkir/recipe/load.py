@@ -1,0 +1,280 @@
+"""Reads a recipe: `defaults < files from left to right < --set path=value`, and keeps where each value came from."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from tafkir.errors import RecipeError
+from tafkir.recipe.bundled import find_recipe
+from tafkir.recipe.schema import Recipe
+
+__all__ = ["DEFAULT", "LoadedRecipe", "describe_keys", "flatten", "load_recipe", "table_of"]
+
+DEFAULT = "default"
+_SET = "--set"
+
+Tree = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRecipe:
+    """A valid recipe and the origin of each of its values.
+
+    `origins` maps the dotted path of every value to `default`, `file:line`, `--set` or `auto`.
+    """
+
+    recipe: Recipe
+    origins: Mapping[str, str]
+    files: tuple[Path, ...]
+
+
+def load_recipe(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Read recipe files, later ones winning, then apply overrides.
+
+    Args:
+        files: paths of TOML files, or names of bundled recipes.
+        overrides: `path=value` each; the value is TOML, a bare word is a string, nothing at all takes the key
+            (or the whole table) back to its default.
+
+    Raises:
+        RecipeError: a file is missing or not TOML (`file:line`), a key is unknown (names the nearest valid one),
+            or a value has the wrong type or range.
+    """
+    if not files:
+        raise RecipeError("no recipe given", fix="name a file or a bundled recipe; `tafkir recipe ls` lists those")
+    tree: Tree = {}
+    origins: dict[str, str] = {}
+    paths = tuple(find_recipe(name) for name in files)
+    for path in paths:
+        _merge(tree, origins, *_read_file(path))
+    for override in overrides:
+        _apply_override(tree, origins, override)
+    try:
+        recipe = Recipe.model_validate(tree, strict=True)
+    except ValidationError as error:
+        raise _explain(error, origins, paths) from error
+    return LoadedRecipe(recipe, {path: origins.get(path, DEFAULT) for path in flatten(recipe)}, paths)
+
+
+def flatten(recipe: BaseModel) -> dict[str, Any]:
+    """Every value of a recipe by its dotted path; a value that is not set (None) is left out."""
+    return dict(_leaves(recipe.model_dump()))
+
+
+def table_of(path: str) -> type[BaseModel] | None:
+    """The table that a dotted path names, None where it names no table."""
+    table: type[BaseModel] | None = Recipe
+    for part in [part for part in path.split(".") if part]:
+        fields = table.model_fields if table else {}
+        table = _table_type(fields[part].annotation) if part in fields else None
+        if table is None:
+            return None
+    return table
+
+
+def describe_keys(table: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, str]:
+    """What every key of the recipe means, by its dotted path."""
+    described: dict[str, str] = {}
+    for name, field in table.model_fields.items():
+        inner = _table_type(field.annotation)
+        if inner is not None:
+            described |= describe_keys(inner, f"{prefix}{name}.")
+        else:
+            described[prefix + name] = field.description or ""
+    return described
+
+
+def _table_type(annotation: Any) -> type[BaseModel] | None:
+    """The table behind `Table` or `Table | None`."""
+    for choice in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(choice, type) and issubclass(choice, BaseModel):
+            return choice
+    return None
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        elif value is not None:
+            yield prefix + key, value
+
+
+def _read_file(path: Path) -> tuple[Tree, dict[str, str]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError("not a text file in UTF-8", where=str(path), expected="a TOML recipe") from error
+    except OSError as error:
+        raise RecipeError(f"cannot be read ({error.strerror})", where=str(path)) from error
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        found = re.search(r"^(.*) \(at (?:line (\d+), column \d+|end of document)\)$", str(error))
+        what = found[1] if found else str(error)
+        line = found[2] if found and found[2] else len(text.splitlines())
+        raise RecipeError(f"not valid TOML: {what}", where=f"{path}:{line}") from error
+    shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    return _with_tuples(tree), {key: f"{shown}:{line}" for key, line in _key_lines(text).items()}
+
+
+def _key_lines(text: str) -> dict[str, int]:
+    """The line on which each key and table of a valid TOML text begins."""
+    lines: dict[str, int] = {}
+    table: tuple[str, ...] = ()
+    statement, began = "", 0
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not statement:
+            if not line.strip() or line.lstrip().startswith("#"):
+                continue
+            began = number
+        statement += line + "\n"
+        try:
+            tree = tomllib.loads(statement)
+        except tomllib.TOMLDecodeError:
+            continue  # the value goes on in the next line
+        if statement.lstrip().startswith("["):
+            table = _only_path(tree)
+            lines[".".join(table)] = began
+        else:
+            lines |= {".".join((*table, *path)): began for path in _all_paths(tree)}
+        statement = ""
+    return lines
+
+
+def _only_path(tree: Any) -> tuple[str, ...]:
+    if isinstance(tree, list):
+        tree = tree[0]
+    return next(((key, *_only_path(value)) for key, value in tree.items()), ())
+
+
+def _all_paths(tree: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    for key, value in tree.items():
+        yield (key,)
+        if isinstance(value, Mapping):
+            yield from ((key, *rest) for rest in _all_paths(value))
+
+
+def _with_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_tuples(item) for key, item in value.items()}
+    return tuple(_with_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _merge(tree: Tree, origins: dict[str, str], new: Tree, new_origins: Mapping[str, str]) -> None:
+    for key, value in new.items():
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            _merge(tree[key], origins, value, {})
+        else:
+            tree[key] = value
+    origins.update(new_origins)
+
+
+def _apply_override(tree: Tree, origins: dict[str, str], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(re.fullmatch(r"[A-Za-z0-9_-]+", key) for key in keys):
+        raise RecipeError(
+            "not an override", where=f"{_SET} {override}", expected="path=value, such as rlvr.learning_rate=1e-4"
+        )
+    if not text.strip():
+        _reset(tree, keys, override)
+        return
+    value = _parse_value(text.strip())
+    for key in reversed(keys):
+        value = {key: value}
+    _merge(tree, origins, value, {".".join(found): _SET for found in _all_paths(value)})
+
+
+def _reset(tree: Tree, keys: list[str], override: str) -> None:
+    path = ".".join(keys)
+    if table_of(path) is None and path not in describe_keys():
+        raise RecipeError("unknown key", where=f"{_SET} {override}", fix=_nearest(path))
+    for key in keys[:-1]:
+        tree = tree.get(key, {})
+    tree.pop(keys[-1], None)
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return _with_tuples(tomllib.loads(f"value = {text}")["value"])
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+_TYPES = (
+    (bool, "boolean"),
+    (int, "integer"),
+    (float, "float"),
+    (str, "string"),
+    (tuple, "array"),
+    (dict, "table"),
+)
+
+
+def _explain(error: ValidationError, origins: Mapping[str, str], files: Sequence[Path]) -> RecipeError:
+    details = error.errors(include_url=False)
+    first = details[0]
+    path = ".".join(str(part) for part in first["loc"])
+    origin = _origin_of(path, origins) or str(files[-1])
+    where = f"{origin}: {path}" if path else origin
+    what, expected, fix = _explain_one(first, path)
+    if len(details) > 1:
+        what += f" (and {len(details) - 1} more)"
+    return RecipeError(what, where=where, expected=expected, fix=fix)
+
+
+def _explain_one(detail: ErrorDetails, path: str) -> tuple[str, str | None, str | None]:
+    """What is wrong, what was expected, how to fix it."""
+    if detail["type"] == "extra_forbidden":
+        return "unknown key", None, _nearest(path)
+    if detail["type"] == "missing":
+        return "missing key", None, f"add it: {describe_keys().get(path, '')}"
+    if detail["type"] == "value_error":
+        return detail["msg"].removeprefix("Value error, "), None, None
+    got = detail["input"]
+    kind = next((name for python, name in _TYPES if isinstance(got, python)), type(got).__name__)
+    shown = kind if isinstance(got, dict) else f"{json.dumps(got, default=str, ensure_ascii=False)} ({kind})"
+    return f"got {shown}", _expected(detail), None
+
+
+def _expected(detail: ErrorDetails) -> str:
+    """What pydantic would have taken, in a recipe writer's words."""
+    if detail["type"].startswith("model"):
+        return "a table"
+    if detail["type"] == "tuple_type":
+        return "an array"
+    message = detail["msg"].removeprefix("Input should be ").partition(" after validation")[0]
+    return re.sub(r"^\w+ should ", "it to ", message)
+
+
+def _origin_of(path: str, origins: Mapping[str, str]) -> str | None:
+    while path:
+        if path in origins:
+            return origins[path]
+        path = path.rpartition(".")[0]
+    return None
+
+
+def _nearest(path: str) -> str:
+    """Names the valid key that an unknown one was most likely meant to be."""
+    parent, _, key = path.rpartition(".")
+    known = list(describe_keys())
+    tables = [known_path.rpartition(".")[0] for known_path in known]
+    siblings = [p.rpartition(".")[2] for p in {*known, *tables} if p and p.rpartition(".")[0] == parent]
+    near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean {parent + '.' if parent else ''}{near[0]}?"
+    elsewhere = [other for other in known if other.rpartition(".")[2] == key]
+    elsewhere = elsewhere or difflib.get_close_matches(path, known, n=1, cutoff=0.0)
+    return f"did you mean {' or '.join(elsewhere[:3])}?"
