@@ -1,0 +1,18 @@
+"""Checkpoints on disk: Hugging Face layout, safetensors only, a typed manifest, whole or absent."""
+
+from __future__ import annotations
+
+from tafkir.checkpoint.load import Checkpoint, bundled_checkpoints, load_checkpoint, load_config, resolve_checkpoint
+from tafkir.checkpoint.manifest import Manifest, TensorEntry
+from tafkir.checkpoint.save import save_checkpoint
+
+__all__ = [
+    "Checkpoint",
+    "Manifest",
+    "TensorEntry",
+    "bundled_checkpoints",
+    "load_checkpoint",
+    "load_config",
+    "resolve_checkpoint",
+    "save_checkpoint",
+]
