@@ -22,10 +22,10 @@ __all__ = [
 MAX_EXPRESSION_LENGTH = 400
 MAX_DECIMALS = 6
 
-_TOKEN = re.compile(r"\s*(?:(\d[\d,]*(?:\.\d+)?|\.\d+)(%?)|(//|[-+*/()×÷x]))")
+_TOKEN = re.compile(r"\s*(?:(\d[\d,]*(?:\.\d+)?|\.\d+)(%?)|(//|[-+*/()\u00d7\u00f7x]))")
 _NUMBER = re.compile(r"[-+]?(?:\d+|\d{1,3}(?:,\d{3})+)?(?:\.\d+)?")
 _RANK = {"+": 1, "-": 1, "*": 2, "/": 2}
-_ALIASES = {"×": "*", "x": "*", "÷": "/", "//": "/"}
+_ALIASES = {"\u00d7": "*", "x": "*", "\u00f7": "/", "//": "/"}
 
 
 class ExpressionError(ValueError):
@@ -132,7 +132,7 @@ class _Parser:
 
 
 def parse_expression(text: str) -> Expression:
-    """Parse numbers, + - * / (also × x ÷ //), percents and brackets.
+    """Parse numbers, + - * / (also x and the multiplication and division signs), percents and brackets.
 
     Raises:
         ExpressionError: the text is not such an expression, or is longer than 400 characters.

@@ -11,11 +11,13 @@ __all__ = ["Mention", "find_numbers", "number_words", "words_for"]
 
 Kind = Literal["plain", "percent", "fraction", "time", "ordinal", "label"]
 
-_SMALL = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen"
-).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+# fmt: off
+_SMALL = [
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+]
+# fmt: on
+_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 _VALUES = {word: i for i, word in enumerate(_SMALL)} | {word: 10 * i for i, word in enumerate(_TENS, start=2)}
 _SCALES = {"hundred": 100, "thousand": 1000, "million": 1_000_000}
 _WORD = rf"(?:{'|'.join(sorted(_VALUES, key=len, reverse=True))})"
@@ -30,7 +32,7 @@ _VULGAR = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "�
 _PERCENT = re.compile(r"\s?(?:%|percent|per cent)", re.IGNORECASE)
 _ORDINAL = re.compile(r"(?:st|nd|rd|th)\b", re.IGNORECASE)
 _CLOCK = re.compile(r":\d\d|\s?(?:[ap]\.?m\b|o'clock)", re.IGNORECASE)
-_WORD_FRACTION = re.compile(r"[ -](?:half|halves|third|fourth|quarter|fifth|sixth|seventh|eighth|ninth|tenth)s?\b", re.I)
+_WORD_FRACTION = re.compile(r"[ -](?:half|halves|third|fourth|quarter|fifth|sixth|eighth|tenth)s?\b", re.I)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,7 @@ def _digit_kind(text: str, start: int, end: int) -> Kind:
 
 
 def _fraction_value(text: str) -> Fraction | None:
-    """"3/4", "2 1/2" or "½"; None when it divides by zero."""
+    """ "3/4", "2 1/2" or "½"; None when it divides by zero."""
     parts = _VULGAR.get(text, text).split()
     top, bottom = parts[-1].split("/")
     if int(bottom) == 0:

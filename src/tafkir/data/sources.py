@@ -76,7 +76,7 @@ class SourceReport:
     flaws: Mapping[str, int] = field(default_factory=dict)
 
 
-class _BadRow(ValueError):
+class _BadRowError(ValueError):
     """The row is malformed: what was expected instead."""
 
 
@@ -140,21 +140,21 @@ def _steps_from(equations: list[str], answer: Fraction, split_operations: bool) 
 def _text_field(row: Mapping[str, Any], key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value.strip():
-        raise _BadRow(f"a non-empty string in field {key!r}")
+        raise _BadRowError(f"a non-empty string in field {key!r}")
     return " ".join(value.split())
 
 
 def _number_field(text: str, key: str) -> Fraction:
     value = parse_number(text.strip().removeprefix("$").removesuffix("."))
     if value is None:
-        raise _BadRow(f"a number as {key}, not {text[:40]!r}")
+        raise _BadRowError(f"a number as {key}, not {text[:40]!r}")
     return value
 
 
 def _gsm8k_answer(text: str) -> tuple[Fraction, list[str]]:
     match = _FINAL.search(text)
     if match is None:
-        raise _BadRow("a last line '#### NUMBER' in field 'answer'")
+        raise _BadRowError("a last line '#### NUMBER' in field 'answer'")
     return _number_field(match[1], "the answer after ####"), _ANNOTATION.findall(text)
 
 
@@ -183,7 +183,7 @@ def _svamp_rows(split_operations: bool) -> Iterator[tuple[str, Callable[[], Prob
             row = _row(line)
             answer = parse_number(str(row["Answer"]))
             if answer is None:
-                raise _BadRow("a number in field 'Answer'")
+                raise _BadRowError("a number in field 'Answer'")
             # a nested binary equation is one operation a line whatever the reader of GSM8K's asks for
             steps, flaw = _steps_from([row["Equation"]], answer, split_operations=True)
             body = _text_field(row, "Body")
@@ -206,7 +206,7 @@ def _own_rows(path: Path, split_operations: bool) -> Iterator[tuple[str, Callabl
             if isinstance(raw, (int, float)) and not isinstance(raw, bool):
                 raw = repr(raw)
             if not isinstance(raw, str):
-                raise _BadRow("a number or a worked solution in field 'answer'")
+                raise _BadRowError("a number or a worked solution in field 'answer'")
             if "####" in raw:
                 answer, equations = _gsm8k_answer(raw)
             else:
@@ -216,7 +216,7 @@ def _own_rows(path: Path, split_operations: bool) -> Iterator[tuple[str, Callabl
             steps, flaw = _steps_from(equations, answer, split_operations) if equations else ((), "")
             split = row.get("split", own_split(question))
             if split not in ("train", "validation", "test"):
-                raise _BadRow("train, validation or test in field 'split'")
+                raise _BadRowError("train, validation or test in field 'split'")
             id = str(row.get("id", f"{name}-{number}"))
             return Problem(id, name, split, question, format_number(answer), steps, flaw)
 
@@ -227,11 +227,11 @@ def _row(line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise _BadRow(f"valid JSON ({error.msg} at column {error.colno})") from None
+        raise _BadRowError(f"valid JSON ({error.msg} at column {error.colno})") from None
     except RecursionError:
-        raise _BadRow("JSON that is not nested so deeply") from None
+        raise _BadRowError("JSON that is not nested so deeply") from None
     if not isinstance(row, dict):
-        raise _BadRow("a JSON object")
+        raise _BadRowError("a JSON object")
     return row
 
 
@@ -241,8 +241,9 @@ def read_source(
     """Every problem of one source, in file order, with what was found wrong.
 
     Args:
-        source: "gsm8k", "svamp", or the path of a JSONL file (`.gz` allowed) with `question` and `answer`: a GSM8K-style
-            solution (`... <<48/2=24>> ... #### 72`), or a number beside an optional `equation` ("( 8 - 3 ) * 2", or
+        source: "gsm8k", "svamp", or the path of a JSONL file (`.gz` allowed) with `question` and `answer`:
+            a GSM8K-style solution (`... <<48/2=24>> ... #### 72`), or a number beside an optional `equation`
+            ("( 8 - 3 ) * 2", or
             several joined by ";"). Optional: `id`, and `split` (else a hash of the question decides).
         on_bad_row: "error" stops at the first malformed row; "skip" counts and reports it.
         split_operations: write `16-3-4=9` as `16-3=13`, `13-4=9`; False keeps the annotation in one piece.
@@ -261,7 +262,7 @@ def read_source(
     for where, build in rows:
         try:
             problems.append(build())
-        except _BadRow as bad:
+        except _BadRowError as bad:
             if on_bad_row == "error":
                 fix = 'correct the row, or set data.on_bad_row = "skip" to leave such rows out'
                 raise DataError("malformed row", where=where, expected=str(bad), fix=fix) from None

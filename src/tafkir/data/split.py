@@ -3,10 +3,10 @@
 - GSM8K: a row of the test file is a test problem. A row of the training file is a validation problem when the first
   eight bytes of sha256(id) are below 300/7473 of their range (about 300 rows), else a training problem.
 - SVAMP: problems are variants of each other, so clusters that share a number-normalised word 10-gram stay together.
-  The clusters, in the order of sha256(smallest id), fill the test part to 300 problems and then the validation part to 100,
-  a cluster that does not fit being passed over; the rest trains. `datasets/svamp/split.json` holds the outcome, so that it
-  can never drift.
-- A file of one's own without a `split` field: by sha256 of the number-normalised question, 5 % validation and 15 % test.
+  The clusters, in the order of sha256(smallest id), fill the test part to 300 problems and then the validation part
+  to 100, a cluster that does not fit being passed over; the rest trains. `datasets/svamp/split.json` holds the outcome,
+  so that it can never drift.
+- A file of one's own without a `split` field: by sha256 of the number-normalised question, 5 % validation, 15 % test.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _NUMBER_WORDS = number_words()
 
 def normalized_words(text: str) -> list[str]:
     """Lower-case words with every number, digits or words, replaced by "0"; punctuation is left out."""
-    words = _WORD.findall(text.lower().replace("’", "'"))
+    words = _WORD.findall(text.lower().replace("\u2019", "'"))
     return ["0" if word[0].isdigit() or word in _NUMBER_WORDS else word for word in words]
 
 
@@ -56,7 +56,8 @@ def own_split(question: str) -> Split:
 
 @cache
 def _svamp_parts() -> dict[str, Split]:
-    table: dict[Split, list[str]] = json.loads((files("tafkir") / "datasets" / "svamp" / "split.json").read_text("utf-8"))
+    path = files("tafkir") / "datasets" / "svamp" / "split.json"
+    table: dict[Split, list[str]] = json.loads(path.read_text("utf-8"))
     return {id: part for part, ids in table.items() for id in ids}
 
 
