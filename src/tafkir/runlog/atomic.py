@@ -15,30 +15,27 @@ from tafkir.errors import RunDirError
 
 __all__ = ["fsync_dir", "guard_disk", "read_json", "write_bytes", "write_json", "write_text"]
 
-_FIXES = {
-    errno.ENOSPC: ("the disk is full", "free some space, then run the same command again: it resumes"),
-    errno.EDQUOT: ("the disk quota is used up", "free some space, then run the same command again: it resumes"),
-    errno.EACCES: ("not writable", "choose another directory with --runs-dir, or change its permissions"),
-    errno.EPERM: ("not writable", "choose another directory with --runs-dir, or change its permissions"),
-    errno.EROFS: ("on a read-only file system", "choose another directory with --runs-dir"),
-    errno.ENOTDIR: ("a part of the path is a file, not a directory", "choose another directory with --runs-dir"),
+_FREE_SPACE = "free some space, then run the same command again: it resumes"
+_ELSEWHERE = "choose another place with --runs-dir"
+_KNOWN = {
+    errno.ENOSPC: ("the disk is full", _FREE_SPACE),
+    errno.EDQUOT: ("the disk quota is used up", _FREE_SPACE),
+    errno.EACCES: ("not writable", f"change its permissions, or {_ELSEWHERE}"),
+    errno.EPERM: ("not writable", f"change its permissions, or {_ELSEWHERE}"),
+    errno.EROFS: ("on a read-only file system", _ELSEWHERE),
+    errno.ENOTDIR: ("a part of the path is a file, not a directory", _ELSEWHERE),
     errno.ENAMETOOLONG: ("the path is too long", "choose a shorter name with --name"),
 }
 
 
 @contextmanager
 def guard_disk(where: Path | str) -> Iterator[None]:
-    """Turn the operating system's write errors into a one-line `RunDirError` about `where`.
-
-    An `OSError` that is neither about space nor about permission passes through unchanged.
-    """
+    """Turn the operating system's errors into a one-line `RunDirError` about `where`."""
     try:
         yield
     except OSError as error:
-        known = _FIXES.get(error.errno or 0)
-        if known is None:
-            raise
-        raise RunDirError(known[0], where=str(where), fix=known[1]) from error
+        what, fix = _KNOWN.get(error.errno or 0, (f"cannot be written ({error.strerror})", _ELSEWHERE))
+        raise RunDirError(what, where=str(where), fix=fix) from error
 
 
 def fsync_dir(path: Path) -> None:

@@ -1,0 +1,124 @@
+"""`tafkir doctor`: what this machine can do, and what is missing with the command that adds it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["doctor", "examine"]
+
+_EXTRAS = ("dev", "bench")
+# Asked in a process of its own: a broken torch build must not take the doctor down with it.
+_ASK_TORCH = """
+import json, torch
+devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+if torch.backends.mps.is_available():
+    devices.append("Apple MPS")
+print(json.dumps({
+    "version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip,
+    "threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    "accelerators": devices,
+}))
+"""
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Say what this machine can do, and what is missing. Exit code 1 when Tafkir cannot run here."""
+    found = examine(Path.cwd())
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        _show(found)
+    if found["problems"]:
+        raise typer.Exit(1)
+
+
+def examine(place: Path) -> dict[str, Any]:
+    """What the machine has, and `problems`: one line for each thing that keeps Tafkir from running."""
+    from tafkir.runlog.rundir import available_cores, cpu_model, memory_bytes, physical_cores
+
+    torch = _ask_torch()
+    problems = [torch["problem"]] if "problem" in torch else []
+    problems += [f"{name} is not installed" for name in _missing_packages(None) or () if name != "torch"]
+    if not os.access(place, os.W_OK):
+        problems.append(f"{place} is not writable: runs cannot be made here (choose another place with --runs-dir)")
+    return {
+        "python": sys.version.split()[0],
+        "cpu": cpu_model(),
+        "cores_physical": physical_cores(),
+        "cores_logical": available_cores(),
+        "memory_bytes": memory_bytes(),
+        "disk_free_bytes": shutil.disk_usage(place).free,
+        "compiler": shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"),
+        "browser": next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None),
+        "torch": torch,
+        "missing": {extra: _missing_packages(extra) for extra in _EXTRAS},
+        "problems": problems,
+    }
+
+
+def _ask_torch() -> dict[str, Any]:
+    done = subprocess.run([sys.executable, "-c", _ASK_TORCH], capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return {"problem": f"torch cannot be imported: {last}", "accelerators": []}
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def _missing_packages(extra: str | None) -> list[str] | None:
+    """Packages of an extra (`extra=None`: of Tafkir itself) that are not installed.
+
+    None where that is not known, because Tafkir runs from a source tree without being installed.
+    """
+    try:
+        requirements = importlib.metadata.requires("tafkir") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    missing = []
+    for requirement in requirements:
+        named = re.search(r"extra == ['\"]([^'\"]+)['\"]", requirement)
+        if (named[1] if named else None) != extra:
+            continue
+        name = re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0]
+        try:
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+    return missing
+
+
+def _show(found: dict[str, Any]) -> None:
+    torch = found["torch"]
+    print(f"python        {found['python']}")
+    print(f"processor     {found['cpu']}, {found['cores_physical']} cores ({found['cores_logical']} logical)")
+    print(f"memory        {found['memory_bytes'] / 2**30:.1f} GiB")
+    print(f"disk free     {found['disk_free_bytes'] / 2**30:.1f} GiB here")
+    if "problem" not in torch:
+        build = f"CUDA {torch['cuda']}" if torch["cuda"] else f"ROCm {torch['hip']}" if torch["hip"] else "CPU"
+        features = f"{build} build, {torch['cpu_capability']}, {torch['threads']} threads"
+        print(f"torch         {torch['version']} ({features})")
+    print(f"accelerators  {', '.join(torch['accelerators']) or 'none; everything runs on the processor'}")
+    print(f"compiler      {found['compiler'] or 'none; not needed'}")
+    print(f"browser       {found['browser'] or 'none; only the browser tests need one'}")
+    for extra, missing in found["missing"].items():
+        print(f"{f'extra {extra}':<13} {_extra_line(extra, missing)}")
+    for problem in found["problems"]:
+        print(f"problem       {problem}")
+    if not found["problems"]:
+        print("ready         tafkir run wordmath-tiny")
+
+
+def _extra_line(extra: str, missing: list[str] | None) -> str:
+    if missing is None:
+        return "not known: Tafkir is not installed here, only found on the path (pip install -e .)"
+    return f"missing {', '.join(missing)}: pip install 'tafkir[{extra}]'" if missing else "installed"

@@ -1,0 +1,74 @@
+"""The `tafkir` command: its subcommands, and how errors end."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+import tafkir
+from tafkir.cli import doctor, recipes, report, run
+from tafkir.errors import TafkirError
+
+__all__ = ["app", "main"]
+
+# Plain help: drawing boxes would double the time that `tafkir --help` takes.
+app = typer.Typer(
+    name="tafkir",
+    help="Build, train, serve and measure small reasoning models from one recipe.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command("run")(run.run)
+app.add_typer(recipes.app, name="recipe")
+app.command("doctor")(doctor.doctor)
+app.command("report")(report.report)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"tafkir {tafkir.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    from tafkir.runlog.logging import setup_logging
+
+    setup_logging()
+
+
+def main() -> None:
+    """Run the command line; an expected error ends as one line on stderr and an exit code, without a traceback."""
+    try:
+        app(prog_name="tafkir")
+    except TafkirError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except MemoryError:
+        _fail("out of memory. Fix: make the batch or the model smaller, see `tafkir run --dry-run`", 1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        place = error.filename or "disk"
+        _fail(f"{place}: {os.strerror(error.errno)}. Fix: free some space or choose another place", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

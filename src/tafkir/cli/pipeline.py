@@ -1,0 +1,192 @@
+"""Strings the stages together: what is finished is skipped, what was killed goes on, what changed is redone."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tafkir.errors import RecipeError, RunDirError
+from tafkir.recipe.bundled import find_checkpoint
+from tafkir.recipe.fingerprint import fingerprint_stages
+from tafkir.recipe.load import LoadedRecipe
+from tafkir.recipe.show import dump_toml
+from tafkir.recipe.stage import StageContext, StageFunction
+from tafkir.records import STAGES, StageName
+from tafkir.runlog.atomic import read_json, write_json, write_text
+from tafkir.runlog.logging import attach_log_file, detach_log_file
+from tafkir.runlog.progress import format_duration
+from tafkir.runlog.rundir import RunDir, StageDir
+
+__all__ = ["Selection", "run_recipe", "select_stages", "stage_function"]
+
+_logger = logging.getLogger(__name__)
+
+# What a stage was started on, written before it runs; its result repeats the fingerprint.
+_INPUTS = "inputs.json"
+_FORCED = "forced.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Stages that a command is about: `run` those to go through, `forced` those to do again even if finished."""
+
+    run: tuple[StageName, ...]
+    forced: tuple[StageName, ...] = ()
+
+
+def select_stages(recipe: Any, *, only: str | None = None, start: str | None = None) -> Selection:
+    """Turn `--only` and `--from` into stages.
+
+    Raises:
+        RecipeError: the stage is unknown or not in the recipe, or both options are given.
+    """
+    present = tuple(kind for kind in STAGES if getattr(recipe, kind) is not None)
+    chosen = only or start
+    if only and start:
+        raise RecipeError("--only and --from exclude each other", fix="give one of them")
+    if chosen is None:
+        return Selection(present)
+    if chosen not in present:
+        option = "--only" if only else "--from"
+        raise RecipeError(f"the recipe has no stage {chosen!r}", where=option, expected=f"one of {', '.join(present)}")
+    index = present.index(chosen)
+    if only:
+        return Selection(present[index : index + 1], present[index : index + 1])
+    return Selection(present[index:], present[index:])
+
+
+def run_recipe(loaded: LoadedRecipe, run: RunDir, selection: Selection) -> dict[StageName, dict[str, Any]]:
+    """Run the selected stages in order and return their results.
+
+    Args:
+        loaded: a resolved recipe.
+        run: its run directory, made where it is missing.
+        selection: which stages, see `select_stages`.
+
+    Raises:
+        RunDirError: another process writes this run, or an earlier stage that is needed is not finished.
+        CheckpointError: the recipe's base is not there.
+    """
+    recipe = loaded.recipe
+    base = find_checkpoint(recipe.base) if recipe.base else None
+    fingerprints = fingerprint_stages(recipe, base)
+    RunDir.create(run.path)
+    with run.lock():
+        attach_log_file(run.log_path)
+        try:
+            _check_earlier(run, fingerprints, selection)
+            write_text(run.recipe_path, dump_toml(recipe, loaded.origins))
+            run.write_env()
+            _set_aside(run, fingerprints, selection)
+            results = {kind: _run_stage(loaded, run, kind, base, fingerprints) for kind in selection.run}
+            (run.path / _FORCED).unlink(missing_ok=True)
+            return results
+        finally:
+            detach_log_file()
+
+
+def stage_function(kind: StageName) -> StageFunction:
+    """The function that runs a stage; this is where torch is first imported."""
+    if kind == "eval":
+        from tafkir.eval.stage import run_eval
+
+        return run_eval
+    if kind == "report":
+        from tafkir.report.stage import run_report
+
+        return run_report
+    from tafkir.train import stages
+
+    return {
+        "tokenizer": stages.run_tokenizer,
+        "pretrain": stages.run_pretrain,
+        "sft": stages.run_sft,
+        "rlvr": stages.run_rlvr,
+    }[kind]
+
+
+def _check_earlier(run: RunDir, fingerprints: dict[StageName, str], selection: Selection) -> None:
+    """Stages before the first selected one must be finished on the same inputs."""
+    for kind in fingerprints:
+        if kind == selection.run[0]:
+            return
+        if not _is_finished(run.stage(kind), fingerprints[kind]):
+            raise RunDirError(
+                f"stage {kind} is not finished with these settings",
+                where=str(run.stage(kind).path),
+                fix=f"run the recipe without --only/--from, or with --from {kind}",
+            )
+
+
+def _set_aside(run: RunDir, fingerprints: dict[StageName, str], selection: Selection) -> None:
+    """Move away what has to be redone: stages whose inputs changed, and forced ones that are finished.
+
+    A forced run that was killed is recognised by the mark it left, so that the same command goes on with it.
+    """
+    mark = {"forced": {kind: fingerprints[kind] for kind in selection.forced}}
+    marked = (run.path / _FORCED).exists() and read_json(run.path / _FORCED) == mark
+    for kind in selection.run:
+        stage = run.stage(kind)
+        if not stage.path.exists():
+            continue
+        same = _started_on(stage) == fingerprints[kind]
+        force = kind in selection.forced and not marked and stage.read_result() is not None
+        if not same or force:
+            aside = stage.set_aside()
+            reason = "asked for again" if same else "its inputs changed"
+            _logger.info("%s: %s; the old one is kept as %s", kind, reason, aside)
+    if selection.forced and not marked:
+        write_json(run.path / _FORCED, mark)
+
+
+def _run_stage(
+    loaded: LoadedRecipe, run: RunDir, kind: StageName, base: Path | None, fingerprints: dict[StageName, str]
+) -> dict[str, Any]:
+    stage = run.stage(kind)
+    if _is_finished(stage, fingerprints[kind]):
+        _logger.info("%s: already finished", kind)
+        return stage.read_result() or {}
+    _logger.info("%s: %s", kind, "goes on" if stage.path.exists() else "starts")
+    stage.make()
+    stage.write_json(_INPUTS, {"stage": kind, "fingerprint": fingerprints[kind]})
+    _reset_peak_memory()
+    began = time.monotonic()
+    previous = _previous_checkpoint(run, kind, list(fingerprints), base)
+    context = StageContext(loaded.recipe, run, stage, previous, loaded.recipe.seed)
+    returned = stage_function(kind)(context)
+    result = {"stage": kind, "finished": True, "fingerprint": fingerprints[kind], **returned}
+    stage.write_result(result)
+    _logger.info("%s: finished in %s", kind, format_duration(time.monotonic() - began))
+    return result
+
+
+def _previous_checkpoint(run: RunDir, kind: StageName, present: Sequence[StageName], base: Path | None) -> Path | None:
+    """The checkpoint of the nearest earlier stage that makes one, else the base."""
+    earlier = [name for name in present[: present.index(kind)] if name not in ("eval", "report")]
+    return run.stage(earlier[-1]).checkpoint_dir if earlier else base
+
+
+def _started_on(stage: StageDir) -> str | None:
+    """Fingerprint that a stage directory was started on."""
+    path = stage.path / _INPUTS
+    if not path.exists():
+        return None
+    fingerprint: str | None = read_json(path).get("fingerprint")
+    return fingerprint
+
+
+def _is_finished(stage: StageDir, fingerprint: str) -> bool:
+    result = stage.read_result()
+    return result is not None and result.get("finished") is True and result.get("fingerprint") == fingerprint
+
+
+def _reset_peak_memory() -> None:
+    """Let the kernel measure the peak of this stage alone, where it can."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        _logger.debug("this system keeps one peak of memory for the whole process")

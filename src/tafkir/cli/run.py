@@ -1,0 +1,139 @@
+"""`tafkir run RECIPE`: every stage of a recipe, or what they would cost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from tafkir.recipe.load import LoadedRecipe
+    from tafkir.recipe.schema import Recipe
+    from tafkir.runlog.rundir import RunDir
+
+__all__ = ["program_name", "run"]
+
+
+def run(
+    recipes: Annotated[
+        list[str], typer.Argument(metavar="RECIPE...", help="Recipe files or bundled names; later ones win.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="PATH=VALUE", help="Set one value; nothing after = goes back to the default."),
+    ] = None,
+    only: Annotated[str | None, typer.Option("--only", metavar="STAGE", help="Do this one stage again.")] = None,
+    start: Annotated[
+        str | None, typer.Option("--from", metavar="STAGE", help="Do this stage and all later ones again.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the resolved recipe and an estimate of time and memory.")
+    ] = False,
+    name: Annotated[str | None, typer.Option(help="Name of the run directory instead of the recipe's.")] = None,
+    runs_dir: Annotated[Path, typer.Option(envvar="TAFKIR_RUNS_DIR", help="Where run directories are made.")] = Path(
+        "runs"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+) -> None:
+    """Run a recipe; finished stages are skipped.
+
+    A killed run goes on where it stopped when the same command is given again.
+    """
+    from tafkir.cli.pipeline import run_recipe, select_stages
+    from tafkir.recipe.load import load_recipe
+    from tafkir.recipe.resolve import resolve_recipe
+    from tafkir.runlog.rundir import RunDir
+
+    loaded = load_recipe(recipes, overrides or [])
+    directory = RunDir(runs_dir / (name or loaded.recipe.name))
+    loaded = resolve_recipe(loaded, threads=_threads_of(directory))
+    selection = select_stages(loaded.recipe, only=only, start=start)
+    if dry_run:
+        _show_plan(loaded, directory, as_json)
+        return
+    try:
+        results = run_recipe(loaded, directory, selection)
+    except KeyboardInterrupt:
+        print("\nerror: interrupted. Fix: the same command goes on where it stopped", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if as_json:
+        print(json.dumps({"run": str(directory.path), "stages": results}, indent=2))
+    else:
+        _show_end(directory, loaded.recipe)
+
+
+def program_name() -> str:
+    """How to call this program again from here: `tafkir`, or the path of it where it is not on the search path."""
+    called = Path(sys.argv[0])
+    if called.name != "tafkir":
+        return f"{os.path.basename(sys.executable)} -m tafkir.cli.main"
+    found = shutil.which("tafkir")
+    if found and Path(found).resolve() == called.resolve():
+        return "tafkir"
+    return str(called.relative_to(Path.cwd()) if called.is_relative_to(Path.cwd()) else called)
+
+
+def _threads_of(directory: RunDir) -> int | None:
+    """Threads that an earlier part of this run used, so that it goes on bit for bit on another machine."""
+    from tafkir.errors import RecipeError
+    from tafkir.recipe.load import load_recipe
+
+    if not directory.recipe_path.exists():
+        return None
+    try:
+        return load_recipe([directory.recipe_path]).recipe.threads or None
+    except RecipeError:
+        # Written by another version: its stages are redone anyway.
+        return None
+
+
+def _show_end(directory: RunDir, recipe: Recipe) -> None:
+    print(f"\nRun directory:  {directory.path}")
+    if directory.report_html.exists():
+        print(f"Report:         {directory.report_html}")
+    trained = [kind for kind in ("pretrain", "sft", "rlvr") if getattr(recipe, kind) is not None]
+    if trained and (checkpoint := directory.stage(trained[-1]).checkpoint_dir).exists():  # type: ignore[arg-type]
+        print(f"Chat with it:   {program_name()} chat {checkpoint}")
+        print(f"Serve it:       {program_name()} serve {checkpoint}")
+
+
+def _show_plan(loaded: LoadedRecipe, directory: RunDir, as_json: bool) -> None:
+    from tafkir.plan.estimate import ASSUMPTIONS, estimate_stages
+    from tafkir.recipe.show import dump_toml
+    from tafkir.runlog.progress import format_duration
+
+    model = loaded.recipe.model
+    estimates = estimate_stages(loaded.recipe)
+    total_s = sum(estimate.seconds for estimate in estimates)
+    if as_json:
+        plan: dict[str, Any] = {
+            "run": str(directory.path),
+            "recipe": loaded.recipe.model_dump(mode="json"),
+            "origins": dict(loaded.origins),
+            "parameters": model.num_parameters(),
+            "active_parameters": model.num_parameters(active=True),
+            "stages": {
+                e.kind: {"seconds": e.seconds, "flops": e.flops, "tokens": e.tokens, "memory_bytes": e.memory_bytes}
+                for e in estimates
+            },
+            "seconds": total_s,
+            "assumptions": ASSUMPTIONS,
+        }
+        print(json.dumps(plan, indent=2))
+        return
+    print(dump_toml(loaded.recipe, loaded.origins))
+    print(f"# Run directory: {directory.path}")
+    print(f"# Parameters: {model.num_parameters():,}, of which a token uses {model.num_parameters(active=True):,}")
+    print(f"# {'stage':<10} {'tokens':>12} {'TFLOP':>8} {'time':>9} {'memory':>9}")
+    for e in estimates:
+        print(
+            f"# {e.kind:<10} {e.tokens:>12,} {e.flops / 1e12:>8.1f} {format_duration(e.seconds):>9} "
+            f"{e.memory_bytes / 2**20:>6,.0f} MB"
+        )
+    print(f"# {'in all':<10} {'':>12} {'':>8} {format_duration(total_s):>9}")
+    print(f"# Assumed: {ASSUMPTIONS}.")

@@ -1,0 +1,107 @@
+"""Time and memory of each stage of a recipe, from counts of FLOPs and a stated rate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tafkir.recipe.model import ModelConfig
+from tafkir.recipe.schema import Recipe
+from tafkir.records import STAGES, StageName
+
+__all__ = ["ASSUMPTIONS", "Rates", "StageEstimate", "estimate_stages"]
+
+_TOKENS_PER_PROBLEM = 130
+_PROMPT_TOKENS = 65
+_COMPLETION_SHARE = 0.6
+_HELD_OUT_PROBLEMS = 2000
+_PROCESS_BYTES = 450 << 20
+_SMALL_STAGE_S = 5.0
+# Floats that a block keeps for the backward pass, per token and per unit of hidden size.
+_ACTIVATIONS_PER_HIDDEN = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """FLOP/s that one CPU thread sustains on models of a few million parameters."""
+
+    train: float = 12e9
+    decode: float = 4e9
+
+
+_RATES = Rates()
+
+ASSUMPTIONS = (
+    f"{_TOKENS_PER_PROBLEM} tokens a problem with its solution; rollouts end after {_COMPLETION_SHARE:.0%} of their "
+    f"limit; {_RATES.train / 1e9:.0f} GFLOP/s a thread in training and {_RATES.decode / 1e9:.0f} in generation; float32"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StageEstimate:
+    """What one stage is expected to take."""
+
+    kind: StageName
+    tokens: int
+    flops: float
+    seconds: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """Tokens of a whole stage that are trained on and sampled, and tokens whose activations are held at once."""
+
+    trained: int = 0
+    sampled: int = 0
+    batch: int = 0
+
+
+def estimate_stages(recipe: Recipe, *, rates: Rates | None = None) -> list[StageEstimate]:
+    """One estimate per stage of the recipe, in order.
+
+    Args:
+        recipe: resolved, so that `threads` is a number.
+        rates: measured rates, where they are known.
+    """
+    rates = rates or _RATES
+    return [_estimate(kind, recipe, rates) for kind in STAGES if getattr(recipe, kind) is not None]
+
+
+def _estimate(kind: StageName, recipe: Recipe, rates: Rates) -> StageEstimate:
+    work = _work(kind, recipe)
+    if not work.trained and not work.sampled:
+        return StageEstimate(kind, 0, 0.0, _SMALL_STAGE_S, _PROCESS_BYTES)
+    # A trained token takes three forwards' worth (forward, and backward twice), a sampled one takes one.
+    forward = float(recipe.model.flops_per_token(_TOKENS_PER_PROBLEM // 2))
+    train, decode = 3 * forward * work.trained, forward * work.sampled
+    seconds = (train / rates.train + decode / rates.decode) / max(1, recipe.threads)
+    memory = _memory_bytes(recipe.model, work.batch)
+    return StageEstimate(kind, work.trained or work.sampled, train + decode, seconds, memory)
+
+
+def _work(kind: StageName, recipe: Recipe) -> _Work:
+    if kind in ("pretrain", "sft"):
+        table = recipe.pretrain if kind == "pretrain" else recipe.sft
+        assert table is not None
+        batch = table.batch_problems * _TOKENS_PER_PROBLEM
+        return _Work(trained=table.steps * batch, batch=batch // table.micro_batches)
+    if kind == "rlvr" and recipe.rlvr:
+        config = recipe.rlvr
+        completions = config.prompts_per_step * config.group_size
+        sampled = int(completions * config.max_completion_tokens * _COMPLETION_SHARE)
+        batch = completions * _PROMPT_TOKENS + sampled
+        trained = config.steps * batch * config.updates_per_rollout
+        return _Work(trained=trained, sampled=config.steps * sampled, batch=batch // config.micro_batches)
+    if kind == "eval" and recipe.eval:
+        limit = recipe.eval.max_problems * len(recipe.data.sources)
+        answers = min(limit or _HELD_OUT_PROBLEMS, _HELD_OUT_PROBLEMS) * (recipe.eval.samples + 1)
+        return _Work(sampled=int(answers * len(recipe.eval.stages) * recipe.eval.max_tokens * _COMPLETION_SHARE))
+    return _Work()
+
+
+def _memory_bytes(model: ModelConfig, batch_tokens: int) -> int:
+    """Weights, gradients and two AdamW moments; activations kept for the backward pass; logits and their gradient."""
+    states = 4 * model.num_parameters() * (4 if batch_tokens else 1)
+    activations = 4 * batch_tokens * model.num_hidden_layers * _ACTIVATIONS_PER_HIDDEN * model.hidden_size
+    logits = 4 * batch_tokens * model.vocab_size * 3
+    return _PROCESS_BYTES + states + activations + logits
