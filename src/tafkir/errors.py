@@ -11,6 +11,7 @@ __all__ = [
     "RecipeError",
     "RequestError",
     "RunDirError",
+    "SamplingError",
     "TafkirError",
     "TrainingError",
 ]
@@ -73,6 +74,10 @@ class GradingError(TafkirError):
 
 class RequestError(TafkirError):
     """A generation request is not valid (sampling parameters, empty or over-long prompt)."""
+
+
+class SamplingError(TafkirError):
+    """No token can be drawn: the logits are not finite."""
 
 
 class RunDirError(TafkirError):

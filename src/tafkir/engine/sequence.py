@@ -1,0 +1,69 @@
+"""One request on its way through the engine, and the prompt that it shares with others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from tafkir.engine.text import StopBuffer, TextStream
+from tafkir.records import FinishReason, Request
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Prompt", "Sequence", "StopWatch", "TokenEvent"]
+
+
+@dataclass(slots=True, eq=False)
+class Prompt:
+    """A distinct prompt in the cache: its row, the last token's hidden state, and how many sequences read it."""
+
+    ids: tuple[int, ...]
+    row: int
+    users: int = 0
+    hidden_D: Tensor | None = None
+
+
+class StopWatch:
+    """Looks for stop strings in a sequence's text as its tokens come."""
+
+    def __init__(self, stream: TextStream, stops: tuple[str, ...]) -> None:
+        self._stream, self._buffer = stream, StopBuffer(stops)
+
+    def push(self, token_id: int) -> bool:
+        """True once the text holds a stop string."""
+        self._buffer.push(self._stream.push(token_id))
+        return self._buffer.matched is not None
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request with what the engine works out for it.
+
+    Attributes:
+        key: start of its random stream.
+        limit: most tokens it may sample: max_tokens, or what the context leaves.
+        stop_ids: token ids that end it.
+        top_logprobs: how many alternatives to report with each token.
+        watch: looks for stop strings; None without any.
+        prompt: its row in the prompt store, once it runs.
+    """
+
+    request: Request
+    key: int
+    limit: int
+    stop_ids: tuple[int, ...]
+    top_logprobs: int = 0
+    watch: StopWatch | None = None
+    prompt: Prompt | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One sampled token of one request. `top` holds (token, logprob) pairs, the most probable first."""
+
+    request_id: str
+    token_id: int
+    logprob: float
+    finish_reason: FinishReason | None
+    top: tuple[tuple[int, float], ...] = ()
