@@ -17,6 +17,7 @@ from pydantic_core import ErrorDetails
 from tafkir.errors import RecipeError
 from tafkir.recipe.bundled import find_recipe
 from tafkir.recipe.schema import Recipe
+from tafkir.records import STAGES
 
 __all__ = ["DEFAULT", "LoadedRecipe", "describe_keys", "flatten", "load_recipe", "table_of"]
 
@@ -63,7 +64,26 @@ def load_recipe(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> L
         recipe = Recipe.model_validate(tree, strict=True)
     except ValidationError as error:
         raise _explain(error, origins, paths) from error
+    _check_stages(recipe, str(paths[-1]))
     return LoadedRecipe(recipe, {path: origins.get(path, DEFAULT) for path in flatten(recipe)}, paths)
+
+
+def _check_stages(recipe: Recipe, where: str) -> None:
+    """A recipe must have stages, and the first that trains must have a tokenizer that fits the model."""
+    if all(getattr(recipe, kind) is None for kind in STAGES):
+        raise RecipeError("the recipe has no stage", where=where, fix=f"add a table: {', '.join(STAGES)}")
+    if recipe.base and recipe.tokenizer:
+        raise RecipeError(
+            "a recipe with a base has no [tokenizer] of its own", where=where, fix="remove one; the base brings one"
+        )
+    if not recipe.base and not recipe.tokenizer:
+        raise RecipeError("the recipe has neither a base nor a [tokenizer]", where=where, fix="add one of them")
+    if recipe.tokenizer and recipe.tokenizer.vocab_size > recipe.model.vocab_size:
+        raise RecipeError(
+            f"tokenizer.vocab_size={recipe.tokenizer.vocab_size} exceeds model.vocab_size={recipe.model.vocab_size}",
+            where=where,
+            fix="make the model's at least as large",
+        )
 
 
 def flatten(recipe: BaseModel) -> dict[str, Any]:
@@ -188,7 +208,7 @@ def _apply_override(tree: Tree, origins: dict[str, str], override: str) -> None:
             "not an override", where=f"{_SET} {override}", expected="path=value, such as rlvr.learning_rate=1e-4"
         )
     if not text.strip():
-        _reset(tree, keys, override)
+        _reset(tree, origins, keys)
         return
     value = _parse_value(text.strip())
     for key in reversed(keys):
@@ -196,10 +216,12 @@ def _apply_override(tree: Tree, origins: dict[str, str], override: str) -> None:
     _merge(tree, origins, value, {".".join(found): _SET for found in _all_paths(value)})
 
 
-def _reset(tree: Tree, keys: list[str], override: str) -> None:
+def _reset(tree: Tree, origins: dict[str, str], keys: list[str]) -> None:
     path = ".".join(keys)
     if table_of(path) is None and path not in describe_keys():
-        raise RecipeError("unknown key", where=f"{_SET} {override}", fix=_nearest(path))
+        raise RecipeError("unknown key", where=f"{_SET}: {path}", fix=_nearest(path))
+    for known in [known for known in origins if known == path or known.startswith(f"{path}.")]:
+        del origins[known]
     for key in keys[:-1]:
         tree = tree.get(key, {})
     tree.pop(keys[-1], None)

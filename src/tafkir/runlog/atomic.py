@@ -24,6 +24,7 @@ _KNOWN = {
     errno.EPERM: ("not writable", f"change its permissions, or {_ELSEWHERE}"),
     errno.EROFS: ("on a read-only file system", _ELSEWHERE),
     errno.ENOTDIR: ("a part of the path is a file, not a directory", _ELSEWHERE),
+    errno.EEXIST: ("a part of the path is a file, not a directory", _ELSEWHERE),
     errno.ENAMETOOLONG: ("the path is too long", "choose a shorter name with --name"),
 }
 

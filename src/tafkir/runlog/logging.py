@@ -81,9 +81,12 @@ def _plain_handler() -> logging.Handler:
 
 
 def _terminal_handler() -> logging.Handler:
+    from rich.highlighter import NullHighlighter
     from rich.logging import RichHandler
 
-    return RichHandler(console=stderr_console(), show_path=False, log_time_format="%H:%M:%S")
+    return RichHandler(
+        console=stderr_console(), show_path=False, log_time_format="%H:%M:%S", highlighter=NullHighlighter()
+    )
 
 
 class _JsonlHandler(logging.FileHandler):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -39,18 +40,20 @@ class Progress:
         total: steps in all.
         start: steps that an earlier process already did.
         interval_s: seconds between plain lines.
+        clock: seconds that never go back.
     """
 
     def __init__(self, label: str, total: int, *, start: int = 0, interval_s: float = _PLAIN_INTERVAL_S) -> None:
         self.label, self.total = label, total
         self._start, self._step, self._tokens = start, start, 0
         self._values: dict[str, float] = {}
-        self._began = self._shown = time.monotonic()
+        self._clock = clock
+        self._began = self._shown = clock()
         self._live: Live | None = None
         self._interval_s = interval_s
 
     def __enter__(self) -> Self:
-        self._began = self._shown = time.monotonic()
+        self._began = self._shown = self._clock()
         if is_terminal() and is_main_rank():
             from rich.live import Live
 
@@ -78,18 +81,20 @@ class Progress:
         """
         self._step, self._tokens = step, self._tokens + tokens
         self._values.update(values)
-        now = time.monotonic()
+        now = self._clock()
         if now - self._shown < self._interval_s:
             return
         self._shown = now
         if self._live is not None:
-            self._live.update(self.line(), refresh=True)
+            from rich.text import Text
+
+            self._live.update(Text(self.line(), no_wrap=True, overflow="ellipsis"), refresh=True)
         else:
             _logger.info("%s", self.line())
 
     def line(self) -> str:
         """The line as it stands: `pretrain 120/600 20% · loss 3.210 · 1,234 tok/s · ETA 2:31`."""
-        elapsed = time.monotonic() - self._began
+        elapsed = self._clock() - self._began
         share = 100 * self._step / self.total if self.total else 100.0
         parts = [f"{self.label} {self._step:,}/{self.total:,} {share:.0f}%"]
         parts += [f"{name} {value:.4g}" for name, value in self._values.items()]

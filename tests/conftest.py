@@ -1,0 +1,51 @@
+"""What all tests share: one thread, markers that skip where the machine cannot run them, and the real command line."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Read by OpenMP when torch is first imported, so it has to stand here.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    browser = any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
+    for item in items:
+        if item.get_closest_marker("gpu") and not _has_accelerator():
+            item.add_marker(pytest.mark.skip(reason="no accelerator here"))
+        if item.get_closest_marker("browser") and not browser:
+            item.add_marker(pytest.mark.skip(reason="no Chromium here"))
+
+
+def _has_accelerator() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture
+def cli_env() -> dict[str, str]:
+    """Environment in which a subprocess finds this source tree, whether or not it is installed."""
+    return {**os.environ, "PYTHONPATH": str(ROOT / "src"), "COLUMNS": "120", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def cli(tmp_path: Path, cli_env: dict[str, str]) -> Cli:
+    """Runs `tafkir ARGS...` as a process of its own, in a temporary directory."""
+
+    def run(*args: str, cwd: Path = tmp_path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "tafkir.cli.main", *args]
+        return subprocess.run(command, cwd=cwd, env=cli_env, capture_output=True, text=True, timeout=300, check=False)
+
+    return run
