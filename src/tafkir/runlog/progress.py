@@ -43,7 +43,15 @@ class Progress:
         clock: seconds that never go back.
     """
 
-    def __init__(self, label: str, total: int, *, start: int = 0, interval_s: float = _PLAIN_INTERVAL_S) -> None:
+    def __init__(
+        self,
+        label: str,
+        total: int,
+        *,
+        start: int = 0,
+        interval_s: float = _PLAIN_INTERVAL_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.label, self.total = label, total
         self._start, self._step, self._tokens = start, start, 0
         self._values: dict[str, float] = {}

@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 _LOCK = ".lock"
+_LOCK_ATTEMPTS, _LOCK_WAIT_S = 5, 0.1
 _held_locks: set[int] = set()
 
 
@@ -165,15 +167,13 @@ class RunDir:
         with guard_disk(path):
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+            if not _try_lock(handle):
                 holder = os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "unknown"
                 raise RunDirError(
                     f"process {holder} is writing this run",
                     where=str(self.path),
                     fix="wait for it, or choose another --name",
-                ) from error
+                )
             _held_locks.add(handle)
             with guard_disk(path):
                 os.ftruncate(handle, 0)
@@ -182,6 +182,17 @@ class RunDir:
         finally:
             _held_locks.discard(handle)
             os.close(handle)
+
+
+def _try_lock(handle: int) -> bool:
+    """Take the lock, waiting a moment for a process that is just ending."""
+    for attempt in range(_LOCK_ATTEMPTS):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(_LOCK_WAIT_S if attempt + 1 < _LOCK_ATTEMPTS else 0)
+    return False
 
 
 def _drop_locks_in_child() -> None:
