@@ -7,10 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tafkir.errors import BackendUnavailable
+from tafkir.protocols import Completer
 from tafkir.recipe.schema import Recipe
 from tafkir.runlog.rundir import RunDir, StageDir
 
-__all__ = ["StageContext", "StageFunction"]
+__all__ = ["BuildCompleter", "StageContext", "StageFunction"]
+
+BuildCompleter = Callable[[Path], Completer]
+"""Makes a completer of the checkpoint in a folder."""
+
+
+def _no_completer(checkpoint: Path) -> Completer:
+    raise BackendUnavailable(
+        "this stage was started without a completer",
+        where=str(checkpoint),
+        fix="pass build_completer to its StageContext",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +31,8 @@ class StageContext:
     """Everything that a stage function may read.
 
     `previous` is the checkpoint folder of the nearest earlier stage, or of the recipe's base, or None where the
-    stage starts from nothing. `seed` is the recipe's.
+    stage starts from nothing. `seed` is the recipe's. `build_completer` is how training reaches the engine without
+    importing it: `ctx.build_completer(ctx.previous)`, then `load_weights` after each update.
     """
 
     recipe: Recipe
@@ -26,6 +40,7 @@ class StageContext:
     stage: StageDir
     previous: Path | None
     seed: int
+    build_completer: BuildCompleter = _no_completer
 
 
 StageFunction = Callable[[StageContext], dict[str, Any]]
