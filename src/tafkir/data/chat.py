@@ -93,7 +93,8 @@ def encode_conversation(tokenizer: Tokenizer, problem: Problem) -> tuple[list[in
     return prompt + body, [False] * len(prompt) + [True] * len(body)
 
 
-def encode_document(tokenizer: Tokenizer, problem: Problem) -> list[int]:
-    """Token ids of the plain pre-training form: question, solution, `<|endoftext|>`."""
+def encode_document(tokenizer: Tokenizer, problem: Problem) -> tuple[list[int], list[bool]]:
+    """Token ids of the plain pre-training form (question, solution, `<|endoftext|>`), and which are the solution's."""
     question = tokenizer.encode(f"{problem.question}\n", allow_special=False)
-    return [*question, *_assistant_ids(tokenizer, problem), tokenizer.document_end_id]
+    solution = [*_assistant_ids(tokenizer, problem), tokenizer.document_end_id]
+    return question + solution, [False] * len(question) + [True] * len(solution)

@@ -31,6 +31,7 @@ _NUMBER = re.compile(
 _VULGAR = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅛": "1/8"}
 _PERCENT = re.compile(r"\s?(?:%|percent|per cent)", re.IGNORECASE)
 _ORDINAL = re.compile(r"(?:st|nd|rd|th)\b", re.IGNORECASE)
+_UNIT = re.compile(r"(?:g|kg|mg|km|cm|mm|m|ml|l|lbs?|oz|ft|mph|kph|hrs?|mins?)\b")
 _CLOCK = re.compile(r":\d\d|\s?(?:[ap]\.?m\b|o'clock)", re.IGNORECASE)
 _WORD_FRACTION = re.compile(r"[ -](?:half|halves|third|fourth|quarter|fifth|sixth|eighth|tenth)s?\b", re.I)
 
@@ -91,6 +92,8 @@ def _digit_kind(text: str, start: int, end: int) -> Kind:
         return "ordinal"
     if (after == "/" and text[end + 1 : end + 2].isdigit()) or before == "/":
         return "fraction"
+    if _UNIT.match(text, end) and not before.isalpha():
+        return "plain"
     glued = before.isalpha() or after.isalpha() or before in ("#", "_", "^") or after in ("^", "_")
     ranged = (before == "-" and text[max(0, start - 2) : start - 1].isdigit()) or (
         after == "-" and text[end + 1 : end + 2].isdigit()

@@ -28,7 +28,7 @@ from tafkir.data.arithmetic import (
 )
 from tafkir.data.split import gsm8k_split, own_split, svamp_split
 from tafkir.errors import DataError
-from tafkir.records import Split
+from tafkir.records import Example, Split
 
 __all__ = ["BUNDLED_SETS", "Problem", "SourceReport", "Step", "read_source"]
 
@@ -64,6 +64,10 @@ class Problem:
     answer: str
     steps: tuple[Step, ...] = ()
     flaw: str = ""
+
+    def as_example(self) -> Example:
+        """The problem as tasks see it."""
+        return Example(self.id, self.source, self.split, self.question, self.answer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,8 +247,7 @@ def read_source(
     Args:
         source: "gsm8k", "svamp", or the path of a JSONL file (`.gz` allowed) with `question` and `answer`:
             a GSM8K-style solution (`... <<48/2=24>> ... #### 72`), or a number beside an optional `equation`
-            ("( 8 - 3 ) * 2", or
-            several joined by ";"). Optional: `id`, and `split` (else a hash of the question decides).
+            ("( 8 - 3 ) * 2", or several joined by ";"). Optional: `id`, and `split` (else a hash of the question decides).
         on_bad_row: "error" stops at the first malformed row; "skip" counts and reports it.
         split_operations: write `16-3-4=9` as `16-3=13`, `13-4=9`; False keeps the annotation in one piece.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
@@ -37,6 +38,20 @@ _ASCII_PATTERN = re.compile(
 _CACHE_SIZE = 1 << 16
 
 
+class _Pieces(dict[str, list[int]]):
+    """Token ids of pre-tokenized pieces, remembered: byte-pair merges never cross a piece."""
+
+    def __init__(self, encode: Callable[[str], list[int]]) -> None:
+        super().__init__()
+        self.encode = encode
+
+    def __missing__(self, piece: str) -> list[int]:
+        ids = self.encode(piece)
+        if len(self) < _CACHE_SIZE:
+            self[piece] = ids
+        return ids
+
+
 class Tokenizer:
     """Text to token ids and back.
 
@@ -49,7 +64,7 @@ class Tokenizer:
         plain = json.loads(backend.to_str())
         plain["added_tokens"] = []
         self._plain = Backend.from_str(json.dumps(plain))
-        self._pieces: dict[str, list[int]] = {}
+        self._pieces = _Pieces(self._encode_slowly)
         self._special: dict[str, int] = {}
         for token in (*_CONTROL, *_VISIBLE):
             id = backend.token_to_id(token)
@@ -106,15 +121,7 @@ class Tokenizer:
     def _encode_plain(self, text: str) -> list[int]:
         if not text.isascii():
             return self._encode_slowly(text)
-        pieces, ids = self._pieces, []
-        for piece in _ASCII_PATTERN.findall(text):
-            known = pieces.get(piece)
-            if known is None:
-                known = self._encode_slowly(piece)
-                if len(pieces) < _CACHE_SIZE:
-                    pieces[piece] = known
-            ids += known
-        return ids
+        return list(chain.from_iterable(map(self._pieces.__getitem__, _ASCII_PATTERN.findall(text))))
 
     def _encode_slowly(self, text: str) -> list[int]:
         clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
