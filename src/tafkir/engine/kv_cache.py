@@ -169,8 +169,12 @@ class PrefillView:
 class Grouping:
     """Which sequences read which prompt row. It changes only when sequences come or go.
 
-    `members_F` lists, for each of P x M places (flat), the sequence that stands there (0 where none does);
-    `prompt_B` and `place_B` say where each sequence stands.
+    Attributes:
+        members_F: for each of P x M places (flat), the sequence that stands there; 0 where none does.
+        prompt_B: the prompt row of each sequence.
+        place_B: its place among the prompt's sequences.
+        regular: every place is taken, in the order of the sequences, so that grouping is a mere reshape.
+        mask_P1S: 0 where a position is below the prompt's length, -inf elsewhere; prompt rows repeated per kv head.
     """
 
     members_F: Tensor
@@ -178,28 +182,44 @@ class Grouping:
     place_B: Tensor
     num_prompts: int
     num_places: int
-    prompt_mask_P1S: Tensor
-    prompt_length: int
+    regular: bool
+    mask_P1S: Tensor
 
     @staticmethod
     def build(prompt_B: Tensor, prompt_lengths_P: Tensor, num_heads: int, dtype: torch.dtype) -> Grouping:
         """Args:
         prompt_B: int64, the prompt row of each sequence.
         prompt_lengths_P: int64, tokens of each prompt row.
-        num_heads: kv heads; the mask is repeated for them.
+        num_heads: kv heads.
+        dtype: of the cache.
         """
-        num_prompts = len(prompt_lengths_P)
+        num_prompts, batch = len(prompt_lengths_P), len(prompt_B)
         sorted_B, order_B = torch.sort(prompt_B, stable=True)
         counts_P = torch.bincount(prompt_B, minlength=num_prompts)
         first_P = counts_P.cumsum(0) - counts_P
+        rows_B = torch.arange(batch, device=prompt_B.device)
         place_B = torch.empty_like(prompt_B)
-        place_B[order_B] = torch.arange(len(prompt_B), device=prompt_B.device) - first_P[sorted_B]
+        place_B[order_B] = rows_B - first_P[sorted_B]
         num_places = int(counts_P.max())
         members_F = torch.zeros(num_prompts * num_places, dtype=torch.int64, device=prompt_B.device)
-        members_F[prompt_B * num_places + place_B] = torch.arange(len(prompt_B), device=prompt_B.device)
-        longest = int(prompt_lengths_P.max())
-        mask_P1S = _length_mask(prompt_lengths_P.repeat_interleave(num_heads), longest, dtype)
-        return Grouping(members_F, prompt_B, place_B, num_prompts, num_places, mask_P1S, longest)
+        members_F[prompt_B * num_places + place_B] = rows_B
+        regular = len(members_F) == batch and bool((members_F == rows_B).all())
+        mask_P1S = _length_mask(prompt_lengths_P.repeat_interleave(num_heads), int(prompt_lengths_P.max()), dtype)
+        return Grouping(members_F, prompt_B, place_B, num_prompts, num_places, regular, mask_P1S)
+
+    def gather(self, x_BGRx: Tensor) -> Tensor:
+        """Sequences to groups: [B, G, R, x] to [P G, M R, x]."""
+        _, heads, repeats, width = x_BGRx.shape
+        if not self.regular:
+            x_BGRx = x_BGRx.index_select(0, self.members_F)
+        x_PMGRx = x_BGRx.reshape(self.num_prompts, self.num_places, heads, repeats, width)
+        return x_PMGRx.transpose(1, 2).reshape(self.num_prompts * heads, self.num_places * repeats, width)
+
+    def scatter(self, x_PQx: Tensor, heads: int) -> Tensor:
+        """Groups back to sequences: [P G, M R, x] to [B, G, R, x]."""
+        width = x_PQx.shape[-1]
+        x_PMGRx = x_PQx.view(self.num_prompts, heads, self.num_places, -1, width).transpose(1, 2)
+        return x_PMGRx.flatten(0, 1) if self.regular else x_PMGRx[self.prompt_B, self.place_B]
 
 
 def _length_mask(lengths: Tensor, longest: int, dtype: torch.dtype) -> Tensor:
@@ -210,9 +230,9 @@ def _length_mask(lengths: Tensor, longest: int, dtype: torch.dtype) -> Tensor:
 
 
 class DecodeView:
-    """Attention for one new token of each sequence: over its prompt's row, then over its own row.
+    """Attention for one new token of each sequence: over its prompt's row and its own row, under one softmax.
 
-    The two parts are softmaxed apart and merged with their maxima, which equals one softmax over both.
+    The queries of all sequences that share a prompt meet its keys in one matmul.
 
     Args:
         grouping: who shares which prompt.
@@ -222,54 +242,34 @@ class DecodeView:
 
     def __init__(self, cache: KVCache, grouping: Grouping, cached_B: Tensor, longest: int) -> None:
         self._cache, self._grouping, self._longest = cache, grouping, longest
-        self._batch = len(cached_B)
         keys = cache.keys.tensors[0]
-        self._heads, self._capacity = keys.shape[1], keys.shape[2]
-        row_BG = torch.arange(self._batch * self._heads, device=cached_B.device)
+        self._batch, self._heads, self._capacity = len(cached_B), keys.shape[1], keys.shape[2]
+        self._rows = self._batch * self._heads
         cached_BG = cached_B.repeat_interleave(self._heads)
-        self._write_BG = row_BG * self._capacity + cached_BG
+        first_BG = torch.arange(0, self._rows * self._capacity, self._capacity, device=cached_B.device)
+        self._write_BG = first_BG + cached_BG
         self._mask_B1S = _length_mask(cached_BG + 1, longest, keys.dtype)
 
     def attend(self, layer_idx: int, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
-        own = self._own(layer_idx, q_NHK, k_NGK, v_NGK)
-        prompt = self._prompt(layer_idx, q_NHK)
-        shape = (self._batch, q_NHK.shape[1], -1)
-        (out, total, peak), (out_p, total_p, peak_p) = (tuple(x.reshape(shape) for x in part) for part in (own, prompt))
-        peak_all = torch.maximum(peak, peak_p)
-        scale, scale_p = (peak - peak_all).exp_(), (peak_p - peak_all).exp_()
-        merged = (out * scale).addcmul_(out_p, scale_p)
-        return merged.div_((total * scale).addcmul_(total_p, scale_p)).to(q_NHK.dtype)
+        group, prompt_rows = self._grouping, self._grouping.num_prompts * self._heads
+        dim, longest_prompt = q_NHK.shape[-1], group.mask_P1S.shape[-1]
+        prompt_keys = self._cache.prompt_keys.tensors[layer_idx].flatten(0, 1)[:prompt_rows, :, :longest_prompt]
+        prompt_values = self._cache.prompt_values.tensors[layer_idx].flatten(0, 1)[:prompt_rows, :longest_prompt]
+        keys = self._append(self._cache.keys.tensors[layer_idx], k_NGK)
+        values = self._append(self._cache.values.tensors[layer_idx], v_NGK)
+        q_BGRK = q_NHK.reshape(self._batch, self._heads, -1, dim)
+        scale = dim**-0.5
 
-    def _own(self, layer_idx: int, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        dim = q_NHK.shape[-1]
-        keys, values = (store.tensors[layer_idx].view(-1, dim) for store in (self._cache.keys, self._cache.values))
-        keys.index_copy_(0, self._write_BG, k_NGK.reshape(-1, dim))
-        values.index_copy_(0, self._write_BG, v_NGK.reshape(-1, dim))
-        rows = self._batch * self._heads
-        keys_BSK = keys.view(-1, self._capacity, dim)[:rows, : self._longest]
-        values_BSK = values.view(-1, self._capacity, dim)[:rows, : self._longest]
-        q_BRK = q_NHK.reshape(rows, -1, dim)
-        return _partial_softmax(q_BRK, keys_BSK.transpose(1, 2), values_BSK, self._mask_B1S)
+        prompt_scores = torch.baddbmm(group.mask_P1S, group.gather(q_BGRK), prompt_keys, alpha=scale)
+        own_scores = torch.baddbmm(self._mask_B1S, q_BGRK.flatten(0, 1), keys.transpose(1, 2), alpha=scale)
+        scores = (group.scatter(prompt_scores, self._heads), own_scores.view(*q_BGRK.shape[:3], -1))
+        weights_BGRS = torch.cat(scores, dim=-1).softmax(dim=-1, dtype=torch.float32).to(values.dtype)
+        own_out = torch.bmm(weights_BGRS[..., longest_prompt:].flatten(0, 1), values)
+        prompt_out = torch.bmm(group.gather(weights_BGRS[..., :longest_prompt]), prompt_values)
+        return (own_out.view(q_BGRK.shape) + group.scatter(prompt_out, self._heads)).flatten(1, 2)
 
-    def _prompt(self, layer_idx: int, q_NHK: Tensor) -> tuple[Tensor, ...]:
-        group = self._grouping
-        dim = q_NHK.shape[-1]
-        places = (group.num_prompts, group.num_places, self._heads, -1, dim)
-        rows = group.num_prompts * self._heads
-        q_PMGRK = q_NHK.reshape(self._batch, -1).index_select(0, group.members_F).view(places)
-        q_PQK = q_PMGRK.transpose(1, 2).reshape(rows, -1, dim)
-        keys_PKS = self._cache.prompt_keys.tensors[layer_idx].flatten(0, 1)[:rows, :, : group.prompt_length]
-        values_PSK = self._cache.prompt_values.tensors[layer_idx].flatten(0, 1)[:rows, : group.prompt_length]
-        parts = torch.cat(_partial_softmax(q_PQK, keys_PKS, values_PSK, group.prompt_mask_P1S), dim=-1)
-        parts_PMGR = parts.view(*places[:1], self._heads, group.num_places, -1, dim + 2).transpose(1, 2)
-        parts_B = parts_PMGR[group.prompt_B, group.place_B]
-        return parts_B[..., :dim], parts_B[..., dim : dim + 1], parts_B[..., dim + 1 :]
-
-
-def _partial_softmax(q: Tensor, keys_KS: Tensor, values_SK: Tensor, mask_1S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Unnormalised attention over some of the positions: weighted values, sum of weights, largest score."""
-    scores = torch.baddbmm(mask_1S, q, keys_KS, alpha=q.shape[-1] ** -0.5).float()
-    peak = scores.amax(dim=-1, keepdim=True)
-    weights = scores.sub_(peak).exp_()
-    out = torch.bmm(weights.to(values_SK.dtype), values_SK).float()
-    return out, weights.sum(dim=-1, keepdim=True), peak
+    def _append(self, cache_BGSK: Tensor, new_NGK: Tensor) -> Tensor:
+        """Write each sequence's new entry; the cached entries of every sequence and kv head, [B G, S, K]."""
+        dim = new_NGK.shape[-1]
+        cache_BGSK.view(-1, dim).index_copy_(0, self._write_BG, new_NGK.reshape(-1, dim))
+        return cache_BGSK.flatten(0, 1)[: self._rows, : self._longest]
