@@ -1,0 +1,348 @@
+"""Turns a collected run into one self-contained HTML page: no script, no outside resource, light and dark, print."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
+from importlib import resources
+
+from tafkir.records import StageName
+from tafkir.report import findings
+from tafkir.report.chains import OUTCOME_WORDS, read_chain
+from tafkir.report.charts import Line, heat_strip, interval_plot
+from tafkir.report.collect import Chain, RunRecord, StageRecord
+from tafkir.report.curves import CURVES, SPEED_CURVES, Curve, curve_lines, draw_lines, final_loads, speed_lines
+from tafkir.report.words import ACCURACY_HEAD, COST_HEAD, DIFFERENCE_HEAD, WORDS
+
+__all__ = ["render_html"]
+
+_TRAINING: Sequence[StageName] = ("pretrain", "sft", "rlvr")
+
+# Even if an escape were missed, the page could neither run a script nor reach the network.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+
+
+def render_html(record: RunRecord) -> str:
+    """The whole page as one string."""
+    parts = [(anchor, title, build(record)) for anchor, title, build in _SECTIONS]
+    shown = [(anchor, title, body) for anchor, title, body in parts if body]
+    links = "".join(f'<a href="#{anchor}">{escape(title)}</a>' for anchor, title, _ in shown)
+    sections = "".join(
+        f'<section id="{anchor}"><h2>{escape(title)}</h2>{body}</section>' for anchor, title, body in shown
+    )
+    style = resources.files("tafkir.report").joinpath("page.css").read_text(encoding="utf-8")
+    name = escape(record.name)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
+        f"<title>{name} · Tafkir run report</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
+        f'<div class="wrap">{_hero(record, links)}{_notes(record)}<main>{sections}</main>{_footer(record)}</div>\n'
+        "</body>\n</html>\n"
+    )
+
+
+# ---- frame -------------------------------------------------------------------------------------------------------
+
+
+def _hero(record: RunRecord, links: str) -> str:
+    head = findings.headline(record)
+    beside = "".join(f"<p>{escape(sentence)}</p>" for sentence in head.beside)
+    facts = "".join(
+        f'<div class="fact"><dt>{escape(fact.label)}</dt><dd>{escape(fact.value)}'
+        f"<small>{escape(fact.note)}</small></dd></div>"
+        for fact in findings.key_facts(record)
+    )
+    return (
+        f'<header class="hero {head.tone}"><p class="eyebrow">Tafkir run report · <b>{escape(record.name)}</b></p>'
+        f'<h1>{escape(head.sentence)}</h1><div class="beside">{beside}</div>'
+        f'<dl class="facts">{facts}</dl><nav aria-label="Sections">{links}</nav></header>'
+    )
+
+
+def _notes(record: RunRecord) -> str:
+    if not record.notes:
+        return ""
+    items = "".join(f"<li>{escape(note)}</li>" for note in record.notes)
+    return f'<div class="notes"><b>What this page cannot show</b><ul>{items}</ul></div>'
+
+
+def _footer(record: RunRecord) -> str:
+    version = record.environment.get("tafkir")
+    made = f"Tafkir {escape(str(version))}" if version else "Tafkir"
+    return f"<footer>Made by {made} from the run directory alone; every number can be recomputed from it.</footer>"
+
+
+def _lead(text: str) -> str:
+    return f'<p class="lead">{escape(text)}</p>'
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1, wide: int | None = None) -> str:
+    """A table whose first `words` columns hold words and the others numbers; column `wide` may wrap.
+
+    What follows a line break in a cell is its small print.
+    """
+
+    def cell(tag: str, i: int, text: str) -> str:
+        kind = "num" if i >= words else "wide" if i == wide else "word"
+        figure, _, small = text.partition("\n")
+        below = f"<small>{escape(small)}</small>" if small else ""
+        return f'<{tag} class="{kind}">{escape(figure)}{below}</{tag}>'
+
+    top = "".join(cell("th", i, text) for i, text in enumerate(head))
+    body = "".join("<tr>" + "".join(cell("td", i, text) for i, text in enumerate(row)) + "</tr>" for row in rows)
+    return f'<div class="table"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+# ---- sections ----------------------------------------------------------------------------------------------------
+
+
+def _stages(record: RunRecord) -> str:
+    description = str(record.recipe.get("description") or "")
+    base = record.recipe.get("base")
+    start = f" It starts from the checkpoint {base}." if base else " It starts from nothing."
+    items = "".join(_stage_item(stage) for stage in record.stages.values())
+    return _lead(f"{description.rstrip('.')}.{start}" if description else start.strip()) + (
+        f'<ol class="stages">{items}</ol>' if items else ""
+    )
+
+
+def _stage_item(stage: StageRecord) -> str:
+    title = findings.STAGE_TITLES.get(stage.kind, stage.kind)
+    wall = stage.result.get("wall_s")
+    spent = f" in {findings.format_seconds(float(wall))}" if isinstance(wall, int | float) else ""
+    state = stage.state.replace(" ", "-")
+    return (
+        f'<li class="s-{stage.kind} {state}"><h3>{escape(title)}</h3>'
+        f"<p>{escape(findings.STAGE_WORDS.get(stage.kind, ''))}</p>"
+        f'<span class="state">{escape(stage.state + spent)}</span></li>'
+    )
+
+
+def _accuracy(record: RunRecord) -> str:
+    evaluation = record.evaluation
+    sources = findings.source_names(evaluation)
+    plots, bars = "", {source: findings.accuracy_bars(evaluation, source) for source in sources}
+    reach = max((bar.high or bar.value for own in bars.values() for bar in own), default=0.01)
+    for source in sources:
+        title = "All problems" if source == "all" else source
+        plot = interval_plot(bars[source], title=f"Accuracy on {title} by stage", reach=reach)
+        plots += f"<h3>{escape(title)}</h3>{plot}" if len(sources) > 1 else plot
+    if not plots:
+        return ""
+    samples = evaluation.get("samples", "k")
+    legend = (
+        f'<div class="legend"><span class="key-dot"><i></i>mean of {escape(str(samples))} sampled answers</span>'
+        '<span class="key-hollow"><i></i>greedy answer</span><span>bars: 95 % intervals</span></div>'
+    )
+    look = (
+        "<figcaption><b>Look for</b> stages further right, clear of the baselines' marks. Overlapping bars do not mean "
+        "“no difference”: the paired comparison below decides that.</figcaption>"
+    )
+    table = _table(ACCURACY_HEAD, findings.accuracy_rows(evaluation))
+    return f'<figure class="card split">{legend}{plots}{look}</figure>{table}'
+
+
+def _differences(record: RunRecord) -> str:
+    rows = findings.difference_rows(record.evaluation)
+    if not rows:
+        return ""
+    plot = interval_plot(
+        findings.difference_bars(record.evaluation), title="Paired differences between stages", signed=True
+    )
+    look = (
+        "<figcaption><b>Look for</b> bars that stay clear of the zero line: to the right the later stage answers "
+        "more problems, to the left fewer; a bar across zero leaves it open.</figcaption>"
+    )
+    figure = f'<figure class="card">{plot}{look}</figure>' if plot else ""
+    return figure + _table(DIFFERENCE_HEAD, rows)
+
+
+def _training(kind: StageName, lead: str) -> Callable[[RunRecord], str]:
+    def build(record: RunRecord) -> str:
+        stage = record.stages.get(kind)
+        if stage is None:
+            return ""
+        figures = "".join(_stage_figure(curve, stage, record) for curve in CURVES[kind])
+        if not figures:
+            return _lead("No numbers of this stage were found.")
+        return _lead(lead) + f'<div class="cards">{figures}</div>'
+
+    return build
+
+
+def _stage_figure(curve: Curve, stage: StageRecord, record: RunRecord) -> str:
+    lines = curve_lines(curve, stage)
+    table = record.recipe.get(stage.kind)
+    guide = curve.guide(table) if curve.guide and isinstance(table, Mapping) else None
+    return _figure(curve, lines, draw_lines(curve, lines, guide=guide))
+
+
+def _figure(curve: Curve, lines: Sequence[Line], chart: str) -> str:
+    if not chart:
+        return ""
+    keys = "".join(
+        f'<span class="{line.color}{" key-dot" if line.dots else ""}">'
+        f'<i style="color:var(--c)"></i>{escape(line.name)}</span>'
+        for line in lines
+    )
+    gaps = sum(value is None for line in lines for _, value in line.points)
+    warning = f" {gaps} values were not finite and are left out." if gaps else ""
+    return (
+        f'<figure class="card"><h3>{escape(curve.title)}</h3><p class="unit">{escape(curve.unit)}</p>'
+        f'{chart}<div class="legend">{keys if len(lines) > 1 else ""}</div>'
+        f"<figcaption><b>Look for</b> {escape(curve.look)}{warning}</figcaption></figure>"
+    )
+
+
+def _experts(record: RunRecord) -> str:
+    figures = ""
+    for kind in _TRAINING:
+        stage = record.stages.get(kind)
+        strips = final_loads(stage) if stage else []
+        if strips:
+            title = f"At the end of {findings.STAGE_TITLES[kind]}"
+            figures += (
+                f'<figure class="card c-{kind}"><h3>{escape(title)}</h3>'
+                f"{heat_strip(strips, title=f'Expert load per layer at the end of {kind}')}</figure>"
+            )
+    if not figures:
+        return ""
+    lead = (
+        "One strip a layer, one cell an expert; the stronger the colour, the more tokens the expert was given. The "
+        "figure on the right is the busiest expert's load, with 1× the even share. Look for even strips: a blank "
+        "cell is an expert that nobody visits."
+    )
+    return _lead(lead) + f'<div class="cards">{figures}</div>'
+
+
+def _cost(record: RunRecord) -> str:
+    rows = findings.cost_rows(record)
+    if not rows:
+        return ""
+    figures = "".join(_speed_figure(curve, record) for curve in SPEED_CURVES)
+    return _table(COST_HEAD, rows, words=2) + f'<div class="cards spaced">{figures}</div>'
+
+
+def _speed_figure(curve: Curve, record: RunRecord) -> str:
+    lines = speed_lines(curve, record)
+    return _figure(curve, lines, draw_lines(curve, lines, x_label="%"))
+
+
+# ---- sample chains -----------------------------------------------------------------------------------------------
+
+
+def _chains(record: RunRecord) -> str:
+    if not record.chains:
+        return ""
+    stage = findings.STAGE_TITLES.get(record.chain_stage or "", record.chain_stage or "")
+    lead = (
+        f"Greedy answers of {stage} to {len(record.chains)} of {record.chain_pool:,} held-out problems, drawn by a "
+        "hash with each outcome in its true proportion; nobody chose them. A tick marks a step that computes, a wavy "
+        "line one that does not."
+    )
+    return _lead(lead) + f'<div class="chains">{"".join(_chain(chain) for chain in record.chains)}</div>'
+
+
+def _chain(chain: Chain) -> str:
+    before = ""
+    if chain.before:
+        before = (
+            f'<details class="before o-{_outcome_class(chain.before)}"><summary>The stage before: '
+            f"{_badge(chain.before)}</summary>{_steps(chain.before)}{_verdict(chain.before)}</details>"
+        )
+    return (
+        f'<article class="card chain o-{_outcome_class(chain)}"><header>{_badge(chain)}'
+        f"<small>{escape(chain.example_id)} · {chain.tokens:,} tokens</small></header>"
+        f'<p class="question" dir="auto">{escape(chain.question)}</p>{_steps(chain)}{_verdict(chain)}{before}</article>'
+    )
+
+
+def _outcome_class(chain: Chain) -> str:
+    return chain.outcome if chain.outcome in OUTCOME_WORDS else "error"
+
+
+def _badge(chain: Chain) -> str:
+    return f'<span class="badge">{escape(OUTCOME_WORDS.get(chain.outcome, chain.outcome))}</span>'
+
+
+def _steps(chain: Chain) -> str:
+    lines = "".join(f'<p class="{line.kind}" dir="auto">{escape(line.text)}</p>' for line in read_chain(chain.text))
+    return f'<div class="steps">{lines}</div>'
+
+
+def _verdict(chain: Chain) -> str:
+    given = "nothing" if chain.extracted is None else chain.extracted
+    reason = f" ({escape(chain.reason)})" if chain.reason and chain.outcome not in ("correct", "wrong") else ""
+    return (
+        f'<p class="outcome">Answered <b><bdi>{escape(given)}</bdi></b>{reason}, right is '
+        f"<b><bdi>{escape(chain.expected)}</bdi></b>.</p>"
+    )
+
+
+# ---- contamination, recipe, environment --------------------------------------------------------------------------
+
+
+def _contamination(record: RunRecord) -> str:
+    check = record.evaluation.get("contamination")
+    if not isinstance(check, Mapping):
+        return ""
+    words = findings.contamination_sentences(check)
+    overlaps = check.get("removed_examples")
+    rows = [[str(o.get("train_id")), str(o.get("heldout_id")), str(o.get("text"))] for o in overlaps or []]
+    shown = ""
+    if rows:
+        table = _table(("Training problem", "Held-out problem", "Shared words (numbers as 0)"), rows, words=3, wide=2)
+        shown = f"<details><summary>Training problems that were removed ({len(rows)} shown)</summary>{table}</details>"
+    counts = findings.count_rows(check)
+    table = _table(("Source", "Training", "Validation", "Test"), counts) if counts else ""
+    return "".join(_lead(sentence) for sentence in words) + table + shown
+
+
+def _recipe(record: RunRecord) -> str:
+    if not record.recipe_text:
+        return ""
+    lead = "Every setting as it was resolved. Two runs of this file with the same seed give the same numbers."
+    return _lead(lead) + (
+        f"<details><summary>recipe.resolved.toml</summary><pre>{escape(record.recipe_text)}</pre></details>"
+    )
+
+
+def _environment(record: RunRecord) -> str:
+    rows = findings.environment_rows(record.environment)
+    return _table(("What", "Value"), rows, words=2, wide=1) if rows else ""
+
+
+def _glossary(record: RunRecord) -> str:
+    items = "".join(f"<div><dt>{escape(term)}</dt><dd>{escape(text)}</dd></div>" for term, text in WORDS.items())
+    return f'<dl class="words">{items}</dl>'
+
+
+_SECTIONS: Sequence[tuple[str, str, Callable[[RunRecord], str]]] = (
+    ("run", "What was run", _stages),
+    ("accuracy", "Accuracy by stage", _accuracy),
+    ("differences", "Did a stage help?", _differences),
+    ("chains", "Sample answers", _chains),
+    ("pretrain", "Pre-training", _training("pretrain", "The model reads text and predicts each next token.")),
+    (
+        "sft",
+        "Supervised fine-tuning",
+        _training("sft", "The model learns to write the steps of worked solutions, and nothing else counts."),
+    ),
+    (
+        "rlvr",
+        "Reinforcement learning",
+        _training(
+            "rlvr",
+            "The model tries training problems several times, and what led to right answers becomes more likely. "
+            "Faint: each step; bold: smoothed.",
+        ),
+    ),
+    ("experts", "Work of the experts", _experts),
+    ("cost", "Time, speed and memory", _cost),
+    ("contamination", "Was the test kept apart?", _contamination),
+    ("recipe", "Recipe", _recipe),
+    ("environment", "Machine and versions", _environment),
+    ("words", "Words on this page", _glossary),
+)
