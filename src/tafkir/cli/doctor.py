@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["doctor", "examine"]
+__all__ = ["doctor", "examine", "show"]
 
 _EXTRAS = ("dev", "bench")
 # Asked in a process of its own: a broken torch build must not take the doctor down with it.
@@ -37,7 +37,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
     if as_json:
         print(json.dumps(found, indent=2))
     else:
-        _show(found)
+        show(found)
     if found["problems"]:
         raise typer.Exit(1)
 
@@ -97,7 +97,8 @@ def _missing_packages(extra: str | None) -> list[str] | None:
     return missing
 
 
-def _show(found: dict[str, Any]) -> None:
+def show(found: dict[str, Any]) -> None:
+    """Print what `examine` found."""
     torch = found["torch"]
     print(f"python        {found['python']}")
     print(f"processor     {found['cpu']}, {found['cores_physical']} cores ({found['cores_logical']} logical)")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tafkir.cli.completer import build_completer
 from tafkir.errors import RecipeError, RunDirError
 from tafkir.recipe.bundled import find_checkpoint
 from tafkir.recipe.fingerprint import fingerprint_stages
 from tafkir.recipe.load import LoadedRecipe
+from tafkir.recipe.schema import Recipe
 from tafkir.recipe.show import dump_toml
 from tafkir.recipe.stage import StageContext, StageFunction
 from tafkir.records import STAGES, StageName
@@ -38,7 +40,7 @@ class Selection:
     forced: tuple[StageName, ...] = ()
 
 
-def select_stages(recipe: Any, *, only: str | None = None, start: str | None = None) -> Selection:
+def select_stages(recipe: Recipe, *, only: str | None = None, start: str | None = None) -> Selection:
     """Turn `--only` and `--from` into stages.
 
     Raises:
@@ -59,36 +61,6 @@ def select_stages(recipe: Any, *, only: str | None = None, start: str | None = N
     return Selection(present[index:], present[index:])
 
 
-def run_recipe(loaded: LoadedRecipe, run: RunDir, selection: Selection) -> dict[StageName, dict[str, Any]]:
-    """Run the selected stages in order and return their results.
-
-    Args:
-        loaded: a resolved recipe.
-        run: its run directory, made where it is missing.
-        selection: which stages, see `select_stages`.
-
-    Raises:
-        RunDirError: another process writes this run, or an earlier stage that is needed is not finished.
-        CheckpointError: the recipe's base is not there.
-    """
-    recipe = loaded.recipe
-    base = find_checkpoint(recipe.base) if recipe.base else None
-    fingerprints = fingerprint_stages(recipe, base)
-    RunDir.create(run.path)
-    with run.lock():
-        attach_log_file(run.log_path)
-        try:
-            _check_earlier(run, fingerprints, selection)
-            write_text(run.recipe_path, dump_toml(recipe, loaded.origins))
-            run.write_env()
-            _set_aside(run, fingerprints, selection)
-            results = {kind: _run_stage(loaded, run, kind, base, fingerprints) for kind in selection.run}
-            (run.path / _FORCED).unlink(missing_ok=True)
-            return results
-        finally:
-            detach_log_file()
-
-
 def stage_function(kind: StageName) -> StageFunction:
     """The function that runs a stage; this is where torch is first imported."""
     if kind == "eval":
@@ -107,6 +79,48 @@ def stage_function(kind: StageName) -> StageFunction:
         "sft": stages.run_sft,
         "rlvr": stages.run_rlvr,
     }[kind]
+
+
+def run_recipe(
+    loaded: LoadedRecipe,
+    run: RunDir,
+    selection: Selection,
+    *,
+    find_function: Callable[[StageName], StageFunction] = stage_function,
+) -> dict[StageName, dict[str, Any]]:
+    """Run the selected stages in order and return their results.
+
+    Args:
+        loaded: a resolved recipe.
+        run: its run directory, made where it is missing.
+        selection: which stages, see `select_stages`.
+        find_function: what runs a stage.
+
+    Raises:
+        RunDirError: another process writes this run, or an earlier stage that is needed is not finished.
+        CheckpointError: the recipe's base is not there.
+    """
+    recipe = loaded.recipe
+    base = find_checkpoint(recipe.base) if recipe.base else None
+    fingerprints = fingerprint_stages(recipe, base)
+    RunDir.create(run.path)
+    with run.lock():
+        attach_log_file(run.log_path)
+        try:
+            _check_earlier(run, fingerprints, selection)
+            _set_aside(run, fingerprints, selection)
+            write_text(run.recipe_path, dump_toml(recipe, loaded.origins))
+            if not all(_is_finished(run.stage(kind), fingerprints[kind]) for kind in selection.run):
+                run.write_env()
+            results = {}
+            for kind in selection.run:
+                previous = _previous_checkpoint(run, kind, list(fingerprints), base)
+                context = StageContext(recipe, run, run.stage(kind), previous, recipe.seed, build_completer)
+                results[kind] = _run_stage(context, fingerprints[kind], find_function)
+            (run.path / _FORCED).unlink(missing_ok=True)
+            return results
+        finally:
+            detach_log_file()
 
 
 def _check_earlier(run: RunDir, fingerprints: dict[StageName, str], selection: Selection) -> None:
@@ -144,21 +158,19 @@ def _set_aside(run: RunDir, fingerprints: dict[StageName, str], selection: Selec
 
 
 def _run_stage(
-    loaded: LoadedRecipe, run: RunDir, kind: StageName, base: Path | None, fingerprints: dict[StageName, str]
+    context: StageContext, fingerprint: str, find_function: Callable[[StageName], StageFunction]
 ) -> dict[str, Any]:
-    stage = run.stage(kind)
-    if _is_finished(stage, fingerprints[kind]):
+    stage, kind = context.stage, context.stage.kind
+    if _is_finished(stage, fingerprint):
         _logger.info("%s: already finished", kind)
         return stage.read_result() or {}
     _logger.info("%s: %s", kind, "goes on" if stage.path.exists() else "starts")
     stage.make()
-    stage.write_json(_INPUTS, {"stage": kind, "fingerprint": fingerprints[kind]})
+    stage.write_json(_INPUTS, {"stage": kind, "fingerprint": fingerprint})
     _reset_peak_memory()
     began = time.monotonic()
-    previous = _previous_checkpoint(run, kind, list(fingerprints), base)
-    context = StageContext(loaded.recipe, run, stage, previous, loaded.recipe.seed)
-    returned = stage_function(kind)(context)
-    result = {"stage": kind, "finished": True, "fingerprint": fingerprints[kind], **returned}
+    returned = find_function(kind)(context)
+    result = {"stage": kind, "finished": True, "fingerprint": fingerprint, **returned}
     stage.write_result(result)
     _logger.info("%s: finished in %s", kind, format_duration(time.monotonic() - began))
     return result

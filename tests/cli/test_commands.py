@@ -1,0 +1,165 @@
+"""The command line as people meet it: what it prints, how fast, and how errors end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tafkir.cli import doctor
+from tafkir.cli.main import main
+from tafkir.recipe.bundled import bundled_recipes
+from tafkir.recipe.load import load_recipe
+from tests.conftest import ROOT, Cli
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Cli]:
+    """Runs `tafkir ARGS...` in this process, in a temporary directory: the same entry, without the start-up time."""
+    logger = logging.getLogger("tafkir")
+    before = list(logger.handlers), logger.propagate
+
+    def run(*args: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["tafkir", *args])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        return subprocess.CompletedProcess(args, int(ended.value.code or 0), captured.out, captured.err)
+
+    monkeypatch.chdir(tmp_path)
+    yield run
+    logger.handlers[:], logger.propagate = before
+
+
+def only_line(done: subprocess.CompletedProcess[str], code: int) -> str:
+    """The one line on stderr of a command that failed as it should."""
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_help_answers_at_once(cli_env: dict[str, str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tafkir.cli.main", "--help"]
+    took = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(command, env=cli_env, cwd=tmp_path, capture_output=True, text=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert all(f"\n  {name} " in done.stdout for name in ("run", "recipe", "doctor", "report"))
+    assert min(took) < 0.5  # processor time: what the wall clock shows when nothing else runs
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["--help"], ["run", "--help"], ["recipe", "ls"], ["recipe", "show", "smoke"], ["run", "smoke", "--dry-run"]],
+)
+def test_no_torch_where_it_is_not_needed(args: list[str], cli_env: dict[str, str], tmp_path: Path) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "tafkir.cli.main", *args]
+    done = subprocess.run(command, env=cli_env, cwd=tmp_path, capture_output=True, text=True, check=True)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "tafkir.cli.run" in imported
+    assert {"torch", "transformers", "numpy"} & imported == set()
+
+
+def test_version(here: Cli) -> None:
+    import tafkir
+
+    assert here("--version").stdout == f"tafkir {tafkir.__version__}\n"
+
+
+def test_recipe_commands(here: Cli, tmp_path: Path) -> None:
+    assert [line.split()[0] for line in here("recipe", "ls").stdout.splitlines()] == list(bundled_recipes())
+    assert set(json.loads(here("recipe", "ls", "--json").stdout)) == set(bundled_recipes())
+    shown = here("recipe", "show", "smoke", "--set", "seed=4").stdout
+    assert "seed = 4" in shown and "# --set" in shown and "# default" in shown
+    assert "# Optimiser steps." in here("recipe", "show", "smoke", "--explain").stdout
+    as_json = json.loads(here("recipe", "show", "smoke", "--json").stdout)
+    assert as_json["recipe"]["sft"]["steps"] == 6 and as_json["origins"]["sft.beta1"] == "default"
+    assert here("recipe", "check", "smoke").stdout.startswith("smoke: valid; tokenizer → pretrain → sft")
+    assert "seed" not in here("recipe", "diff", "smoke", "base-tiny").stdout
+    assert 'name: "smoke" → "base-tiny"' in here("recipe", "diff", "smoke", "base-tiny").stdout
+    assert json.loads(here("recipe", "diff", "smoke", "smoke", "--json").stdout) == []
+
+
+def test_recipe_copy(here: Cli, tmp_path: Path) -> None:
+    assert here("recipe", "copy", "smoke").stdout == "smoke.toml\n"
+    assert (tmp_path / "smoke.toml").read_bytes() == bundled_recipes()["smoke"].read_bytes()
+    assert "there is a file already" in only_line(here("recipe", "copy", "smoke"), 2)
+    assert here("recipe", "copy", "smoke", "mine.toml").returncode == 0
+    assert load_recipe([tmp_path / "mine.toml"]).recipe.name == "smoke"
+    assert here("recipe", "copy", "smoke", "--force").returncode == 0
+
+
+def test_dry_run_shows_the_recipe_with_origins_and_an_estimate(here: Cli, tmp_path: Path) -> None:
+    out = here("run", "smoke", "--dry-run", "--set", "sft.steps=50").stdout
+    assert "steps = 50" in out and "# --set" in out
+    assert "# Parameters: " in out and "# Assumed: " in out
+    plan = json.loads(here("run", "smoke", "--dry-run", "--json").stdout)
+    assert list(plan["stages"]) == ["tokenizer", "pretrain", "sft", "rlvr", "eval", "report"]
+    assert plan["parameters"] == load_recipe(["smoke"]).recipe.model.num_parameters()
+    assert plan["recipe"]["threads"] == 1 and plan["seconds"] > 0
+    assert os.listdir(tmp_path) == []
+
+
+def test_errors_of_a_recipe_are_one_line_with_exit_code_2(here: Cli, tmp_path: Path) -> None:
+    assert "did you mean sft.learning_rate?" in only_line(here("run", "smoke", "--set", "sft.lerning_rate=1"), 2)
+    assert 'got "x" (string); expected a valid integer' in only_line(here("run", "smoke", "--set", "seed=x"), 2)
+    assert "did you mean the bundled 'smoke'?" in only_line(here("run", "smok"), 2)
+    (tmp_path / "bad.toml").write_text('name = "x"\n[sft\n')
+    assert "bad.toml:2: not valid TOML" in only_line(here("run", "bad.toml"), 2)
+    assert "the recipe has no stage 'x'" in only_line(here("run", "smoke", "--only", "x"), 2)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_errors_of_the_run_directory_are_one_line(here: Cli, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "a part of the path is a file" in only_line(here("run", "smoke", "--runs-dir", "file"), 1)
+    (tmp_path / "runs" / "smoke").mkdir(parents=True)
+    (tmp_path / "runs" / "smoke" / "mine.txt").write_text("")
+    assert "holds files that are not a run's" in only_line(here("run", "smoke"), 1)
+    assert "tokenizer is not finished" in only_line(here("run", "smoke", "--name", "other", "--only", "rlvr"), 1)
+    assert "no such run directory" in only_line(here("report", "absent"), 1)
+
+
+def test_a_base_that_is_not_there_is_one_line(here: Cli, tmp_path: Path) -> None:
+    line = only_line(here("run", "smoke", "--set", "tokenizer=", "--set", "base=absent"), 1)
+    assert "absent: no such checkpoint" in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_unknown_command_says_so(here: Cli) -> None:
+    done = here("trian")
+    assert done.returncode == 2 and "No such command 'trian'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_doctor_says_what_the_machine_can_do(here: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    done = here("doctor", "--json")
+    found = json.loads(done.stdout)
+    assert done.returncode == (1 if found["problems"] else 0)
+    assert found["cores_physical"] >= 1 and found["memory_bytes"] > 0 and found["disk_free_bytes"] > 0
+    assert found["torch"]["version"].startswith("2.")
+    assert set(found["missing"]) == {"dev", "bench"}
+    doctor.show(found)
+    shown = capsys.readouterr().out
+    assert f"torch         {found['torch']['version']}" in shown and "extra dev" in shown
+
+
+@pytest.mark.parametrize("name", sorted(bundled_recipes()))
+def test_every_shipped_recipe_can_be_planned(here: Cli, name: str) -> None:
+    assert here("run", name, "--dry-run").returncode == 0
+    assert bundled_recipes()[name].parent == ROOT / "recipes"
+
+
+def test_an_error_ends_the_real_process_without_a_traceback(cli: Cli) -> None:
+    assert "did you mean the bundled 'smoke'?" in only_line(cli("run", "smok"), 2)
