@@ -60,7 +60,7 @@ def parse_number(text: str) -> Fraction | None:
     return Fraction(text.replace(",", ""))
 
 
-def format_number(value: Fraction) -> str:
+def format_number(value: Fraction | int) -> str:
     """Plain decimal with as few digits as the exact value takes; `a/b` when no decimal is exact."""
     if value.denominator == 1:
         return str(value.numerator)

@@ -1,4 +1,4 @@
-"""The chat format: turns between `<|im_start|>` and `<|im_end|>`, the chain of thought between `<think>` and `</think>`.
+"""The chat format: turns between `<|im_start|>` and `<|im_end|>`, chains of thought between `<think>` and `</think>`.
 
 A worked problem reads
 

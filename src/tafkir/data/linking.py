@@ -1,6 +1,6 @@
 """Ties every number of a solution to where it comes from, so that a problem can be told again with other numbers.
 
-Only what is certain is set free: a number that could mean two things, or that a hidden step may rest on, stays as it is.
+Only what is certain is set free: a number that could mean two things, or that a hidden step may rest on, stays.
 """
 
 from __future__ import annotations
@@ -198,11 +198,15 @@ def _hidden_sources(target: Fraction, values: Sequence[Fraction]) -> set[Fractio
     return sources
 
 
-_Parsed = tuple[str, Fraction, Fraction, Fraction]
+@dataclass(frozen=True, slots=True)
+class _Equation:
+    operator: str
+    sides: tuple[Fraction, Fraction]
+    result: Fraction
 
 
-def _parse_steps(problem: Problem) -> list[_Parsed] | None:
-    """Operator, left, right and result of every step; None where a step is no single operation."""
+def _parse_steps(problem: Problem) -> list[_Equation] | None:
+    """The steps as equations; None where a step is no single operation."""
     parsed = []
     for step in problem.steps:
         try:
@@ -213,18 +217,19 @@ def _parse_steps(problem: Problem) -> list[_Parsed] | None:
             return None
         if isinstance(expression.left, Operation) or isinstance(expression.right, Operation):
             return None
-        parsed.append((expression.operator, expression.left, expression.right, Fraction(step.result)))
+        sides = (expression.left, expression.right)
+        parsed.append(_Equation(expression.operator, sides, Fraction(step.result)))
     return parsed
 
 
 class _Linker:
     """Decides, for each side of each equation, where its number comes from."""
 
-    def __init__(self, problem: Problem, steps: list[_Parsed]) -> None:
+    def __init__(self, problem: Problem, steps: list[_Equation]) -> None:
         self.steps = steps
         self.mentions = find_numbers(problem.question)
         self.question = problem.question
-        self.results = [step[3] for step in steps]
+        self.results = [step.result for step in steps]
         self.fixed, hinted = _fixed_values(problem.question, self.mentions)
         stated = {m.value for m in self.mentions if _may_vary(m, problem.question)}
         self.free = stated - self.fixed - hinted
@@ -237,7 +242,7 @@ class _Linker:
         sides = [(i, side) for i in range(len(self.steps)) for side in (0, 1)]
         unsure = []
         for i, side in sides:
-            value = self.steps[i][1 + side]
+            value = self.steps[i].sides[side]
             earlier = [j for j in range(i) if self.results[j] == value]
             stated = value in self.free or value in self.fixed
             if len(earlier) == 1 and not stated:
@@ -271,7 +276,7 @@ class _Linker:
     def stated_operands(self) -> set[Fraction]:
         """The values of all sides that are no earlier result."""
         sides = ((i, side) for i in range(len(self.steps)) for side in (0, 1))
-        return {self.steps[i][1 + side] for i, side in sides if (i, side) not in self.links}
+        return {self.steps[i].sides[side] for i, side in sides if (i, side) not in self.links}
 
     def _link_hidden(self, i: int, value: Fraction) -> bool:
         """A number from nowhere: a common constant is taken as one, with all it may have been made from held fixed."""
@@ -288,11 +293,11 @@ class _Linker:
 
     def _link_unsure(self, i: int, side: int) -> bool:
         """Several sources: the one result that nothing else uses, else the stated number that nothing else uses."""
-        value = self.steps[i][1 + side]
+        value = self.steps[i].sides[side]
         used = set(self.links.values())
         idle = [j for j in range(i) if self.results[j] == value and j not in used]
         others = [
-            self.steps[k][1 + other]
+            self.steps[k].sides[other]
             for k in range(len(self.steps))
             for other in (0, 1)
             if (k, other) != (i, side) and (k, other) not in self.links
@@ -335,16 +340,19 @@ def link_numbers(problem: Problem) -> Template | None:
     index = {value: i for i, value in enumerate(free)}
 
     def operand(i: int, side: int) -> Operand:
-        value = steps[i][1 + side]
+        value = steps[i].sides[side]
         if (i, side) in linker.links:
             return Operand("step", linker.links[i, side], _exact(value))
         return Operand("variable" if value in index else "constant", index.get(value, -1), _exact(value))
 
     template_steps = []
-    for i, (operator, _, _, result) in enumerate(steps):
+    for i, equation in enumerate(steps):
+        result = equation.result
         if _places(result) > _MAX_PLACES:
             return None
-        template_steps.append(TemplateStep(operator, operand(i, 0), operand(i, 1), result > 0, _places(result)))
+        template_steps.append(
+            TemplateStep(equation.operator, operand(i, 0), operand(i, 1), result > 0, _places(result))
+        )
     pieces, slots, end = [], [], 0
     for mention in linker.mentions:
         if mention.value in index and _may_vary(mention, problem.question):

@@ -1,9 +1,8 @@
-"""What each training step reads: pure functions of (seed, step), so that a resumed run sees what an unbroken one sees."""
+"""What each training step reads: pure functions of (seed, step), so that a resumed run sees what an unbroken one does."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import floor
 from random import Random
 
 from tafkir.data.augment import augment
@@ -86,8 +85,8 @@ class PretrainStream:
         problems: training problems; those without equations are left out.
         config: how problems are varied; None leaves them as they are.
         batch_problems: documents a step.
-        drill_share: the share of documents that are drills, spread evenly.
-        story_share: the share of documents that are stories, spread evenly.
+        drill_share: the share of documents that are drills.
+        story_share: the share of documents that are stories.
         question_loss: whether the tokens of the question are targets too.
         seed: seed of order, variants, stories and drills.
     """
@@ -115,20 +114,20 @@ class PretrainStream:
         return [self._document(index) for index in range(first, first + self.batch_problems)]
 
     def _document(self, index: int) -> tuple[Ids, Mask | None]:
-        drills, stories = floor(index * self.drill_share), floor(index * self.story_share)
-        if floor((index + 1) * self.drill_share) > drills:
+        kind = Random(derive_seed(self.seed, "kind", index)).random()
+        if kind < self.drill_share:
             text = drill(derive_seed(self.seed, "drill", index))
             return [*self.tokenizer.encode(text), self.tokenizer.document_end_id], None
-        if floor((index + 1) * self.story_share) > stories:
+        if kind < self.drill_share + self.story_share:
             problem = make_story(derive_seed(self.seed, "story", index))
         else:
-            problem = self.variants[index - drills - stories]
+            problem = self.variants[index]
         ids, mask = encode_document(self.tokenizer, problem)
         return ids, None if self.question_loss else mask
 
 
 class SftStream:
-    """Conversations with a chain of thought; only the assistant's turn is a target. Arguments as in `PretrainStream`."""
+    """Conversations with a chain of thought; only the assistant's turn is a target. Arguments as above."""
 
     def __init__(
         self,

@@ -247,7 +247,7 @@ def read_source(
     Args:
         source: "gsm8k", "svamp", or the path of a JSONL file (`.gz` allowed) with `question` and `answer`:
             a GSM8K-style solution (`... <<48/2=24>> ... #### 72`), or a number beside an optional `equation`
-            ("( 8 - 3 ) * 2", or several joined by ";"). Optional: `id`, and `split` (else a hash of the question decides).
+            ("( 8 - 3 ) * 2", or several joined by ";"). Optional: `id`, and `split` (else the question's hash decides).
         on_bad_row: "error" stops at the first malformed row; "skip" counts and reports it.
         split_operations: write `16-3-4=9` as `16-3=13`, `13-4=9`; False keeps the annotation in one piece.
 
