@@ -70,15 +70,25 @@ def test_only_the_command_line_prints() -> None:
 
 
 def test_functions_fit_on_a_screen() -> None:
+    """Sixty lines at most, the docstring not counted."""
     offenders = [
-        f"{name_of(path)}:{node.lineno} {node.name} ({node.end_lineno - node.lineno + 1} lines)"
+        f"{name_of(path)}:{node.lineno} {node.name} ({lines} lines)"
         for path in MODULES
         for node in ast.walk(tree_of(path))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        and node.end_lineno is not None
-        and node.end_lineno - node.lineno + 1 > MAX_FUNCTION_LINES
+        and (lines := _code_lines(node)) > MAX_FUNCTION_LINES
     ]
     assert offenders == []
+
+
+def _code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    first = function.body[0]
+    documented = ast.get_docstring(function) is not None
+    return _span(function) - (_span(first) if documented else 0)
+
+
+def _span(node: ast.stmt) -> int:
+    return (node.end_lineno or node.lineno) - node.lineno + 1
 
 
 def test_broad_excepts_stay_at_the_edges() -> None:
