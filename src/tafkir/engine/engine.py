@@ -308,6 +308,7 @@ class Engine:
                 prompt.hidden_D = hidden_D
         first = self._batch.size
         self._batch.append(admitted)
+        self._cache.reserve(self._scheduler.row_capacity(self._batch.size), 1)
         self._grouping = None
         hidden = [seq.prompt.hidden_D for seq in admitted if seq.prompt is not None and seq.prompt.hidden_D is not None]
         return self._sample(first, self.decoder.logits(torch.stack(hidden)))
