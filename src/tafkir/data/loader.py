@@ -1,4 +1,4 @@
-"""What each training step reads: pure functions of (seed, step), so that a resumed run sees what an unbroken one does."""
+"""What each training step reads: pure functions of (seed, step), so a resumed run sees what an unbroken one does."""
 
 from __future__ import annotations
 
