@@ -54,17 +54,21 @@ $(STAMPS)/venv:
 	@if ! $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
 		echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1), Tafkir needs 3.11 or newer. Fix: make PYTHON=/path/to/python3" >&2; \
 		exit 1; fi
-	$(PYTHON) -m venv $(VENV)
+	@echo "Creating $(VENV) with $$($(PYTHON) -V 2>&1)"
+	@$(PYTHON) -m venv $(VENV)
 	@mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/torch-$(TORCH): $(STAMPS)/venv constraints.txt
-	$(BIN)/python -m pip install --quiet -c constraints.txt --extra-index-url $(TORCH_INDEX) "torch==$(TORCH_VERSION)$(TORCH_BUILD)"
+	@echo "Installing torch $(TORCH_VERSION)$(TORCH_BUILD) into $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet -c constraints.txt --extra-index-url $(TORCH_INDEX) "torch==$(TORCH_VERSION)$(TORCH_BUILD)"
 	@touch $@
 
 $(STAMPS)/runtime: $(STAMPS)/torch-$(TORCH) pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	@echo "Installing Tafkir and what it needs to run into $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e .
 	@touch $@
 
 $(STAMPS)/dev: $(STAMPS)/runtime
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@echo "Installing what the tests need into $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
