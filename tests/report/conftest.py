@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ from tafkir.eval.metrics import accuracy
 from tafkir.eval.records import EvalRecord, write_records
 from tafkir.eval.summary import difference_table, score_table, sources_of
 from tafkir.recipe.load import load_recipe
+from tafkir.recipe.stage import StageContext
 from tafkir.runlog.metrics import JsonlWriter
 from tafkir.runlog.rundir import RunDir
 
@@ -304,24 +306,44 @@ def make_run(
     return run
 
 
-@pytest.fixture(name="make_run")
-def make_run_fixture(tmp_path: Path) -> MakeRun:
-    """`make_run(gain=..., stages=...)` in a fresh directory."""
-    return lambda name="wordmath-tiny", **options: make_run(tmp_path / name, **options)
-
-
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """A finished run that no test changes."""
     return make_run(tmp_path_factory.mktemp("runs") / "wordmath-tiny")
 
 
-def context_of(run: RunDir) -> Any:
-    """The context in which the pipeline would call the report stage."""
-    from tafkir.recipe.stage import StageContext
+@pytest.fixture(name="make_run")
+def make_run_fixture(tmp_path: Path, finished_run: RunDir) -> MakeRun:
+    """`make_run(gain=..., stages=..., evaluate=...)` in a fresh directory that the test may change."""
 
-    recipe = load_recipe([run.recipe_path]).recipe
-    return StageContext(recipe, run, run.stage("report"), None, recipe.seed)
+    def build(**options: Any) -> RunDir:
+        path = tmp_path / "wordmath-tiny"
+        if options:
+            return make_run(path, **options)
+        shutil.copytree(finished_run.path, path)
+        return RunDir.open(path)
+
+    return build
 
 
-__all__ = ["ARABIC", "HOSTILE", "MakeRun", "context_of", "make_run"]
+@pytest.fixture(scope="session")
+def hostile() -> str:
+    """What a model may write to run code in the reader's browser; some chains and questions hold it."""
+    return HOSTILE
+
+
+@pytest.fixture(scope="session")
+def arabic() -> str:
+    """An Arabic question; every fifth problem asks it."""
+    return ARABIC
+
+
+@pytest.fixture(scope="session")
+def context_of() -> Callable[[RunDir], StageContext]:
+    """Makes the context in which the pipeline calls the report stage."""
+
+    def build(run: RunDir) -> StageContext:
+        recipe = load_recipe([run.recipe_path]).recipe
+        return StageContext(recipe, run, run.stage("report"), None, recipe.seed)
+
+    return build

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from tafkir.recipe.model import ModelConfig
 from tafkir.report.charts import Bar, number, percent, signed_points
-from tafkir.report.collect import RunRecord, StageRecord
+from tafkir.report.collect import RunRecord, StageRecord, series
 
 __all__ = [
     "STAGE_TITLES",
@@ -157,8 +157,21 @@ def headline(record: RunRecord) -> Headline:
 
 def _headline_without_eval(record: RunRecord) -> Headline:
     done = sum(stage.state == "finished" for stage in record.stages.values())
-    sentence = f"This run has no evaluation yet: {done} of {len(record.stages)} stages are finished."
-    return Headline(sentence, [], "plain")
+    if done < len(record.stages):
+        sentence = f"This run is not finished: {done} of {len(record.stages)} stages are."
+        return Headline(sentence, [], "plain")
+    trained = [stage for stage in record.stages.values() if stage.kind in ("pretrain", "sft", "rlvr")]
+    beside = ["This recipe has no evaluation, so nothing is said about held-out answers."]
+    for name, words in (("validation/loss", "validation loss"), ("train/loss", "training loss")):
+        values = [value for _, value in series(trained[-1].metrics, name) if value is not None] if trained else []
+        if len(values) > 1:
+            verb = "brought down" if values[-1] < values[0] else "did not bring down"
+            sentence = (
+                f"{_title(trained[-1].kind)} {verb} the {words}: {number(values[0])} at first, {number(values[-1])} "
+                "at the end."
+            )
+            return Headline(sentence, beside, "plain")
+    return Headline(f"All {done} stages of this run are finished.", beside, "plain")
 
 
 def _headline_of_one(evaluation: Mapping[str, Any], stage: str) -> Headline:

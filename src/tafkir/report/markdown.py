@@ -131,7 +131,7 @@ def _background(record: RunRecord) -> list[str]:
 
 def _plain(text: str) -> str:
     """Text from outside as markdown that shows it as it is, on one line."""
-    one_line = " ".join(text.split())
+    one_line = re.sub(r"[^\S\u00a0\u202f]+", " ", text).strip()
     escaped = re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", one_line)
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 

@@ -188,7 +188,8 @@ def _figure(curve: Curve, lines: Sequence[Line], chart: str) -> str:
         for line in lines
     )
     gaps = sum(value is None for line in lines for _, value in line.points)
-    warning = f" {gaps} values were not finite and are left out." if gaps else ""
+    are = "value was not finite and is" if gaps == 1 else "values were not finite and are"
+    warning = f" {gaps} {are} left out." if gaps else ""
     return (
         f'<figure class="card"><h3>{escape(curve.title)}</h3><p class="unit">{escape(curve.unit)}</p>'
         f'{chart}<div class="legend">{keys if len(lines) > 1 else ""}</div>'
