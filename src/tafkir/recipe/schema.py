@@ -51,6 +51,9 @@ class DataConfig(_Table):
     sources: tuple[str, ...] = Field(
         ("gsm8k", "svamp"), min_length=1, description="Bundled set names, or paths of JSONL files of one's own."
     )
+    repeat: dict[str, int] = Field(
+        {"svamp": 6}, description="How often an epoch visits the problems of a source (each time varied afresh); else 1."
+    )
     max_steps: int = Field(8, ge=1, description="Leave out training problems with longer solutions than this.")
     on_bad_row: Literal["error", "skip"] = Field("error", description="What a malformed JSONL row does.")
     augment: AugmentConfig = AugmentConfig()
@@ -63,8 +66,12 @@ class TokenizerConfig(_Table):
 
 
 class OptimConfig(_Table):
-    """AdamW with linear warm-up, then constant, linear or cosine decay."""
+    """The optimiser, with linear warm-up, then constant, linear or cosine decay."""
 
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="AdamW for everything, or Muon for hidden matrices beside AdamW for the rest."
+    )
+    muon_learning_rate: float = Field(0.02, gt=0, description="Peak learning rate of the matrices under Muon.")
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate.")
     warmup_steps: int = Field(50, ge=0, description="Steps of linear warm-up.")
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="Decay after the warm-up.")
@@ -94,7 +101,9 @@ class PretrainConfig(TrainTable):
     """Next-token loss on problems with solutions, and on arithmetic drills."""
 
     batch_problems: Positive = Field(48, description="Documents per optimiser step.")
-    drill_share: float = Field(0.2, ge=0, le=1, description="Share of documents that are arithmetic drills.")
+    drill_share: float = Field(0.15, ge=0, le=1, description="Share of documents that are arithmetic drills.")
+    story_share: float = Field(0.3, ge=0, le=1, description="Share of documents that are made-up word problems.")
+    question_loss: bool = Field(True, description="Learn to predict the questions too, not only their solutions.")
 
 
 class SftConfig(TrainTable):
@@ -117,6 +126,7 @@ class RlvrConfig(TrainTable):
     method: Literal["grpo"] = "grpo"
     prompts_per_step: Positive = Field(32, description="Problems per step.")
     group_size: int = Field(8, ge=2, description="Completions per problem.")
+    max_steps: int = Field(0, ge=0, description="Only problems whose solution has at most this many steps; 0 takes all.")
     updates_per_rollout: Positive = Field(1, description="Optimiser steps on each batch of rollouts.")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature of the rollouts.")
     max_completion_tokens: Positive = Field(96, description="Length limit of a rollout.")

@@ -17,7 +17,7 @@ from tafkir.recipe.schema import TrainTable
 from tafkir.runlog.metrics import Metric
 from tafkir.runlog.progress import Progress
 from tafkir.runlog.rundir import StageDir
-from tafkir.train.optim import build_optimizer, learning_rate_at
+from tafkir.train.optim import build_optimizers, scheduled_share
 from tafkir.train.state import latest_state, load_state, save_state
 
 __all__ = ["FitResult", "StepOutput", "Trainer", "add_loads", "fit", "peak_rss_bytes", "router_metrics"]
@@ -34,19 +34,20 @@ class StepOutput:
 
 
 class Trainer:
-    """A decoder with its optimiser: the two things a step function changes."""
+    """A decoder with its optimisers: what a step function changes."""
 
     def __init__(self, decoder: Decoder, config: TrainTable) -> None:
         self.decoder = decoder
         self.config = config
-        self.optimizer = build_optimizer(decoder, config)
+        self.optimizers = build_optimizers(decoder, config)
 
     def set_step(self, step: int) -> float:
-        """Set the learning rate of step `step` and return it."""
-        rate = learning_rate_at(step, self.config.steps, self.config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        return rate
+        """Set the learning rates of step `step`; returns AdamW's."""
+        share = scheduled_share(step, self.config.steps, self.config)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * share
+        return self.config.learning_rate * share
 
     def update(self, loads: list[Tensor], *, where: str) -> float:
         """Clip, step the optimiser, balance the routers; returns the gradient norm before clipping.
@@ -60,8 +61,9 @@ class Trainer:
             raise TrainingError(
                 f"the gradient norm is {norm}", where=where, fix="lower the learning rate, then run the command again"
             )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if self.config.expert_bias_update_rate > 0:
             update_expert_bias(self.decoder, loads, self.config.expert_bias_update_rate)
         return norm
@@ -117,7 +119,7 @@ def fit(
     """
     config = trainer.config
     state = latest_state(stage.state_dir)
-    start = load_state(state, trainer.decoder, trainer.optimizer) if state else 0
+    start = load_state(state, trainer.decoder, trainer.optimizers) if state else 0
     metrics = stage.metrics()
     timings = stage.timings()
     metrics.truncate_to(start)
@@ -151,7 +153,7 @@ def fit(
                 )
             progress.update(done, tokens=output.tokens, **output.shown)
             if done % config.save_every == 0 or done == config.steps:
-                save_state(stage.state_dir, trainer.decoder, trainer.optimizer, done)
+                save_state(stage.state_dir, trainer.decoder, trainer.optimizers, done)
     return FitResult(
         steps=config.steps,
         tokens=tokens,

@@ -159,7 +159,7 @@ class RlvrStep:
                 ref_logprobs_T=piece.ref_logprobs_T,
             )
             result.loss.backward()
-            total += float(result.loss)
+            total += result.loss.item()
             clipped += float(result.clipped_T.sum())
             nonfinite += result.nonfinite
             loads = add_loads(loads, out.expert_load)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,16 +23,14 @@ def latest_state(folder: Path) -> Path | None:
     return max(folder.glob("step-*.safetensors"), default=None)
 
 
-def save_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> Path:
+def save_state(folder: Path, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], step: int) -> Path:
     """Write the state after `step` steps, then remove older ones. A kill leaves the older one in place."""
     tensors: dict[str, Tensor] = {f"model.{name}": value for name, value in module.state_dict().items()}
     updates = 0
     for name, param in module.named_parameters():
-        state = optimizer.state.get(param)
-        if state:
-            updates = int(state["step"])
-            for moment in _MOMENTS:
-                tensors[f"{moment}.{name}"] = state[moment]
+        state = next((found for optimizer in optimizers if (found := optimizer.state.get(param))), {})
+        updates = int(state.get("step", updates))
+        tensors |= {f"{moment}.{name}": state[moment] for moment in _MOMENTS if moment in state}
     path = folder / f"step-{step:08d}.safetensors"
     metadata = {"step": str(step), "updates": str(updates)}
     write_bytes(path, save({name: value.detach().contiguous() for name, value in tensors.items()}, metadata))
@@ -42,7 +41,7 @@ def save_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer
     return path
 
 
-def load_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def load_state(path: Path, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
     """Restore weights and moments in place; returns the number of finished steps."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -54,8 +53,11 @@ def load_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) 
         ) from error
     weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
     module.load_state_dict(weights, strict=True)
-    updates = torch.tensor(float(metadata["updates"]))
+    owner = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for name, param in module.named_parameters():
-        if f"exp_avg.{name}" in tensors:
-            optimizer.state[param] = {"step": updates.clone()} | {m: tensors[f"{m}.{name}"] for m in _MOMENTS}
+        state = {moment: tensors[f"{moment}.{name}"] for moment in _MOMENTS if f"{moment}.{name}" in tensors}
+        if "exp_avg_sq" in state:
+            state["step"] = torch.tensor(float(metadata["updates"]))
+        if state:
+            owner[id(param)].state[param] = state
     return int(metadata["step"])

@@ -1,0 +1,206 @@
+"""What each training stage of a recipe does: load what came before, fit, write a checkpoint."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tafkir.checkpoint.load import load_checkpoint, load_config
+from tafkir.checkpoint.save import save_checkpoint
+from tafkir.data.corpus import Corpus, load_corpus
+from tafkir.data.loader import (
+    PretrainStream,
+    PromptStream,
+    SftStream,
+    heldout_conversations,
+    heldout_documents,
+    repeat_sources,
+)
+from tafkir.data.packing import Document
+from tafkir.data.stories import make_story
+from tafkir.data.tokenizer import Tokenizer
+from tafkir.errors import CheckpointError
+from tafkir.models.build import build_decoder
+from tafkir.models.decoder import Decoder
+from tafkir.recipe.model import ModelConfig
+from tafkir.recipe.schema import TrainTable
+from tafkir.recipe.seeds import derive_seed
+from tafkir.recipe.stage import StageContext
+from tafkir.tasks.math import WordProblems
+from tafkir.train.language import DocumentBatch, language_step, validation_loss
+from tafkir.train.loop import FitResult, Trainer, fit
+from tafkir.train.rlvr import RlvrStep
+
+__all__ = ["run_pretrain", "run_rlvr", "run_sft", "run_tokenizer"]
+
+_NUM_TOKENIZER_STORIES = 2000
+
+
+def run_tokenizer(ctx: StageContext) -> dict[str, Any]:
+    """Train the tokenizer on training problems, their solutions and stories; writes `checkpoint/tokenizer.json`."""
+    assert ctx.recipe.tokenizer is not None
+    corpus = load_corpus(ctx.recipe.data)
+    problems = list(corpus.train)
+    if ctx.recipe.pretrain is not None and ctx.recipe.pretrain.story_share > 0:
+        problems += [make_story(derive_seed(ctx.seed, "tokenizer", i)) for i in range(_NUM_TOKENIZER_STORIES)]
+    texts = [problem.question for problem in problems]
+    texts += ["\n".join(map(str, problem.steps)) for problem in problems if problem.steps]
+    tokenizer = Tokenizer.train(texts, ctx.recipe.tokenizer.vocab_size)
+    tokenizer.save(ctx.stage.checkpoint_dir)
+    tokens = sum(len(tokenizer.encode(text)) for text in texts)
+    return {
+        "vocab_size": tokenizer.vocab_size,
+        "texts": len(texts),
+        "characters_per_token": sum(map(len, texts)) / tokens,
+    }
+
+
+def run_pretrain(ctx: StageContext) -> dict[str, Any]:
+    """Next-token training from fresh weights, or from the recipe's base."""
+    config = ctx.recipe.pretrain
+    assert config is not None
+    torch.set_num_threads(ctx.recipe.threads)
+    corpus = load_corpus(ctx.recipe.data)
+    decoder, tokenizer = _start(ctx)
+    stream = PretrainStream(
+        repeat_sources(corpus.train, ctx.recipe.data.repeat),
+        tokenizer,
+        ctx.recipe.data.augment,
+        batch_problems=config.batch_problems,
+        drill_share=config.drill_share,
+        story_share=config.story_share,
+        question_loss=config.question_loss,
+        seed=derive_seed(ctx.seed, "pretrain"),
+    )
+    heldout: list[Document] = list(heldout_documents(corpus.validation, tokenizer))
+    return _fit_language(ctx, config, decoder, tokenizer, stream.batch_at, heldout, corpus)
+
+
+def run_sft(ctx: StageContext) -> dict[str, Any]:
+    """Supervised fine-tuning on chains of thought in the chat format."""
+    config = ctx.recipe.sft
+    assert config is not None
+    torch.set_num_threads(ctx.recipe.threads)
+    corpus = load_corpus(ctx.recipe.data)
+    decoder, tokenizer = _start(ctx)
+    stream = SftStream(
+        repeat_sources(corpus.train, ctx.recipe.data.repeat),
+        tokenizer,
+        ctx.recipe.data.augment,
+        batch_problems=config.batch_problems,
+        seed=derive_seed(ctx.seed, "sft"),
+    )
+    heldout: list[Document] = list(heldout_conversations(corpus.validation, tokenizer))
+    return _fit_language(ctx, config, decoder, tokenizer, stream.batch_at, heldout, corpus)
+
+
+def run_rlvr(ctx: StageContext) -> dict[str, Any]:
+    """Reinforcement learning on training problems, rolled out by the completer that the context builds."""
+    config = ctx.recipe.rlvr
+    assert config is not None
+    torch.set_num_threads(ctx.recipe.threads)
+    corpus = load_corpus(ctx.recipe.data)
+    decoder, tokenizer = _start(ctx)
+    assert ctx.previous is not None
+    problems = [p for p in corpus.train if not config.max_steps or len(p.steps) <= config.max_steps]
+    stream = PromptStream(
+        repeat_sources(problems, ctx.recipe.data.repeat),
+        tokenizer,
+        ctx.recipe.data.augment,
+        prompts_per_step=config.prompts_per_step,
+        seed=derive_seed(ctx.seed, "rlvr"),
+    )
+    trainer = Trainer(decoder, config)
+    step = RlvrStep(
+        trainer,
+        ctx.build_completer(ctx.previous),
+        tokenizer,
+        WordProblems(),
+        stream.batch_at,
+        config,
+        reference=copy.deepcopy(decoder).requires_grad_(False) if config.kl_coef > 0 else None,
+        seed=derive_seed(ctx.seed, "rlvr"),
+    )
+    result = fit(trainer, ctx.stage, step, label="rlvr")
+    return _finish(ctx, decoder, tokenizer, result, corpus)
+
+
+def _start(ctx: StageContext) -> tuple[Decoder, Tokenizer]:
+    """The decoder and the tokenizer that a stage goes on with; fresh weights where there is only a tokenizer."""
+    if ctx.previous is None:
+        raise CheckpointError(
+            "there is nothing to start from",
+            where=f"stage {ctx.stage.kind}",
+            fix="add a [tokenizer] stage to the recipe, or set base",
+        )
+    tokenizer = Tokenizer.load(ctx.previous)
+    if not (ctx.previous / "config.json").exists():
+        _check_vocabulary(ctx.recipe.model, tokenizer, ctx.previous)
+        return build_decoder(ctx.recipe.model, derive_seed(ctx.seed, "weights")), tokenizer
+    _check_shape(load_config(ctx.previous), ctx.recipe.model, ctx.previous)
+    return load_checkpoint(ctx.previous).decoder, tokenizer
+
+
+def _check_vocabulary(model: ModelConfig, tokenizer: Tokenizer, where: Path) -> None:
+    if tokenizer.vocab_size > model.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer has {tokenizer.vocab_size} entries",
+            where=str(where),
+            expected=f"at most model.vocab_size={model.vocab_size}",
+            fix="set model.vocab_size and tokenizer.vocab_size to the same number",
+        )
+
+
+def _check_shape(found: ModelConfig, wanted: ModelConfig, where: Path) -> None:
+    """The checkpoint must be the model that the recipe describes."""
+    have, want = found.model_dump(), wanted.model_dump()
+    free = {"initializer_range", "rotary_dim", "partial_rotary_factor", "max_position_embeddings"}
+    different = [key for key in want if key not in free and have[key] != want[key]]
+    if found.rotary_size != wanted.rotary_size:
+        different.append("partial_rotary_factor")
+    if different:
+        shown = ", ".join(f"{key}={have[key]} (recipe: {want[key]})" for key in different)
+        raise CheckpointError(
+            f"the checkpoint is another model: {shown}",
+            where=str(where),
+            fix="give the recipe's [model] table the checkpoint's values, or start from another checkpoint",
+        )
+
+
+def _fit_language(
+    ctx: StageContext,
+    config: TrainTable,
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    documents: DocumentBatch,
+    heldout: list[Document],
+    corpus: Corpus,
+) -> dict[str, Any]:
+    trainer = Trainer(decoder, config)
+
+    def validate() -> Mapping[str, float]:
+        return {"validation/loss": validation_loss(decoder, heldout)}
+
+    step = language_step(trainer, documents, label=ctx.stage.kind)
+    result = fit(trainer, ctx.stage, step, validate=validate if heldout else None, label=ctx.stage.kind)
+    return _finish(ctx, decoder, tokenizer, result, corpus)
+
+
+def _finish(
+    ctx: StageContext, decoder: Decoder, tokenizer: Tokenizer, result: FitResult, corpus: Corpus
+) -> dict[str, Any]:
+    """Write the checkpoint and say what the stage did."""
+    lineage = {"recipe": ctx.recipe.name, "stage": ctx.stage.kind, "steps": result.steps, "seed": ctx.seed}
+    save_checkpoint(ctx.stage.checkpoint_dir, decoder, tokenizer=tokenizer, extra=lineage)
+    return {
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "wall_s": result.wall_s,
+        "cpu_s": result.cpu_s,
+        "peak_rss_bytes": result.peak_rss_bytes,
+        "train_problems": corpus.counts(),
+    }
