@@ -38,6 +38,16 @@ _ASCII_PATTERN = re.compile(
 _CACHE_SIZE = 1 << 16
 
 
+def _byte_of_character() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for (GPT-2's table)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = _byte_of_character()
+
+
 class _Pieces(dict[str, list[int]]):
     """Token ids of pre-tokenized pieces, remembered: byte-pair merges never cross a piece."""
 
@@ -102,6 +112,15 @@ class Tokenizer:
     def special_id(self, token: str) -> int:
         """The id of a special token such as `<think>`. Raises KeyError for any other text."""
         return self._special[token]
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes of one token, which need not be whole characters. Raises KeyError for an id that no token has."""
+        token = self._backend.id_to_token(id)
+        if token is None:
+            raise KeyError(id)
+        if token in self._special:
+            return token.encode()
+        return bytes(_BYTE_OF_CHARACTER[character] for character in token)
 
     def encode(self, text: str, *, allow_special: bool = True) -> list[int]:
         """Token ids of a text, without anything added.

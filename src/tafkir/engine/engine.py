@@ -32,7 +32,7 @@ __all__ = ["Engine", "TextDecoder"]
 class TextDecoder(Protocol):
     """What the engine needs of a tokenizer, for stop strings only."""
 
-    def decode(self, ids: SequenceOf[int], skip_special: bool = True) -> str: ...
+    def decode(self, ids: SequenceOf[int], /) -> str: ...
 
 
 @dataclass(slots=True)
@@ -88,6 +88,7 @@ class Engine:
         weight = decoder.embed_tokens.weight
         self._cache = KVCache(config, weight.detach(), max_cache_bytes)
         self._runner = Runner(decoder, self._cache)
+        self.max_batch = max_batch
         self._scheduler = Scheduler(max_batch, max_prefill_tokens)
         self._prompts = PromptTable()
         self._batch = RunningBatch(weight.device)
@@ -398,7 +399,7 @@ class Engine:
         watch = None
         if params.stop and self.tokenizer is not None:
             tokenizer = self.tokenizer
-            watch = StopWatch(TextStream(lambda ids: tokenizer.decode(ids, skip_special=False)), params.stop)
+            watch = StopWatch(TextStream(tokenizer.decode), params.stop)
         stop_ids = tuple(dict.fromkeys((*self.eos_ids, *params.stop_token_ids)))
         return Sequence(request, stream_key(seed), self._limit(request), stop_ids, top, watch)
 
