@@ -6,6 +6,7 @@ Only what is certain is set free: a number that could mean two things, or that a
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -133,6 +134,7 @@ def _read_table(table: str) -> dict[str, tuple[frozenset[Fraction], frozenset[Fr
 _HIDDEN = _read_table(_HIDDEN_TABLE)
 _LOWER_WORD = re.compile(r"[a-z]+")
 _COMMON = frozenset(map(Fraction, (1, 2, 3, 4, 5, 7, 10, 12, 24, 30, 52, 60, 100, 365, 1000, 3600)))
+_SMALL = (Fraction(1), Fraction(2), Fraction(100))
 _MAX_PLACES = 4
 
 
@@ -260,7 +262,9 @@ class _Linker:
             return False
         self._distrust_idle_numbers()
         # a stated number that equals a result which it does not feed restates it: both would have to change
-        return not any(value in self.results for value in self.free - self.stated_operands())
+        counts = Counter(mention.value for mention in self.mentions)
+        operands = self.stated_operands()
+        return not any(value in self.results and (counts[value] > 1 or value not in operands) for value in self.free)
 
     def _distrust_idle_numbers(self) -> None:
         """A number that no equation uses may have made a constant in the head (5 - 3 beside "a pair"): hold its kin."""
@@ -283,7 +287,7 @@ class _Linker:
         stated = sorted({m.value for m in self.mentions})
         sources = _hidden_sources(value, stated)
         earlier = set(self.results[:i])
-        if any(_explains(a, Fraction(b), value) for a in earlier for b in (*stated, *earlier, *_COMMON)):
+        if any(_explains(a, b, value) for a in earlier for b in (*stated, *earlier, *_SMALL)):
             return False
         if not sources and value not in _COMMON:
             return False
