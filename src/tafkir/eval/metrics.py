@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from statistics import NormalDist, fmean, stdev
 from typing import Any
 
@@ -278,6 +279,7 @@ def student_t_cdf(t: float, degrees: float) -> float:
     return tail if t < 0 else 1 - tail
 
 
+@lru_cache(maxsize=256)
 def student_t_quantile(probability: float, degrees: float) -> float:
     """The t with P(T <= t) = `probability`, by bisection on the distribution function (error below 1e-10)."""
     if not 0 < probability < 1 or degrees <= 0:

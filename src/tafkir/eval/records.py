@@ -81,9 +81,9 @@ def append_records(path: Path, records: Sequence[EvalRecord]) -> None:
     """Add answers to the end of the file and flush them to disk."""
     with guard_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(_lines(records))
-            file.flush()
+        # Unbuffered: one write call for the whole batch.
+        with path.open("ab", buffering=0) as file:
+            file.write(_lines(records).encode("utf-8"))
             os.fsync(file.fileno())
 
 

@@ -78,6 +78,8 @@ def difference_table(
 ) -> list[dict[str, Any]]:
     """Paired differences between two sets of answers to the same problems, per source and metric.
 
+    A metric that one side lacks (a baseline has no sampled answers) is left out.
+
     Args:
         names: what to call the two sides.
 
@@ -88,7 +90,7 @@ def difference_table(
     for metric in METRICS:
         for source in (ALL, *sources_of(after)):
             sides = problem_scores(before, metric, source), problem_scores(after, metric, source)
-            if any(sides):
+            if all(sides):
                 rows.append({**_labels(names, source, metric), **_difference(*sides, names).to_dict()})
     return rows
 
