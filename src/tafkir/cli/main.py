@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import tafkir
-from tafkir.cli import doctor, recipes, report, run
+from tafkir.cli import chat, doctor, recipes, report, run
 from tafkir.errors import TafkirError
 
 __all__ = ["app", "main"]
@@ -27,6 +27,7 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.add_typer(recipes.app, name="recipe")
 app.command("doctor")(doctor.doctor)
+app.command("chat")(chat.chat)
 app.command("report")(report.report)
 
 

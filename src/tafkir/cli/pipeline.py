@@ -145,7 +145,8 @@ def _set_aside(run: RunDir, fingerprints: dict[StageName, str], selection: Selec
     marked = (run.path / _FORCED).exists() and read_json(run.path / _FORCED) == mark
     for kind in selection.run:
         stage = run.stage(kind)
-        if not stage.path.exists():
+        # A kill between making the directory and naming its inputs leaves an empty one: nothing to keep.
+        if not list(stage.path.glob("[!.]*")):
             continue
         same = _started_on(stage) == fingerprints[kind]
         force = kind in selection.forced and not marked and stage.read_result() is not None
