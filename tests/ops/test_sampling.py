@@ -101,7 +101,9 @@ def test_rows_with_different_parameters_do_not_mix() -> None:
         assert float(alone[1]) == float(together[1][row])
 
 
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.0, 5, 1.0), (1.0, 0, 0.7)])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.0, 5, 1.0), (1.0, 0, 0.7)]
+)
 def test_draws_follow_the_distribution(temperature: float, top_k: int, top_p: float) -> None:
     rows, vocab = 20_000, 12
     logits_V = torch.randn(vocab, generator=torch.Generator().manual_seed(3)) * 1.5

@@ -1,0 +1,52 @@
+"""From a checkpoint folder to an engine and to the name that clients call it by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from tafkir.checkpoint.load import load_checkpoint
+from tafkir.engine.engine import Engine
+
+if TYPE_CHECKING:
+    from tafkir.data.tokenizer import Tokenizer
+
+__all__ = ["build_engine", "name_of"]
+
+
+def build_engine(
+    checkpoint: Path,
+    tokenizer: Tokenizer,
+    num_threads: int | None,
+    *,
+    max_batch: int | None = 32,
+    max_context: int | None = None,
+    max_cache_bytes: int | None = None,
+) -> Engine:
+    """Load the weights on the calling thread, which alone should run the engine afterwards.
+
+    Raises:
+        CheckpointError: the checkpoint is missing or damaged.
+        CapacityError: the sizes do not fit the model.
+    """
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    return Engine(
+        load_checkpoint(checkpoint).decoder,
+        eos_ids=(tokenizer.turn_end_id, tokenizer.document_end_id),
+        max_batch=max_batch or 32,
+        max_context=max_context,
+        max_cache_bytes=max_cache_bytes,
+        tokenizer=tokenizer,
+    )
+
+
+def name_of(checkpoint: Path) -> str:
+    """A model name for a folder: its own name, or run and stage for a checkpoint inside a run directory."""
+    path = checkpoint.resolve()
+    if path.name == "checkpoint" and path.parent.parent.name == "stages":
+        run, stage = path.parent.parent.parent.name, path.parent.name
+        return f"{run}-{stage.partition('-')[2] or stage}"
+    return path.name

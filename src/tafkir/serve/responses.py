@@ -1,0 +1,117 @@
+"""The JSON that answers a generation request, whole or in chunks, for the chat and the plain API alike."""
+
+from __future__ import annotations
+
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from tafkir.engine.sequence import TokenEvent
+from tafkir.serve.stream import ChoiceStream, Delta, TokenText, chat_logprobs, completion_logprobs
+
+__all__ = ["ChatFormat", "CompletionFormat", "ResponseFormat", "server_sent_event", "usage_of"]
+
+
+def server_sent_event(data: dict[str, Any] | str) -> str:
+    """One event of a stream; text stays readable (no ASCII escapes)."""
+    body = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return f"data: {body}\n\n"
+
+
+def usage_of(prompt_tokens: int, choices: Sequence[ChoiceStream]) -> dict[str, Any]:
+    """Token counts; a prompt counts once, however many choices share it, and a stop token counts as generated."""
+    generated = sum(choice.num_tokens for choice in choices)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": generated,
+        "total_tokens": prompt_tokens + generated,
+        "completion_tokens_details": {"reasoning_tokens": sum(choice.num_reasoning_tokens for choice in choices)},
+    }
+
+
+class ResponseFormat(ABC):
+    """How one of the two APIs spells its answer.
+
+    Args:
+        request_id: of the whole answer.
+        model: the served model's name.
+        tokenizer: shows tokens in log-probabilities.
+        logprobs: whether to report them.
+    """
+
+    object_name: str
+    chunk_name: str
+
+    def __init__(self, request_id: str, model: str, tokenizer: TokenText, *, logprobs: bool) -> None:
+        self._head = {"id": request_id, "created": int(time.time()), "model": model}
+        self._tokenizer, self._logprobs = tokenizer, logprobs
+
+    def whole(self, choices: Sequence[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
+        return {**self._head, "object": self.object_name, "choices": list(choices), "usage": usage}
+
+    def chunk(self, choices: Sequence[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
+        return {**self._head, "object": self.chunk_name, "choices": list(choices), "usage": usage}
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """The choice of a chunk that comes before any token."""
+        return None
+
+    @abstractmethod
+    def delta(self, index: int, delta: Delta, shown: Sequence[tuple[TokenEvent, int]]) -> dict[str, Any]:
+        """The choice of a chunk; `shown` are the tokens since the last one."""
+
+    @abstractmethod
+    def choice(self, index: int, deltas: Sequence[Delta], stream: ChoiceStream) -> dict[str, Any]:
+        """A finished choice."""
+
+
+class ChatFormat(ResponseFormat):
+    """`chat.completion`; the chain of thought comes as `reasoning_content`."""
+
+    object_name, chunk_name = "chat.completion", "chat.completion.chunk"
+
+    def _logprobs_of(self, shown: Sequence[tuple[TokenEvent, int]]) -> dict[str, Any] | None:
+        return chat_logprobs(self._tokenizer, shown) if self._logprobs else None
+
+    def opening(self, index: int) -> dict[str, Any]:
+        delta = {"role": "assistant", "content": ""}
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def delta(self, index: int, delta: Delta, shown: Sequence[tuple[TokenEvent, int]]) -> dict[str, Any]:
+        body = {}
+        if delta.reasoning:
+            body["reasoning_content"] = delta.reasoning
+        if delta.content:
+            body["content"] = delta.content
+        logprobs = self._logprobs_of(shown) if shown else None
+        return {"index": index, "delta": body, "logprobs": logprobs, "finish_reason": delta.finish_reason}
+
+    def choice(self, index: int, deltas: Sequence[Delta], stream: ChoiceStream) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": "".join(delta.content for delta in deltas)}
+        if reasoning := "".join(delta.reasoning for delta in deltas):
+            message["reasoning_content"] = reasoning
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": self._logprobs_of(stream.shown),
+            "finish_reason": deltas[-1].finish_reason,
+        }
+
+
+class CompletionFormat(ResponseFormat):
+    """`text_completion`: the text as it is, `<think>` included."""
+
+    object_name = chunk_name = "text_completion"
+
+    def _choice(self, index: int, text: str, shown: Sequence[tuple[TokenEvent, int]], reason: Any) -> dict[str, Any]:
+        logprobs = completion_logprobs(self._tokenizer, shown) if self._logprobs and shown else None
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    def delta(self, index: int, delta: Delta, shown: Sequence[tuple[TokenEvent, int]]) -> dict[str, Any]:
+        return self._choice(index, delta.text, shown, delta.finish_reason)
+
+    def choice(self, index: int, deltas: Sequence[Delta], stream: ChoiceStream) -> dict[str, Any]:
+        text = "".join(delta.text for delta in deltas)
+        return self._choice(index, text, stream.shown, deltas[-1].finish_reason)

@@ -1,0 +1,193 @@
+"""From an engine's token events to what a client reads: text, reasoning apart from the answer, log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from tafkir.engine.sequence import TokenEvent
+from tafkir.engine.text import StopBuffer, TextStream
+from tafkir.records import FinishReason
+
+__all__ = ["ChoiceStream", "Delta", "ReasoningSplitter", "TokenText", "chat_logprobs", "completion_logprobs"]
+
+_START, _END = "<think>", "</think>"
+
+
+class TokenText(Protocol):
+    """What the server needs of a tokenizer to show tokens."""
+
+    def decode(self, ids: Sequence[int], /) -> str: ...
+
+    def token_bytes(self, id: int, /) -> bytes: ...
+
+
+class ReasoningSplitter:
+    """Tells the chain of thought from the answer while the text is still coming.
+
+    Reasoning is what stands between a `<think>` at the very start and the first `</think>`; the line breaks that
+    set the two apart belong to neither.
+    """
+
+    def __init__(self) -> None:
+        self._state = "start"
+        self._held = ""
+
+    @property
+    def reasoning(self) -> bool:
+        """True while the chain of thought runs."""
+        return self._state in ("thought_start", "thought")
+
+    def push(self, text: str) -> tuple[str, str]:
+        """The new reasoning and the new answer text that are certain by now."""
+        self._held += text
+        reasoning = answer = ""
+        while True:
+            state = self._state
+            if state == "start":
+                self._open()
+            elif state == "thought_start":
+                self._skip_newline("thought")
+            elif state == "thought":
+                reasoning += self._thought()
+            elif state == "answer_start":
+                self._skip_newline("answer")
+            else:
+                answer, self._held = answer + self._held, ""
+            if self._state == state:
+                return reasoning, answer
+
+    def _open(self) -> None:
+        text = self._held.lstrip()
+        if text.startswith(_START):
+            self._state, self._held = "thought_start", text[len(_START) :]
+        elif not _START.startswith(text):
+            self._state = "answer"
+
+    def _skip_newline(self, following: str) -> None:
+        if self._held:
+            self._held = self._held.removeprefix("\n")
+            self._state = following
+
+    def _thought(self) -> str:
+        thought, end, rest = self._held.partition(_END)
+        if end:
+            self._state, self._held = "answer_start", rest
+            return thought.removesuffix("\n")
+        # What may turn out to be the line break and the marker that end the thought is not shown yet.
+        marker = "\n" + _END
+        keep = 0
+        for size in range(min(len(self._held), len(marker)), 0, -1):
+            tail = self._held[-size:]
+            if marker.startswith(tail) or _END.startswith(tail):
+                keep = size
+                break
+        out = self._held[: len(self._held) - keep]
+        self._held = self._held[len(out) :]
+        return out
+
+    def flush(self) -> tuple[str, str]:
+        """Called at the end: what was held back, which did not become a marker."""
+        out, self._held = self._held, ""
+        return (out, "") if self._state == "thought" else ("", out)
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one or several tokens add to a choice."""
+
+    text: str = ""
+    reasoning: str = ""
+    content: str = ""
+    finish_reason: FinishReason | None = None
+
+    @property
+    def empty(self) -> bool:
+        return not (self.text or self.finish_reason)
+
+
+class ChoiceStream:
+    """The text of one choice as its tokens come.
+
+    Args:
+        tokenizer: decodes tokens.
+        stop_ids: tokens that end a completion and are no part of its text.
+        stops: stop strings; neither they nor what follows is shown.
+        split_reasoning: whether to tell the chain of thought from the answer.
+    """
+
+    def __init__(
+        self, tokenizer: TokenText, stop_ids: Sequence[int], stops: Sequence[str], *, split_reasoning: bool
+    ) -> None:
+        self._stream, self._buffer = TextStream(tokenizer.decode), StopBuffer(stops)
+        self._stop_ids = frozenset(stop_ids)
+        self._splitter = ReasoningSplitter() if split_reasoning else None
+        self._decoded = 0
+        self.num_tokens = self.num_reasoning_tokens = 0
+        self.shown: list[tuple[TokenEvent, int]] = []
+        """Tokens that belong to the text, each with the offset of its first character."""
+
+    def push(self, event: TokenEvent) -> Delta:
+        self.num_tokens += 1
+        text = ""
+        if not (event.finish_reason == "stop" and event.token_id in self._stop_ids):
+            self.shown.append((event, self._decoded))
+            new = self._stream.push(event.token_id)
+            self._decoded += len(new)
+            text = self._buffer.push(new)
+        if event.finish_reason:
+            text += self._buffer.flush()
+        if self._splitter is None:
+            return Delta(text, content=text, finish_reason=event.finish_reason)
+        reasoning, content = self._splitter.push(text)
+        self.num_reasoning_tokens += self._splitter.reasoning
+        if event.finish_reason:
+            last_reasoning, last_content = self._splitter.flush()
+            reasoning, content = reasoning + last_reasoning, content + last_content
+        return Delta(text, reasoning, content, event.finish_reason)
+
+
+def _token_entry(tokenizer: TokenText, token_id: int, logprob: float) -> dict[str, Any]:
+    return {
+        "token": tokenizer.decode([token_id]),
+        "logprob": logprob,
+        "bytes": list(tokenizer.token_bytes(token_id)),
+    }
+
+
+def chat_logprobs(tokenizer: TokenText, shown: Sequence[tuple[TokenEvent, int]]) -> dict[str, Any]:
+    """The `logprobs` object of a chat choice."""
+    content = [
+        {
+            **_token_entry(tokenizer, event.token_id, event.logprob),
+            "top_logprobs": [_token_entry(tokenizer, *pair) for pair in event.top],
+        }
+        for event, _ in shown
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _token_name(tokenizer: TokenText, token_id: int) -> str:
+    """A token's text, or its bytes as OpenAI spells them where it is no whole character: `bytes:\\xd9`."""
+    raw = tokenizer.token_bytes(token_id)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def completion_logprobs(tokenizer: TokenText, shown: Sequence[tuple[TokenEvent, int]]) -> dict[str, Any]:
+    """The `logprobs` object of a plain completion's choice."""
+
+    def name(token_id: int) -> str:
+        return _token_name(tokenizer, token_id)
+
+    return {
+        "tokens": [name(event.token_id) for event, _ in shown],
+        "token_logprobs": [event.logprob for event, _ in shown],
+        "top_logprobs": [
+            {_token_name(tokenizer, token): logprob for token, logprob in event.top} for event, _ in shown
+        ],
+        "text_offset": [offset for _, offset in shown],
+    }
