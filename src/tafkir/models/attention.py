@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tafkir.models.layers import Linear, RMSNorm
 from tafkir.ops.attention import VarlenLayout, varlen_attention
-from tafkir.ops.rope import apply_rope
+from tafkir.ops.qkv import split_norm_rope
 from tafkir.recipe.model import ModelConfig
 
 __all__ = ["Attention", "AttentionState", "VarlenCausal"]
@@ -49,7 +49,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = config.head_dim
+        self.head_dim, self.eps = config.head_dim, config.rms_norm_eps
         self.qkv_proj = Linear(config.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim)
         self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.use_qk_norm else None
@@ -57,9 +57,8 @@ class Attention(nn.Module):
 
     def forward(self, x_ND: Tensor, cos: Tensor, sin: Tensor, attention: AttentionState) -> Tensor:
         qkv = self.qkv_proj(x_ND).view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
-        q_NHK, k_NGK, v_NGK = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q_NHK, k_NGK = self.q_norm(q_NHK), self.k_norm(k_NGK)
-        q_NHK, k_NGK = apply_rope(q_NHK, cos, sin), apply_rope(k_NGK, cos, sin)
+        q_weight_K = self.q_norm.weight if self.q_norm is not None else None
+        k_weight_K = self.k_norm.weight if self.k_norm is not None else None
+        q_NHK, k_NGK, v_NGK = split_norm_rope(qkv, self.num_heads, q_weight_K, k_weight_K, self.eps, cos, sin)
         out_NHK = attention.attend(self.layer_idx, q_NHK, k_NGK, v_NGK)
         return self.o_proj(out_NHK.reshape(-1, self.num_heads * self.head_dim))  # type: ignore[no-any-return]

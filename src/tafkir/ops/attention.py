@@ -15,7 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["VarlenLayout", "varlen_attention", "varlen_attention_reference"]
+__all__ = ["MAX_SHORT_LENGTH", "VarlenLayout", "varlen_attention", "varlen_attention_reference"]
+
+
+MAX_SHORT_LENGTH = 512
+"""Documents up to this length are attended to one by one on the CPU; their score matrices are kept for the backward."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,7 @@ class VarlenLayout:
     """
 
     cu_seqlens: tuple[int, ...]
+    max_len: int
     buckets: tuple[_Bucket, ...]
 
     @staticmethod
@@ -64,7 +69,7 @@ class VarlenLayout:
                     continue
             groups.append([doc])
             used = length
-        return VarlenLayout(bounds, tuple(_build_bucket(group, device) for group in groups))
+        return VarlenLayout(bounds, docs[0][1] - docs[0][0], tuple(_build_bucket(group, device) for group in groups))
 
 
 def _build_bucket(docs: list[tuple[int, int]], device: torch.device | None) -> _Bucket:
@@ -92,6 +97,67 @@ def varlen_attention_reference(q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, layo
         weights_HTT = scores_HTT.masked_fill(future, -torch.inf).softmax(-1).to(q_NHK.dtype)
         outputs.append((weights_HTT @ v_HTK).transpose(0, 1))
     return torch.cat(outputs)
+
+
+class _ShortDocuments(torch.autograd.Function):
+    """One document at a time with its whole score matrix, which fits the cache: no padding, nothing computed twice.
+
+    The queries that share a key-value head are the rows of one matmul, in (query head, token) order.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, bounds: tuple[int, ...]) -> Tensor:
+        num_tokens, num_heads, head_dim = q_NHK.shape
+        num_kv_heads = k_NGK.shape[1]
+        lengths = [stop - start for start, stop in pairwise(bounds)]
+        longest = max(lengths)
+        future_TT = q_NHK.new_full((longest, longest), -torch.inf).triu_(1)
+        out_NHK = q_NHK.new_empty(num_tokens, num_heads, head_dim)
+        grouped = (num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
+        parts = ((q_NHK * head_dim**-0.5).view(grouped), k_NGK, v_NGK, out_NHK.view(grouped))
+        saved = []
+        for length, q_TGRK, k_TGK, v_TGK, out_TGRK in zip(
+            lengths, *(torch.split(p, lengths) for p in parts), strict=True
+        ):
+            q_GMK = _rows(q_TGRK)
+            weights_GMT = torch.bmm(q_GMK, k_TGK.permute(1, 2, 0))
+            weights_GMT.view(num_kv_heads, -1, length, length).add_(future_TT[:length, :length])
+            weights_GMT = torch.softmax(weights_GMT, -1)
+            _put_rows(torch.bmm(weights_GMT, v_TGK.transpose(0, 1)), out_TGRK)
+            saved += [q_GMK, weights_GMT]
+        ctx.lengths = lengths
+        ctx.save_for_backward(k_NGK, v_NGK, *saved)
+        return out_NHK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NHK: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        k_NGK, v_NGK, *saved = ctx.saved_tensors
+        num_tokens, num_heads, head_dim = grad_NHK.shape
+        grouped = (num_tokens, k_NGK.shape[1], num_heads // k_NGK.shape[1], head_dim)
+        grad_q, grad_k, grad_v = grad_NHK.new_empty(grouped), torch.empty_like(k_NGK), torch.empty_like(v_NGK)
+        parts = (grad_NHK.reshape(grouped), k_NGK, v_NGK, grad_q, grad_k, grad_v)
+        documents = zip(*(torch.split(p, ctx.lengths) for p in parts), saved[0::2], saved[1::2], strict=True)
+        for grad_TGRK, k_TGK, v_TGK, grad_q_T, grad_k_T, grad_v_T, q_GMK, weights_GMT in documents:
+            grad_GMK = _rows(grad_TGRK)
+            grad_v_T.copy_(torch.bmm(weights_GMT.transpose(1, 2), grad_GMK).transpose(0, 1))
+            grad_GMT = torch.bmm(grad_GMK, v_TGK.permute(1, 2, 0))
+            grad_GMT = torch._softmax_backward_data(grad_GMT, weights_GMT, -1, weights_GMT.dtype)
+            _put_rows(torch.bmm(grad_GMT, k_TGK.transpose(0, 1)), grad_q_T)
+            grad_k_T.copy_(torch.bmm(grad_GMT.transpose(1, 2), q_GMK).transpose(0, 1))
+        return grad_q.mul_(head_dim**-0.5).view_as(grad_NHK), grad_k, grad_v, None
+
+
+def _rows(x_TGRK: Tensor) -> Tensor:
+    """[T, G, R, K] to [G, R * T, K]."""
+    num_tokens, num_kv_heads, repeats, head_dim = x_TGRK.shape
+    return x_TGRK.permute(1, 2, 0, 3).reshape(num_kv_heads, repeats * num_tokens, head_dim)
+
+
+def _put_rows(x_GMK: Tensor, out_TGRK: Tensor) -> None:
+    """The reverse of `_rows`, into a buffer."""
+    num_tokens, num_kv_heads, repeats, head_dim = out_TGRK.shape
+    out_TGRK.copy_(x_GMK.view(num_kv_heads, repeats, num_tokens, head_dim).permute(2, 0, 1, 3))
 
 
 class _Pad(torch.autograd.Function):
@@ -140,9 +206,7 @@ def _gather_buckets(blocks: Sequence[Tensor], layout: VarlenLayout, num_tokens: 
 
 
 def varlen_attention(q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, layout: VarlenLayout) -> Tensor:
-    """The same as `varlen_attention_reference`, in one fused call for each bucket of similar lengths.
-
-    Right padding needs no mask: under the causal mask no token sees what stands to its right.
+    """The same as `varlen_attention_reference`: short documents one by one, long ones in padded buckets.
 
     Args:
         q_NHK: queries after RoPE; H is a multiple of G.
@@ -153,6 +217,14 @@ def varlen_attention(q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, layout: Varlen
     Returns:
         [N, H, K], in q's dtype.
     """
+    if q_NHK.device.type == "cpu" and q_NHK.dtype == torch.float32 and layout.max_len <= MAX_SHORT_LENGTH:
+        out = _ShortDocuments.apply(q_NHK, k_NGK, v_NGK, layout.cu_seqlens)  # type: ignore[no-untyped-call]
+        return cast(Tensor, out)
+    return _padded_attention(q_NHK, k_NGK, v_NGK, layout)
+
+
+def _padded_attention(q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, layout: VarlenLayout) -> Tensor:
+    """One fused call for each bucket. Right padding needs no mask: the causal mask hides what stands to the right."""
     qs = cast(tuple[Tensor, ...], _Pad.apply(q_NHK, layout))  # type: ignore[no-untyped-call]
     ks = cast(tuple[Tensor, ...], _Pad.apply(k_NGK, layout))  # type: ignore[no-untyped-call]
     vs = cast(tuple[Tensor, ...], _Pad.apply(v_NGK, layout))  # type: ignore[no-untyped-call]

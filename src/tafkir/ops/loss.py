@@ -22,7 +22,8 @@ __all__ = [
 ]
 
 IGNORE_INDEX = -100
-CHUNK_TOKENS = 512
+# Small enough for a chunk's logits to stay in the cache between the steps that touch them.
+CHUNK_TOKENS = 128
 
 
 def token_logprobs(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
@@ -39,12 +40,18 @@ def linear_logprobs_reference(
     return token_logprobs(F.linear(hidden_MD, head_VD).float() / temperature, targets_M)
 
 
-def _softmax_grad_(logits_CV: Tensor, lse_C: Tensor, targets_C: Tensor) -> Tensor:
-    """Turn logits into d logsumexp - d target logit = softmax - onehot, in place."""
-    probs_CV = logits_CV.sub_(lse_C.unsqueeze(1)).exp_()
-    rows = torch.arange(len(targets_C), device=targets_C.device)
-    probs_CV[rows, targets_C] -= 1.0
-    return probs_CV
+def _head_logprobs(hidden_CD: Tensor, head_VD: Tensor, temperature: float = 1.0) -> Tensor:
+    logits_CV = F.linear(hidden_CD, head_VD).float()
+    if temperature != 1.0:
+        logits_CV.div_(temperature)
+    return torch.log_softmax(logits_CV, -1)
+
+
+def _softmax_minus_onehot_(logprobs_CV: Tensor, targets_C: Tensor) -> Tensor:
+    """d(-logprob of the target) / d logits, in place of the log-probabilities."""
+    targets_C1 = targets_C.unsqueeze(1)
+    minus_one = torch.full(targets_C1.shape, -1.0, device=targets_C.device)
+    return logprobs_CV.exp_().scatter_add_(1, targets_C1, minus_one)
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -52,32 +59,27 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_MD: Tensor, head_VD: Tensor, targets_M: Tensor, temperature: float) -> Tensor:
-        lse_M = hidden_MD.new_empty(len(targets_M), dtype=torch.float32)
-        out_M = torch.empty_like(lse_M)
-        for start in range(0, len(targets_M), CHUNK_TOKENS):
-            part = slice(start, start + CHUNK_TOKENS)
-            logits_CV = F.linear(hidden_MD[part], head_VD).float() / temperature
-            lse_M[part] = logits_CV.logsumexp(1)
-            out_M[part] = logits_CV.gather(1, targets_M[part].unsqueeze(1)).squeeze(1) - lse_M[part]
+        out_M = hidden_MD.new_empty(len(targets_M), dtype=torch.float32)
+        parts = (torch.split(part, CHUNK_TOKENS) for part in (hidden_MD, targets_M, out_M))
+        for hidden_CD, targets_C, out_C in zip(*parts, strict=True):
+            logprobs_CV = _head_logprobs(hidden_CD, head_VD, temperature)
+            out_C.copy_(logprobs_CV.gather(1, targets_C.unsqueeze(1)).squeeze(1))
         ctx.temperature = temperature
-        ctx.save_for_backward(hidden_MD, head_VD, targets_M, lse_M)
+        ctx.save_for_backward(hidden_MD, head_VD, targets_M)
         return out_M
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_M: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        hidden_MD, head_VD, targets_M, lse_M = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden_MD)
-        grad_head = torch.zeros_like(head_VD) if ctx.needs_input_grad[1] else None
-        scale_M = grad_M.div(-ctx.temperature).to(torch.float32)
-        for start in range(0, len(targets_M), CHUNK_TOKENS):
-            part = slice(start, start + CHUNK_TOKENS)
-            logits_CV = F.linear(hidden_MD[part], head_VD).float() / ctx.temperature
-            grad_CV = _softmax_grad_(logits_CV, lse_M[part], targets_M[part])
-            grad_CV = grad_CV.mul_(scale_M[part].unsqueeze(1)).to(head_VD.dtype)
-            torch.mm(grad_CV, head_VD, out=grad_hidden[part])
-            if grad_head is not None:
-                grad_head.addmm_(grad_CV.t(), hidden_MD[part])
+    def backward(ctx: Any, grad_M: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        hidden_MD, head_VD, targets_M = ctx.saved_tensors
+        grad_hidden, grad_head = torch.empty_like(hidden_MD), torch.zeros_like(head_VD)
+        scale_M1 = grad_M.unsqueeze(1).div(-ctx.temperature)
+        parts = (torch.split(part, CHUNK_TOKENS) for part in (hidden_MD, targets_M, scale_M1, grad_hidden))
+        for hidden_CD, targets_C, scale_C1, grad_CD in zip(*parts, strict=True):
+            logprobs_CV = _head_logprobs(hidden_CD, head_VD, ctx.temperature)
+            grad_CV = _softmax_minus_onehot_(logprobs_CV, targets_C).mul_(scale_C1).to(head_VD.dtype)
+            torch.mm(grad_CV, head_VD, out=grad_CD)
+            grad_head.addmm_(grad_CV.t(), hidden_CD)
         return grad_hidden, grad_head, None, None
 
 
@@ -98,29 +100,26 @@ class _NextTokenLoss(torch.autograd.Function):
     """The gradient of a summed loss is known in the forward, so each chunk's logits are made once and dropped."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_MD: Tensor, head_VD: Tensor, targets_M: Tensor) -> Tensor:
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        grad_hidden = torch.empty_like(hidden_MD) if needs_grad else None
-        grad_head = torch.zeros_like(head_VD) if needs_grad else None
-        loss = hidden_MD.new_zeros((), dtype=torch.float64)
-        for start in range(0, len(targets_M), CHUNK_TOKENS):
-            part = slice(start, start + CHUNK_TOKENS)
-            logits_CV = F.linear(hidden_MD[part], head_VD).float()
-            lse_C = logits_CV.logsumexp(1)
-            loss += (lse_C - logits_CV.gather(1, targets_M[part].unsqueeze(1)).squeeze(1)).sum(dtype=torch.float64)
-            if grad_hidden is not None and grad_head is not None:
-                grad_CV = _softmax_grad_(logits_CV, lse_C, targets_M[part]).to(head_VD.dtype)
-                torch.mm(grad_CV, head_VD, out=grad_hidden[part])
-                grad_head.addmm_(grad_CV.t(), hidden_MD[part])
-        if needs_grad:
-            ctx.save_for_backward(grad_hidden, grad_head)
-        return loss.float()
+    def forward(ctx: Any, hidden_MD: Tensor, head_VD: Tensor, targets_M: Tensor, with_grad: bool) -> Tensor:
+        grad_hidden = torch.empty_like(hidden_MD)
+        grad_head = torch.zeros_like(head_VD)
+        total = torch.zeros((), dtype=torch.float64, device=hidden_MD.device)
+        parts = (torch.split(part, CHUNK_TOKENS) for part in (hidden_MD, targets_M, grad_hidden))
+        for hidden_CD, targets_C, grad_CD in zip(*parts, strict=True):
+            logprobs_CV = _head_logprobs(hidden_CD, head_VD)
+            total -= logprobs_CV.gather(1, targets_C.unsqueeze(1)).sum(dtype=torch.float64)
+            if with_grad:
+                grad_CV = _softmax_minus_onehot_(logprobs_CV, targets_C).to(head_VD.dtype)
+                torch.mm(grad_CV, head_VD, out=grad_CD)
+                grad_head.addmm_(grad_CV.t(), hidden_CD)
+        ctx.save_for_backward(grad_hidden, grad_head)
+        return total.float()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden * grad, grad_head * grad, None
+        return grad_hidden * grad, grad_head * grad, None, None
 
 
 def next_token_loss(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor) -> Tensor:
@@ -139,4 +138,4 @@ def next_token_loss(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor) -> Ten
     selected_M = (labels_N != IGNORE_INDEX).nonzero().squeeze(1)
     if len(selected_M) < len(labels_N):
         hidden_ND, labels_N = hidden_ND.index_select(0, selected_M), labels_N.index_select(0, selected_M)
-    return cast(Tensor, _NextTokenLoss.apply(hidden_ND, head_VD, labels_N))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _NextTokenLoss.apply(hidden_ND, head_VD, labels_N, torch.is_grad_enabled()))  # type: ignore[no-untyped-call]

@@ -21,18 +21,16 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def _swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
-    """Gradient with respect to the [..., 2I] input of `swiglu`."""
+def _swiglu_backward(grad: Tensor, gate_up: Tensor, out: Tensor) -> None:
+    """Write the gradient with respect to the [..., 2I] input of `swiglu` into `out`."""
     width = grad.shape[-1]
     gate, up = gate_up[..., :width], gate_up[..., width:]
-    out = torch.empty_like(gate_up)
     sig = torch.sigmoid(gate)
     silu = sig * gate
     torch.mul(grad, silu, out=out[..., width:])
     # d silu(g) = sig + silu (1 - sig) = sig + silu - silu sig
-    slope = torch.addcmul(sig, silu, sig, value=-1.0).add_(silu)
-    torch.mul(grad, up, out=out[..., :width]).mul_(slope)
-    return out
+    slope = torch.addcmul(sig, silu, sig, value=-1.0).add_(silu).mul_(up)
+    torch.mul(grad, slope, out=out[..., :width])
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -46,7 +44,9 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
-        return _swiglu_backward(grad, gate_up)
+        out = torch.empty_like(gate_up)
+        _swiglu_backward(grad, gate_up, out)
+        return out
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -68,74 +68,87 @@ def moe_experts_reference(
 
 
 class _MoEExperts(torch.autograd.Function):
-    """Pairs sorted by expert, so that each expert is one matmul on a slice; pairs return to tokens by a gather.
+    """Pairs sorted by expert: each expert is a few steps on its own slice, which fits the cache.
 
     The routing weight multiplies the activation before the down projection, where a row is narrowest; its
-    gradient is then the row sum of that product's gradient.
+    gradient is then the row sum of that product's gradient. Pairs return to tokens by a gather, not a scatter.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x_ND: Tensor, gate_up_EID: Tensor, down_EDI: Tensor, expert_ids_NA: Tensor, weights_NA: Tensor
     ) -> Tensor:
-        num_experts, double_width, hidden_size = gate_up_EID.shape
-        active = expert_ids_NA.shape[1]
+        num_experts, width, hidden_size = gate_up_EID.shape[0], down_EDI.shape[2], x_ND.shape[1]
         flat_P = expert_ids_NA.reshape(-1)
         order_P = torch.sort(flat_P, stable=True).indices
-        slices = _expert_slices(flat_P, num_experts)
-        token_P = torch.div(order_P, active, rounding_mode="floor")
+        counts = torch.bincount(flat_P, minlength=num_experts).tolist()
+        token_P = torch.div(order_P, expert_ids_NA.shape[1], rounding_mode="floor")
         weight_P1 = weights_NA.reshape(-1, 1).index_select(0, order_P).to(x_ND.dtype)
-        x_PD = x_ND.index_select(0, token_P)
-        gate_up_P = x_ND.new_empty(len(order_P), double_width)
+        x_PD = x_ND.new_empty(len(order_P), hidden_size)
+        gate_up_P = x_ND.new_empty(len(order_P), 2 * width)
+        scaled_PI = x_ND.new_empty(len(order_P), width)
         y_PD = x_ND.new_empty(len(order_P), hidden_size)
-        for expert, start, stop in slices:
-            torch.mm(x_PD[start:stop], gate_up_EID[expert].t(), out=gate_up_P[start:stop])
-        width = double_width // 2
-        scaled_PI = F.silu(gate_up_P[:, :width]).mul_(gate_up_P[:, width:]).mul_(weight_P1)
-        for expert, start, stop in slices:
-            torch.mm(scaled_PI[start:stop], down_EDI[expert].t(), out=y_PD[start:stop])
+        pairs = (torch.split(t, counts) for t in (token_P, weight_P1, x_PD, gate_up_P, scaled_PI, y_PD))
+        weights = (gate_up_EID.transpose(1, 2), down_EDI.transpose(1, 2))
+        for token, weight, x, gate_up, scaled, y, w_in, w_out in zip(*pairs, *weights, strict=True):
+            if len(token):
+                torch.index_select(x_ND, 0, token, out=x)
+                torch.mm(x, w_in, out=gate_up)
+                torch.mul(F.silu(gate_up[:, :width]).mul_(gate_up[:, width:]), weight, out=scaled)
+                torch.mm(scaled, w_out, out=y)
         inverse_P = torch.empty_like(order_P)
         inverse_P[order_P] = torch.arange(len(order_P), device=order_P.device)
-        ctx.slices, ctx.active, ctx.weights_dtype = slices, active, weights_NA.dtype
-        ctx.save_for_backward(x_PD, gate_up_EID, down_EDI, gate_up_P, scaled_PI, weight_P1, token_P, inverse_P)
-        return _sum_pairs(y_PD, inverse_P, active)
+        inverse_NA = inverse_P.view_as(expert_ids_NA)
+        ctx.counts = counts
+        ctx.save_for_backward(
+            x_PD, gate_up_EID, down_EDI, gate_up_P, scaled_PI, weight_P1, weights_NA, token_P, inverse_NA
+        )
+        return _sum_pairs(y_PD, inverse_NA)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, None, Tensor]:
-        x_PD, gate_up_EID, down_EDI, gate_up_P, scaled_PI, weight_P1, token_P, inverse_P = ctx.saved_tensors
-        width = scaled_PI.shape[1]
-        grad_PD = grad_ND.index_select(0, token_P)
-        grad_scaled_PI = torch.empty_like(scaled_PI)
-        grad_down = torch.zeros_like(down_EDI)
-        for expert, start, stop in ctx.slices:
-            torch.mm(grad_PD[start:stop], down_EDI[expert], out=grad_scaled_PI[start:stop])
-            torch.mm(grad_PD[start:stop].t(), scaled_PI[start:stop], out=grad_down[expert])
-        act_PI = F.silu(gate_up_P[:, :width]).mul_(gate_up_P[:, width:])
-        grad_weight_P = act_PI.mul_(grad_scaled_PI).sum(1)
-        grad_gate_up_P = _swiglu_backward(grad_scaled_PI.mul_(weight_P1), gate_up_P)
-        grad_gate_up = torch.zeros_like(gate_up_EID)
-        grad_x_PD = torch.empty_like(x_PD)
-        for expert, start, stop in ctx.slices:
-            torch.mm(grad_gate_up_P[start:stop], gate_up_EID[expert], out=grad_x_PD[start:stop])
-            torch.mm(grad_gate_up_P[start:stop].t(), x_PD[start:stop], out=grad_gate_up[expert])
-        grad_weights = grad_weight_P.index_select(0, inverse_P).view(-1, ctx.active).to(ctx.weights_dtype)
-        return _sum_pairs(grad_x_PD, inverse_P, ctx.active), grad_gate_up, grad_down, None, grad_weights
+        (x_PD, gate_up_EID, down_EDI, gate_up_P, scaled_PI, weight_P1, weights_NA, token_P, inverse_NA) = (
+            ctx.saved_tensors
+        )
+        grad_ND = grad_ND.contiguous()
+        grad_gate_up, grad_down = torch.empty_like(gate_up_EID), torch.empty_like(down_EDI)
+        grad_x_PD, grad_weight_P = torch.empty_like(x_PD), torch.empty_like(weight_P1)
+        pairs = (
+            torch.split(t, ctx.counts)
+            for t in (token_P, weight_P1, x_PD, gate_up_P, scaled_PI, grad_x_PD, grad_weight_P)
+        )
+        weights = (gate_up_EID, down_EDI, grad_gate_up, grad_down)
+        for token, weight, x, gate_up, scaled, grad_x, grad_weight, w_in, w_out, grad_in, grad_out in zip(
+            *pairs, *weights, strict=True
+        ):
+            if not len(token):
+                grad_in.zero_()
+                grad_out.zero_()
+                continue
+            grad_y = grad_ND.index_select(0, token)
+            torch.mm(grad_y.t(), scaled, out=grad_out)
+            grad_hidden = _weighted_swiglu_backward(grad_y @ w_out, gate_up, weight, grad_weight)
+            torch.mm(grad_hidden.t(), x, out=grad_in)
+            torch.mm(grad_hidden, w_in, out=grad_x)
+        grad_weights = grad_weight_P.view(-1)[inverse_NA].to(weights_NA.dtype)
+        return _sum_pairs(grad_x_PD, inverse_NA), grad_gate_up, grad_down, None, grad_weights
 
 
-def _expert_slices(flat_P: Tensor, num_experts: int) -> list[tuple[int, int, int]]:
-    """(expert, start, stop) in the expert-sorted order, for experts that got a token."""
-    slices, start = [], 0
-    for expert, count in enumerate(torch.bincount(flat_P, minlength=num_experts).tolist()):
-        if count:
-            slices.append((expert, start, start + count))
-        start += count
-    return slices
+def _weighted_swiglu_backward(grad: Tensor, gate_up: Tensor, weight: Tensor, grad_weight: Tensor) -> Tensor:
+    """Through weight * swiglu(gate_up): write d weight into `grad_weight` [C, 1], return d gate_up [C, 2I]."""
+    width = grad.shape[1]
+    torch.sum(F.silu(gate_up[:, :width]).mul_(gate_up[:, width:]).mul_(grad), 1, keepdim=True, out=grad_weight)
+    out = torch.empty_like(gate_up)
+    _swiglu_backward(grad.mul_(weight), gate_up, out)
+    return out
 
 
-def _sum_pairs(pairs_PD: Tensor, inverse_P: Tensor, active: int) -> Tensor:
-    """Add up each token's pairs, in the order of its expert slots (no scatter, so no race and the same bits)."""
-    return pairs_PD.index_select(0, inverse_P).view(-1, active, pairs_PD.shape[1]).sum(1)
+def _sum_pairs(pairs_PD: Tensor, inverse_NA: Tensor) -> Tensor:
+    """Add up each token's pairs in the order of its expert slots (no scatter, so no race and the same bits)."""
+    if pairs_PD.dtype == torch.float32:
+        return F.embedding_bag(inverse_NA, pairs_PD, mode="sum")
+    return pairs_PD[inverse_NA].sum(1)
 
 
 def moe_experts(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["rms_norm", "rms_norm_reference"]
+__all__ = ["inverse_rms", "rms_norm", "rms_norm_backward", "rms_norm_reference"]
 
 
 def rms_norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -21,28 +21,36 @@ def rms_norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return weight_D * x_fp32.to(x.dtype)
 
 
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last dim, which is kept."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def rms_norm_backward(grad: Tensor, x: Tensor, weight_D: Tensor, rstd: Tensor, out: Tensor) -> Tensor:
+    """Write dx into `out` and return dw, with dx = rstd (w g - x_hat mean(w g x_hat)) and x_hat = rstd x."""
+    width = x.shape[-1]
+    x_hat = x * rstd
+    product = grad * x_hat
+    mean = torch.mv(product.view(-1, width), weight_D).div_(width).view(rstd.shape)
+    torch.mul((grad * weight_D).addcmul_(x_hat, mean, value=-1.0), rstd, out=out)
+    return product.view(-1, width).sum(0)
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        rstd = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        rstd = rstd.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        rstd = inverse_rms(x, eps)
         ctx.save_for_backward(x, weight_D, rstd)
         out: Tensor = (x * rstd).mul_(weight_D)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight_D, rstd = ctx.saved_tensors
-        width = x.shape[-1]
-        x_hat = x * rstd
-        grad_x_hat = grad * x_hat
-        grad_weight = grad_x_hat.reshape(-1, width).sum(0) if ctx.needs_input_grad[1] else None
-        if not ctx.needs_input_grad[0]:
-            return None, grad_weight, None
-        # dx = rstd * (w g - x_hat * mean(w g x_hat))
-        mean = (grad_x_hat @ weight_D).unsqueeze(-1).div_(width)
-        grad_x = (grad * weight_D).sub_(x_hat.mul_(mean)).mul_(rstd)
+        grad_x = torch.empty_like(x)
+        grad_weight = rms_norm_backward(grad.contiguous(), x, weight_D, rstd, grad_x)
         return grad_x, grad_weight, None
 
 
@@ -56,4 +64,4 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """
     if x.dtype != torch.float32:
         return rms_norm_reference(x, weight_D, eps)
-    return cast(Tensor, _RMSNorm.apply(x, weight_D, eps))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _RMSNorm.apply(x.contiguous(), weight_D, eps))  # type: ignore[no-untyped-call]

@@ -5,13 +5,10 @@ Shapes: N tokens, H heads, K head_dim, R rotated dims.
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-__all__ = ["apply_rope", "apply_rope_reference", "rope_table"]
+__all__ = ["apply_rope_reference", "rope_table", "rotate"]
 
 
 def rope_table(positions_N: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -26,45 +23,24 @@ def rope_table(positions_N: Tensor, rotary_dim: int, theta: float) -> tuple[Tens
 
 
 def apply_rope_reference(x_NHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate dims j and j + R/2 of each head by angle j; dims from R on pass through."""
+    """Rotate dims j and j + R/2 of each head by angle j; dims from R on pass through.
+
+    Args:
+        x_NHK: queries or keys.
+        cos: [N, R/2] from `rope_table`.
+        sin: as cos.
+    """
     half = cos.shape[-1]
     cos, sin = cos.unsqueeze(1).to(x_NHK.dtype), sin.unsqueeze(1).to(x_NHK.dtype)
     first, second, rest = x_NHK[..., :half], x_NHK[..., half : 2 * half], x_NHK[..., 2 * half :]
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
 
-def _rotate(x_NHK: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool) -> Tensor:
-    half = cos.shape[-1]
-    out = torch.empty_like(x_NHK, memory_format=torch.contiguous_format)
+def rotate(x_NHK: Tensor, cos_N1J: Tensor, sin_N1J: Tensor, out_NHK: Tensor) -> None:
+    """The same as `apply_rope_reference` into a buffer; with -sin it turns back, which is its own backward."""
+    half = cos_N1J.shape[-1]
     first, second = x_NHK[..., :half], x_NHK[..., half : 2 * half]
-    sign = -1.0 if inverse else 1.0
-    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-sign)
-    torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin, value=sign)
+    torch.mul(first, cos_N1J, out=out_NHK[..., :half]).addcmul_(second, sin_N1J, value=-1.0)
+    torch.mul(second, cos_N1J, out=out_NHK[..., half : 2 * half]).addcmul_(first, sin_N1J)
     if 2 * half < x_NHK.shape[-1]:
-        out[..., 2 * half :] = x_NHK[..., 2 * half :]
-    return out
-
-
-class _Rope(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_NHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        cos, sin = cos.unsqueeze(1).to(x_NHK.dtype), sin.unsqueeze(1).to(x_NHK.dtype)
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x_NHK, cos, sin, inverse=False)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotate(grad, cos, sin, inverse=True), None, None
-
-
-def apply_rope(x_NHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The same as `apply_rope_reference` with one output buffer and a rotation back as its backward.
-
-    Args:
-        x_NHK: queries or keys of any floating dtype.
-        cos: [N, R/2] from `rope_table`; R at most K.
-        sin: as cos.
-    """
-    return cast(Tensor, _Rope.apply(x_NHK, cos, sin))  # type: ignore[no-untyped-call]
+        out_NHK[..., 2 * half :] = x_NHK[..., 2 * half :]
