@@ -60,7 +60,9 @@ $(STAMPS)/venv:
 
 $(STAMPS)/torch-$(TORCH): $(STAMPS)/venv constraints.txt
 	@echo "Installing torch $(TORCH_VERSION)$(TORCH_BUILD) into $(VENV) ..."
-	@$(BIN)/python -m pip install --quiet -c constraints.txt --extra-index-url $(TORCH_INDEX) "torch==$(TORCH_VERSION)$(TORCH_BUILD)"
+	@# A machine whose own package sources hold this build is not sent elsewhere.
+	@$(BIN)/python -m pip install --quiet -c constraints.txt "torch==$(TORCH_VERSION)$(TORCH_BUILD)" 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet -c constraints.txt --extra-index-url $(TORCH_INDEX) "torch==$(TORCH_VERSION)$(TORCH_BUILD)"
 	@touch $@
 
 $(STAMPS)/runtime: $(STAMPS)/torch-$(TORCH) pyproject.toml constraints.txt
