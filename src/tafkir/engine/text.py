@@ -41,7 +41,7 @@ class TextStream:
         return delta
 
     def flush(self) -> str:
-        """Called at the end: a character that never got its last byte is left out."""
+        """Called at the end: a character that never got its last byte is left out, as is a U+FFFD meant as such."""
         self._held, self._shown = [], 0
         return ""
 

@@ -74,7 +74,8 @@ class EngineWorker:
         self._cancelled: list[str] = []
         self._jobs: dict[str, _Job] = {}
         self._stopping = False
-        self._failure: Exception | None = None
+        self.failure: Exception | None = None
+        """What ended the engine."""
         self._ready = threading.Event()
         self._engine: Engine | None = None
         self._thread = threading.Thread(target=self._main, name="tafkir-engine", daemon=True)
@@ -84,8 +85,8 @@ class EngineWorker:
         """Build the engine and start to serve; raises what building it raises."""
         self._thread.start()
         self._ready.wait()
-        if self._failure is not None:
-            raise self._failure
+        if self.failure is not None:
+            raise self.failure
 
     def stop(self) -> None:
         """End the thread; requests that still run are told so."""
@@ -103,7 +104,7 @@ class EngineWorker:
 
     @property
     def healthy(self) -> bool:
-        return self._ready.is_set() and self._failure is None and self._thread.is_alive()
+        return self._ready.is_set() and self.failure is None and self._thread.is_alive()
 
     @property
     def num_running(self) -> int:
@@ -125,7 +126,7 @@ class EngineWorker:
             self.engine.check(request, top_logprobs=top_logprobs)
         now = time.monotonic()
         with self._wake:
-            if self._stopping or self._failure is not None:
+            if self._stopping or self.failure is not None:
                 raise Stopped("the engine has stopped")
             if len(self._jobs) + len(requests) > self.engine.max_batch + self._max_queue:
                 self.stats.refused += len(requests)
@@ -149,7 +150,7 @@ class EngineWorker:
         try:
             self._engine = self._build()
         except Exception as error:  # handed to start(), which raises it
-            self._failure = error
+            self.failure = error
             return
         finally:
             self._ready.set()
@@ -160,7 +161,7 @@ class EngineWorker:
         except Exception as error:  # the server's edge: recorded, told to every client, and shown by /health
             logger.exception("the engine failed")
             with self._wake:
-                self._failure = error
+                self.failure = error
             self._end_all(error)
 
     def _take_orders(self) -> bool:
