@@ -101,6 +101,8 @@ def test_plain_numbers_are_read(text: str, value: Fraction) -> None:
     assert parse_number(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "-", ".", "1,23", "1/0", "1/2/3", "nan", "inf", "1e5", "12 apples", "٣", "9" * 500])
+@pytest.mark.parametrize(
+    "text", ["", "-", ".", "1,23", "1/0", "1/2/3", "nan", "inf", "1e5", "12 apples", "٣", "9" * 500]
+)
 def test_other_texts_are_no_plain_numbers(text: str) -> None:
     assert parse_number(text) is None

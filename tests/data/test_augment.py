@@ -49,7 +49,7 @@ def _check_truth(original: Problem, variant: Problem, max_number: int) -> None:
     assert variant.answer == variant.steps[-1].result
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(index=st.integers(0, 7064), seed=st.integers(0, 2**63), max_number=st.sampled_from([99, 999, 9999]))
 def test_variants_stay_true(corpus: Corpus, index: int, seed: int, max_number: int) -> None:
     problem = corpus.train[index]
@@ -65,8 +65,10 @@ def test_variants_stay_true(corpus: Corpus, index: int, seed: int, max_number: i
 
 def test_most_problems_can_be_renumbered(corpus: Corpus) -> None:
     for source, share in (("gsm8k", 0.6), ("svamp", 0.95)):
-        problems = [problem for problem in corpus.train if problem.source == source][:600]
-        changed = sum(augment(problem, seed, ALWAYS).question != problem.question for seed, problem in enumerate(problems))
+        problems = [problem for problem in corpus.train if problem.source == source][-500:]
+        changed = sum(
+            augment(problem, seed, ALWAYS).question != problem.question for seed, problem in enumerate(problems)
+        )
         assert changed / len(problems) > share, source
 
 
@@ -137,7 +139,7 @@ def test_what_cannot_be_tied_down_is_left_alone(question: str, equations: tuple[
 
 def test_nothing_above_the_limit_is_drawn_or_produced(corpus: Corpus) -> None:
     config = AugmentConfig(renumber=1.0, rename=0.0, max_number=99)
-    for seed, problem in enumerate(corpus.train[:400]):
+    for seed, problem in enumerate(corpus.train[:150]):
         variant = augment(problem, seed, config)
         if variant.question != problem.question:
             assert all(Fraction(step.result) <= 99 for step in variant.steps)

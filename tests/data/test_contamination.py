@@ -56,5 +56,5 @@ def test_the_bundled_training_part_shares_nothing_with_what_is_held_out(corpus: 
 
 def test_variants_of_training_problems_do_not_drift_into_what_is_held_out(corpus: Corpus) -> None:
     config = AugmentConfig(renumber=1.0, rename=1.0)
-    variants = [augment(problem, seed, config) for seed, problem in enumerate(corpus.train[::5])]
+    variants = [augment(problem, seed, config) for seed, problem in enumerate(corpus.train[::12])]
     assert not find_overlaps(variants, (*corpus.validation, *corpus.test))

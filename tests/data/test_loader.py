@@ -20,9 +20,10 @@ from tafkir.recipe.schema import AugmentConfig
 CONFIG = AugmentConfig()
 
 
-def _pretrain(corpus: Corpus, tokenizer: Tokenizer, seed: int = 1, **options: float) -> PretrainStream:
-    shares = {"drill_share": 0.25, "story_share": 0.25} | options
-    return PretrainStream(corpus.train, tokenizer, CONFIG, batch_problems=8, seed=seed, **shares)
+def _pretrain(corpus: Corpus, tokenizer: Tokenizer, seed: int = 1, share: float = 0.25) -> PretrainStream:
+    return PretrainStream(
+        corpus.train, tokenizer, CONFIG, batch_problems=8, drill_share=share, story_share=share, seed=seed
+    )
 
 
 def test_an_epoch_visits_every_problem_once_in_an_order_of_its_own() -> None:
@@ -57,7 +58,7 @@ def test_pretraining_mixes_problems_stories_and_drills_in_the_shares_asked_for(
     think = tokenizer.special_id(THINK_START)
     drills = sum(think not in ids for ids in documents)
     assert 0.18 < drills / len(documents) < 0.32
-    only = _pretrain(corpus, tokenizer, drill_share=0.0, story_share=0.0)
+    only = _pretrain(corpus, tokenizer, share=0.0)
     assert all(think in ids for step in range(5) for ids, _ in only.batch_at(step))
 
 

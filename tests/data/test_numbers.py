@@ -13,7 +13,10 @@ from tafkir.data.numbers import find_numbers, words_for
         ("Twenty-five cats and 1,200 dogs.", [(25, "plain"), (1200, "plain")]),
         ("two hundred and five, or two or three", [(205, "plain"), (2, "plain"), (3, "plain")]),
         ("$12.50 for .5 of it.", [(Fraction(25, 2), "plain"), (Fraction(1, 2), "plain")]),
-        ("3/4 of 2 1/2 cups, ½ cup", [(Fraction(3, 4), "fraction"), (Fraction(5, 2), "fraction"), (Fraction(1, 2), "fraction")]),
+        (
+            "3/4 of 2 1/2 cups, ½ cup",
+            [(Fraction(3, 4), "fraction"), (Fraction(5, 2), "fraction"), (Fraction(1, 2), "fraction")],
+        ),
         ("5% or 60 percent", [(5, "percent"), (60, "percent")]),
         ("at 7:30, at 8 am", [(7, "time"), (30, "time"), (8, "time")]),
         ("the 3rd of room A4, 2-3 days", [(3, "ordinal"), (4, "label"), (2, "label"), (3, "label")]),

@@ -17,7 +17,9 @@ GOOD = {"question": "Tom has 3 bags of 4 pears. He eats 2. How many are left?", 
 
 
 def _write(path: Path, *rows: object) -> Path:
-    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n", encoding="utf-8")
+    path.write_text(
+        "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n", encoding="utf-8"
+    )
     return path
 
 
@@ -41,21 +43,54 @@ def test_every_step_recomputes_and_the_last_one_is_the_answer(corpus: Corpus) ->
 def test_answers_are_canonical(corpus: Corpus) -> None:
     for problem in (*corpus.train, *corpus.validation, *corpus.test):
         value = parse_number(problem.answer)
-        assert value is not None and "," not in problem.answer and str(value) in (problem.answer, str(Fraction(problem.answer)))
+        assert (
+            value is not None
+            and "," not in problem.answer
+            and str(value) in (problem.answer, str(Fraction(problem.answer)))
+        )
 
 
-def test_a_known_gsm8k_row_and_a_known_svamp_row() -> None:
-    gsm8k, _ = read_source("gsm8k")
-    assert [str(step) for step in gsm8k[0].steps] == ["48/2=24", "48+24=72"]
-    assert (gsm8k[0].id, gsm8k[0].answer) == ("gsm8k-train-0", "72")
-    svamp, _ = read_source("svamp")
-    assert svamp[0].question.startswith("Each pack of dvds costs 76 dollars. If there is a discount of 25 dollars on each pack, How")
-    assert [str(step) for step in svamp[0].steps] == ["76-25=51"]
+def test_a_known_gsm8k_row_and_a_known_svamp_row(corpus: Corpus) -> None:
+    by_id = {problem.id: problem for problem in (*corpus.train, *corpus.validation, *corpus.test)}
+    clips = by_id["gsm8k-train-0"]
+    assert [str(step) for step in clips.steps] == ["48/2=24", "48+24=72"] and clips.answer == "72"
+    dvds = by_id["svamp-chal-1"]
+    assert dvds.question.startswith(
+        "Each pack of dvds costs 76 dollars. If there is a discount of 25 dollars on each pack, "
+    )
+    assert [str(step) for step in dvds.steps] == ["76-25=51"]
 
 
-def test_annotations_can_stay_in_one_piece() -> None:
-    whole, _ = read_source("gsm8k", split_operations=False)
-    assert [str(step) for step in whole[2].steps] == ["100/2=50", "15*2=30", "100-50-30-15=5"]
+def test_annotations_can_stay_in_one_piece(tmp_path: Path) -> None:
+    path = _write(tmp_path / "own.jsonl", {"question": "q", "answer": "<<15*02=30>> <<100-50-30-15=5>> #### 5"})
+    for split_operations, steps in (
+        (True, ["15*2=30", "100-50=50", "50-30=20", "20-15=5"]),
+        (False, ["15*2=30", "100-50-30-15=5"]),
+    ):
+        problems, _ = read_source(path, split_operations=split_operations)
+        assert [str(step) for step in problems[0].steps] == steps
+
+
+@pytest.mark.parametrize(
+    ("equation", "flaw"),
+    [
+        ("7+5=12", ""),
+        ("12/5=2", "equation does not recompute"),
+        ("12/0=0", "malformed equation"),
+        ("5-7=2", "equation does not recompute"),
+        ("10/3=3.33", "equation does not recompute"),
+        ("10/3=10/3", "result has no exact decimal"),
+        ("0.5*8=4", ""),
+        ("7+=12", "malformed equation"),
+        ("12=12", "no operation"),
+        ("6*2=12", ""),
+    ],
+)
+def test_what_makes_an_equation_unfit_to_learn_from(tmp_path: Path, equation: str, flaw: str) -> None:
+    answer = equation.partition("=")[2]
+    path = _write(tmp_path / "own.jsonl", {"question": "q", "answer": f"<<{equation}>> #### {answer}"})
+    (problem,), _ = read_source(path)
+    assert problem.flaw == flaw and bool(problem.steps) == (not flaw)
 
 
 def test_own_files_in_every_accepted_form(tmp_path: Path) -> None:
@@ -124,7 +159,7 @@ def test_a_malformed_row_is_named_by_file_and_line_and_nothing_is_used(tmp_path:
 
 
 def test_a_missing_file_an_empty_one_and_one_without_a_valid_row(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="does not exist.*gsm8k, svamp"):
+    with pytest.raises(DataError, match=r"does not exist.*gsm8k, svamp"):
         read_source(tmp_path / "none.jsonl")
     with pytest.raises(DataError, match="no valid rows"):
         read_source(_write(tmp_path / "empty.jsonl"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from tafkir.data.sources import Problem
 from tafkir.data.split import normalized_words
@@ -41,9 +42,14 @@ class ContaminationReport:
         return self.remaining == 0
 
 
+@lru_cache(maxsize=1 << 14)
+def _words(question: str) -> tuple[str, ...]:
+    return tuple(normalized_words(question))
+
+
 def _fingerprints(question: str) -> Iterator[tuple[str, ...]]:
     """Every run of 13 number-normalised words, and the whole text where it is shorter."""
-    words = tuple(normalized_words(question))
+    words = _words(question)
     for start in range(max(1, len(words) - NGRAM + 1)):
         yield words[start : start + NGRAM]
 

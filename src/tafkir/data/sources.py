@@ -35,6 +35,7 @@ __all__ = ["BUNDLED_SETS", "Problem", "SourceReport", "Step", "read_source"]
 BUNDLED_SETS = ("gsm8k", "svamp")
 
 _ANNOTATION = re.compile(r"<<([^<>]*)>>")
+_WHOLE_EQUATION = re.compile(r"([0-9]{1,15})([-+*/])([0-9]{1,15})=([0-9]{1,15})")
 _FINAL = re.compile(r"####\s*(.+?)\s*$")
 
 
@@ -110,11 +111,31 @@ def _lines(path: Path | Any, where: str) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
+def _whole_step(equation: str) -> Step | None:
+    """One true operation on whole numbers, which most annotations are, without the cost of fractions."""
+    match = _WHOLE_EQUATION.fullmatch(equation)
+    if match is None:
+        return None
+    left, operator, right, result = int(match[1]), match[2], int(match[3]), int(match[4])
+    if operator == "+":
+        true = left + right == result
+    elif operator == "-":
+        true = left - right == result
+    else:
+        true = left * right == result if operator == "*" else right * result == left and right != 0
+    return Step(f"{left}{operator}{right}", str(result)) if true else None
+
+
 def _steps_from(equations: list[str], answer: Fraction, split_operations: bool) -> tuple[tuple[Step, ...], str]:
     """Steps of `a+b=c` texts, and the flaw that forbids to train on them ("" for none)."""
     steps: list[Step] = []
     last: Fraction | None = None
     for equation in equations:
+        whole = _whole_step(equation)
+        if whole is not None:
+            steps.append(whole)
+            last = Fraction(int(whole.result))
+            continue
         left, equals, right = equation.replace(" ", "").partition("=")
         try:
             expression = parse_expression(left)

@@ -101,8 +101,8 @@ class SymbolicVerifier:
         """Whether two expressions (plain or LaTeX) are equal; never raises, never takes much longer than the limit."""
         with self._slots:
             worker = self._take()
-            if worker is None:
-                return SymbolicResult(None, "math-verify cannot be started")
+            if isinstance(worker, str):
+                return SymbolicResult(None, worker)
             request = {"expected": expected, "answer": answer, "timeout_s": self.timeout_s}
             try:
                 reply = worker.receive(self.timeout_s) if worker.send(request) else None
@@ -116,7 +116,8 @@ class SymbolicVerifier:
                 self._idle.append(worker)
             return SymbolicResult(reply.get("equal"), reply.get("error", ""))
 
-    def _take(self) -> _Worker | None:
+    def _take(self) -> _Worker | str:
+        """An idle worker or a new one; or why there is none."""
         with self._lock:
             if self._owner != os.getpid():
                 # after a fork the pipes belong to the parent
@@ -131,9 +132,9 @@ class SymbolicVerifier:
             ready = worker.receive(START_LIMIT_S)
         except Empty:
             ready = None
-        if ready is None:
+        if ready is None or "error" in ready:
             worker.stop()
-            return None
+            return "math-verify cannot be started" + (f": {ready['error']}" if ready else "")
         return worker
 
     def close(self) -> None:

@@ -50,8 +50,10 @@ def main() -> None:
     logging.disable(logging.CRITICAL)
     _limit_memory(int(sys.argv[1]))
     # imports and caches are paid before the first comparison is timed
-    _compare("1", "x=1")
-    print('{"ready": true}', file=replies, flush=True)
+    warm = _compare("1", "x=1")
+    print(json.dumps(warm), file=replies, flush=True)
+    if "error" in warm:
+        return
     for line in sys.stdin:
         request = json.loads(line)
         _alarm(request["timeout_s"] + GRACE_S)
