@@ -12,22 +12,21 @@ if TYPE_CHECKING:
 
 __all__ = ["build_completer", "checkpoint_of"]
 
+# Stages hand over whole batches of rollouts; nobody waits for a single one.
+_MAX_BATCH = 256
+
 
 def build_completer(checkpoint: Path) -> Engine:
     """An engine with the weights and the tokenizer of a checkpoint folder.
 
     Raises:
-        CheckpointError: the folder is missing or damaged, or has no tokenizer.
+        CheckpointError: the folder is missing or damaged.
+        DataError: it has no tokenizer.
     """
-    from tafkir.checkpoint.load import load_checkpoint
     from tafkir.data.tokenizer import Tokenizer
-    from tafkir.engine.engine import Engine
+    from tafkir.serve.loading import build_engine
 
-    loaded = load_checkpoint(checkpoint)
-    if loaded.tokenizer_path is None:
-        raise CheckpointError("the checkpoint has no tokenizer.json", where=str(checkpoint))
-    tokenizer = Tokenizer.load(loaded.tokenizer_path)
-    return Engine(loaded.decoder, eos_ids=(tokenizer.turn_end_id, tokenizer.document_end_id), tokenizer=tokenizer)
+    return build_engine(checkpoint, Tokenizer.load(checkpoint), None, max_batch=_MAX_BATCH)
 
 
 def checkpoint_of(name: str) -> Path:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import tafkir
-from tafkir.cli import chat, doctor, recipes, report, run
+from tafkir.cli import doctor, evaluate, recipes, report, run, serve
 from tafkir.errors import TafkirError
 
 __all__ = ["app", "main"]
@@ -27,7 +27,10 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.add_typer(recipes.app, name="recipe")
 app.command("doctor")(doctor.doctor)
-app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
+app.command("chat")(serve.chat)
+app.command("eval")(evaluate.evaluate)
+app.command("compare")(evaluate.compare)
 app.command("report")(report.report)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ import typer
 if TYPE_CHECKING:
     from tafkir.recipe.load import LoadedRecipe
     from tafkir.recipe.schema import Recipe
+    from tafkir.records import StageName
     from tafkir.runlog.rundir import RunDir
 
 __all__ = ["program_name", "run"]
@@ -64,7 +66,7 @@ def run(
     if as_json:
         print(json.dumps({"run": str(directory.path), "stages": results}, indent=2))
     else:
-        _show_end(directory, loaded.recipe)
+        _show_end(directory, loaded.recipe, results)
 
 
 def program_name() -> str:
@@ -92,7 +94,9 @@ def _threads_of(directory: RunDir) -> int | None:
         return None
 
 
-def _show_end(directory: RunDir, recipe: Recipe) -> None:
+def _show_end(directory: RunDir, recipe: Recipe, results: Mapping[StageName, dict[str, Any]]) -> None:
+    if headline := results.get("report", {}).get("headline"):
+        print(f"\n{headline}")
     print(f"\nRun directory:  {directory.path}")
     if directory.report_html.exists():
         print(f"Report:         {directory.report_html}")

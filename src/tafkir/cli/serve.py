@@ -1,0 +1,72 @@
+"""`tafkir serve CHECKPOINT` and `tafkir chat CHECKPOINT`: talk to a model over HTTP or in the terminal."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+__all__ = ["chat", "serve"]
+
+CheckpointName = Annotated[
+    str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder, run directory, or bundled name.")
+]
+
+
+def serve(
+    checkpoint: CheckpointName,
+    host: Annotated[str, typer.Option(help="Address to listen on; there is no password.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes any free one.")] = 8000,
+    model_name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Most requests that run at once.")] = 32,
+    max_context: Annotated[
+        int | None, typer.Option(min=2, help="Most tokens of a prompt and its answer; the model's if left out.")
+    ] = None,
+    max_cache_mb: Annotated[int | None, typer.Option(min=1, help="Limit of the key-value cache, in MiB.")] = None,
+    max_queue: Annotated[int, typer.Option(min=1, help="Most requests that wait.")] = 256,
+    threads: Annotated[int | None, typer.Option(min=1, help="Processor threads; torch's choice if left out.")] = None,
+) -> None:
+    """Serve a checkpoint over the OpenAI API, with a chat page at /."""
+    from tafkir.cli.completer import checkpoint_of
+    from tafkir.serve.run import serve as serve_checkpoint
+
+    serve_checkpoint(
+        checkpoint_of(checkpoint),
+        host,
+        port,
+        model_name=model_name,
+        max_batch=max_batch,
+        max_context=max_context,
+        max_cache_bytes=max_cache_mb << 20 if max_cache_mb else None,
+        max_queue=max_queue,
+        num_threads=threads,
+    )
+
+
+def chat(
+    checkpoint: CheckpointName,
+    temperature: Annotated[float, typer.Option(help="0 always takes the most probable token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the most probable tokens of this total share.")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    seed: Annotated[int | None, typer.Option(help="Fixes what is drawn at a temperature above 0.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message that opens every conversation.")] = None,
+    history: Annotated[
+        bool, typer.Option("--history", help="Keep the conversation from one message to the next.")
+    ] = False,
+    thinking: Annotated[bool, typer.Option(help="Show the chain of thought.")] = True,
+) -> None:
+    """Chat with a checkpoint in the terminal.
+
+    Each message stands alone unless --history is given. From a pipe, every line gets an answer.
+    """
+    from tafkir.cli.completer import checkpoint_of
+    from tafkir.records import SamplingParams
+    from tafkir.serve.chat import run_chat
+
+    run_chat(
+        checkpoint_of(checkpoint),
+        params=SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed),
+        system=system,
+        history=history,
+        show_thinking=thinking,
+    )
