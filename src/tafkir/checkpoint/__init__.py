@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tafkir.checkpoint.load import Checkpoint, bundled_checkpoints, load_checkpoint, load_config, resolve_checkpoint
+from tafkir.checkpoint.load import Checkpoint, load_checkpoint, load_config, resolve_checkpoint
 from tafkir.checkpoint.manifest import Manifest, TensorEntry
 from tafkir.checkpoint.save import save_checkpoint
 
@@ -10,7 +10,6 @@ __all__ = [
     "Checkpoint",
     "Manifest",
     "TensorEntry",
-    "bundled_checkpoints",
     "load_checkpoint",
     "load_config",
     "resolve_checkpoint",

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,10 @@ from tafkir.checkpoint.manifest import DTYPE_NAMES, MANIFEST_NAME, Manifest, has
 from tafkir.errors import CheckpointError
 from tafkir.models.decoder import Decoder
 from tafkir.models.hf_names import architecture_of, config_from_hf, read_hf_tensors
+from tafkir.recipe.bundled import find_checkpoint as resolve_checkpoint
 from tafkir.recipe.model import ModelConfig
 
-__all__ = ["Checkpoint", "bundled_checkpoints", "load_checkpoint", "load_config", "resolve_checkpoint"]
+__all__ = ["Checkpoint", "load_checkpoint", "load_config", "resolve_checkpoint"]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -44,34 +44,6 @@ class Checkpoint:
     decoder: Decoder
     tokenizer_path: Path | None
     manifest: Manifest | None
-
-
-def bundled_checkpoints() -> dict[str, Path]:
-    """Names and folders of the checkpoints that ship inside the package."""
-    root = Path(str(resources.files("tafkir"))) / "checkpoints"
-    if not root.is_dir():
-        return {}
-    return {folder.name: folder for folder in sorted(root.iterdir()) if (folder / "config.json").is_file()}
-
-
-def resolve_checkpoint(name: Path | str) -> Path:
-    """The folder that a path or a bundled checkpoint's name stands for; an existing folder comes first.
-
-    Raises:
-        CheckpointError: there is neither.
-    """
-    path = Path(name)
-    if path.is_dir():
-        return path
-    bundled = bundled_checkpoints()
-    if str(name) in bundled:
-        return bundled[str(name)]
-    if path.exists():
-        raise CheckpointError("not a folder", where=str(path), expected="a checkpoint folder with config.json")
-    known = f" (bundled: {', '.join(bundled)})" if bundled else ""
-    raise CheckpointError(
-        "no such checkpoint", where=str(name), expected=f"a checkpoint folder or a bundled name{known}"
-    )
 
 
 def load_config(name: Path | str) -> ModelConfig:

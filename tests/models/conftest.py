@@ -1,7 +1,8 @@
-"""The oracle: transformers' Glm4MoeForCausalLM, which computes the Ling 2.0 block, with our weights renamed into it."""
+"""The oracle: transformers' Glm4MoeForCausalLM, which computes the Ling 2.0 block, with our weights under its names."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -10,11 +11,10 @@ import torch
 from tafkir.models.decoder import Decoder
 from tafkir.recipe.model import ModelConfig
 
-transformers = pytest.importorskip("transformers")
-
 
 def glm_config(config: ModelConfig, **extra: Any) -> Any:
     """The GLM config that computes the same function as ours."""
+    transformers = pytest.importorskip("transformers")
     return transformers.Glm4MoeConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -75,11 +75,22 @@ def glm_tensors(decoder: Decoder, *, grads: bool = False) -> dict[str, torch.Ten
     return out
 
 
-def build_glm(decoder: Decoder, **extra: Any) -> Any:
-    """A GLM model with the decoder's weights, loaded strictly."""
-    model = transformers.Glm4MoeForCausalLM(glm_config(decoder.config, **extra)).float()
-    state = {name: tensor.clone() for name, tensor in glm_tensors(decoder).items()}
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not [n for n in missing if "inv_freq" not in n], missing
-    assert not unexpected, unexpected
-    return model
+@dataclass(frozen=True)
+class Oracle:
+    """What the tests need of it."""
+
+    def build(self, decoder: Decoder, **extra: Any) -> Any:
+        """A GLM model with the decoder's weights, loaded strictly."""
+        transformers = pytest.importorskip("transformers")
+        model = transformers.Glm4MoeForCausalLM(glm_config(decoder.config, **extra)).float()
+        model.load_state_dict({name: tensor.clone() for name, tensor in glm_tensors(decoder).items()}, strict=True)
+        return model
+
+    def gradients(self, decoder: Decoder) -> dict[str, torch.Tensor]:
+        """Our gradients under GLM's names."""
+        return glm_tensors(decoder, grads=True)
+
+
+@pytest.fixture
+def oracle() -> Oracle:
+    return Oracle()
