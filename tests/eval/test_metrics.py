@@ -212,6 +212,7 @@ def test_unchanged_answers_leave_a_bounded_doubt() -> None:
     assert difference.value == 0 and difference.p_value == 1.0
     assert difference.low == -difference.high
     assert 0.02 < difference.high < 0.05
+    assert difference.min_detectable == difference.high
 
 
 def test_different_problems_are_refused() -> None:

@@ -8,7 +8,8 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -50,7 +51,7 @@ class _Visit:
 
     seen: list[dict[str, Any]]
     console: list[str]
-    requests: list[str] = field(default_factory=list)
+    requests: list[str]
 
 
 class _Handler(SimpleHTTPRequestHandler):
@@ -68,25 +69,29 @@ class _Handler(SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def served(tmp_path: Path) -> Iterator[tuple[Path, str, list[str]]]:
-    """A folder, the address it is served at, and the paths that were asked for."""
-    folder = tmp_path / "site"
-    folder.mkdir()
+@contextmanager
+def _serve(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """The address that a folder is served at, and the paths that were asked for."""
     paths: list[str] = []
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, directory=str(folder), paths=paths))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    yield folder, f"http://127.0.0.1:{server.server_port}", paths
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", paths
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
-def _visit(served: tuple[Path, str, list[str]], page: str, profile: Path) -> _Visit:
-    folder, address, paths = served
+def _visit(page: str, folder: Path) -> _Visit:
     (folder / "report.html").write_text(page, encoding="utf-8")
     (folder / "probe.html").write_text(PROBE, encoding="utf-8")
+    with _serve(folder) as (address, paths):
+        return _browse(address, paths, folder / "profile")
+
+
+def _browse(address: str, paths: list[str], profile: Path) -> _Visit:
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
     log = profile / "net.json"
     flags = [
@@ -107,7 +112,7 @@ def _visit(served: tuple[Path, str, list[str]], page: str, profile: Path) -> _Vi
         "--dump-dom",
     ]
     command = [browser, *flags, f"{address}/probe.html"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     probe = re.search(r"PROBE(\[.*?\])END", done.stdout, flags=re.S)
     assert probe, f"the page did not load: {done.stderr[-2000:]}"
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
@@ -117,10 +122,13 @@ def _visit(served: tuple[Path, str, list[str]], page: str, profile: Path) -> _Vi
     return _Visit(json.loads(probe[1]), console, [*paths, *outside])
 
 
-def test_no_request_leaves_the_page_and_nothing_complains(
-    served: tuple[Path, str, list[str]], finished_run: RunDir, tmp_path: Path
-) -> None:
-    visit = _visit(served, render_html(collect(finished_run)), tmp_path / "profile")
+@pytest.fixture(scope="module")
+def visit(finished_run: RunDir, tmp_path_factory: pytest.TempPathFactory) -> _Visit:
+    """One visit to the page of a finished run."""
+    return _visit(render_html(collect(finished_run)), tmp_path_factory.mktemp("site"))
+
+
+def test_no_request_leaves_the_page_and_nothing_complains(visit: _Visit) -> None:
     assert set(visit.requests) == {"/probe.html", "/report.html"}
     assert visit.console == []
     for frame in visit.seen:
@@ -128,20 +136,22 @@ def test_no_request_leaves_the_page_and_nothing_complains(
         assert frame["rtl"] >= 1
 
 
-def test_nothing_sticks_out_at_phone_or_desktop_width(
-    served: tuple[Path, str, list[str]], finished_run: RunDir, tmp_path: Path
-) -> None:
-    visit = _visit(served, render_html(collect(finished_run)), tmp_path / "profile")
+def test_nothing_sticks_out_at_phone_or_desktop_width(visit: _Visit) -> None:
     assert [frame["width"] < 400 for frame in visit.seen] == [True, False]
     for frame in visit.seen:
         assert frame["scroll"] <= frame["width"]
 
 
-def test_the_check_would_notice(served: tuple[Path, str, list[str]], finished_run: RunDir, tmp_path: Path) -> None:
-    page = render_html(collect(finished_run))
-    image = '<img src="http://tracker.example/x.png"><div style="width:3000px">wide</div></body>'
-    guarded = _visit(served, page.replace("</body>", image), tmp_path / "guarded")
-    assert any("Content Security Policy" in line for line in guarded.console)
-    assert guarded.seen[0]["scroll"] > guarded.seen[0]["width"]
-    open_page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page).replace("</body>", image)
-    assert "http://tracker.example/x.png" in _visit(served, open_page, tmp_path / "open").requests
+def test_the_checks_would_notice(finished_run: RunDir, tmp_path: Path) -> None:
+    unguarded = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", render_html(collect(finished_run)))
+    bad = '<img src="http://tracker.example/x.png"><div style="width:3000px">wide</div></body>'
+    visit = _visit(unguarded.replace("</body>", bad), tmp_path)
+    assert "http://tracker.example/x.png" in visit.requests
+    assert visit.seen[0]["scroll"] > visit.seen[0]["width"]
+
+
+def test_the_policy_stops_what_an_escape_might_miss(finished_run: RunDir, tmp_path: Path) -> None:
+    bad = '<script>document.title="owned"</script><img src="http://tracker.example/x.png"></body>'
+    visit = _visit(render_html(collect(finished_run)).replace("</body>", bad), tmp_path)
+    assert set(visit.requests) == {"/probe.html", "/report.html"}
+    assert any("Content Security Policy" in line for line in visit.console)

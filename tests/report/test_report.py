@@ -220,6 +220,26 @@ def test_values_that_were_not_finite_are_counted(make_run: MakeRun) -> None:
     assert "1 value was not finite" in render_html(collect(run))
 
 
+def test_steps_without_an_update_are_said(make_run: MakeRun) -> None:
+    run = make_run()
+    path = run.stage("rlvr").metrics_path
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows[:3]:
+        row["train/skipped"] = 1.0
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "3 of 60 logged steps changed nothing" in render_html(collect(run))
+
+
+def test_a_single_source_is_not_shown_twice(make_run: MakeRun) -> None:
+    run = make_run()
+    path = run.stage("eval").result_path
+    result = json.loads(path.read_text())
+    result["sources"] = {"gsm8k": 300}
+    path.write_text(json.dumps(result))
+    page = render_html(collect(run))
+    assert "<small>gsm8k</small>" not in page and "<small>all problems</small>" in page
+
+
 def test_the_stage_writes_both_files_and_repeats(make_run: MakeRun, context_of: ContextOf) -> None:
     run = make_run()
     result = run_report(context_of(run))

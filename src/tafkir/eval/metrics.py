@@ -234,7 +234,7 @@ def _summarise_differences(differences: Sequence[float], single: bool, confidenc
     else:
         low, high, method = _flat_bounds(mean, size, confidence)
     normal = NormalDist()
-    detectable = (normal.inv_cdf(0.975) + normal.inv_cdf(0.8)) * error
+    detectable = (normal.inv_cdf(0.975) + normal.inv_cdf(0.8)) * error if error > 0 else high - mean
     # Where every difference is the same the t statistic is undefined, and the sign test (which McNemar's is) holds.
     exact = single or error == 0
     p_value = mcnemar_exact(wins, losses) if exact else 2 * student_t_cdf(-abs(mean / error), size - 1)

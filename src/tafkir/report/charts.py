@@ -142,6 +142,8 @@ def _x_scale(values: Sequence[float]) -> _Scale:
     if high == low:
         return _Scale(low - 1, high + 1, LEFT, WIDTH - RIGHT, False, [low])
     inside = [t for t in nice_ticks(low, high, 5) if low - 1e-9 <= t <= high + 1e-9]
+    if all(value == int(value) for value in values):
+        inside = [t for t in inside if t == int(t)]
     return _Scale(low, high, LEFT, WIDTH - RIGHT, False, inside)
 
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tafkir.report.charts import Line, line_chart, percent
+from tafkir.report.charts import Line, line_chart, number, percent
 from tafkir.report.collect import RunRecord, StageRecord, series
 from tafkir.report.findings import STAGE_TITLES
 
-__all__ = ["CURVES", "SPEED_CURVES", "Curve", "curve_lines", "draw_lines", "final_loads", "speed_lines"]
+__all__ = ["CURVES", "SPEED_CURVES", "Curve", "curve_lines", "draw_lines", "final_loads", "speed_lines", "value_words"]
 
 Guide = Callable[[Mapping[str, Any]], tuple[float, str] | None]
 
@@ -199,11 +199,11 @@ def draw_lines(
     curve: Curve, lines: Sequence[Line], *, x_label: str = "step", guide: tuple[float, str] | None = None
 ) -> str:
     """The chart as SVG; empty where there are no numbers for it."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"value_format": value_words(curve)}
     if curve.share:
-        options = {"y_format": _share_tick, "value_format": percent}
+        options["y_format"] = _share_tick
     elif "memory/peak_rss_bytes" in curve.metrics:
-        options = {"y_format": _gigabytes, "value_format": _gigabytes}
+        options["y_format"] = _gigabytes
     return line_chart(
         lines,
         title=f"{curve.title} over the steps",
@@ -214,6 +214,17 @@ def draw_lines(
         guide=guide,
         **options,
     )
+
+
+def value_words(curve: Curve) -> Callable[[float], str]:
+    """How a value of the curve is written."""
+    if curve.share:
+        return percent
+    return _gigabytes if "memory/peak_rss_bytes" in curve.metrics else _four_digits
+
+
+def _four_digits(value: float) -> str:
+    return number(value, 4)
 
 
 def _share_tick(value: float) -> str:

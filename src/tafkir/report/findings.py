@@ -28,6 +28,7 @@ __all__ = [
     "format_seconds",
     "headline",
     "key_facts",
+    "skipped_steps",
     "source_names",
 ]
 
@@ -235,6 +236,12 @@ def _differences(evaluation: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
 
 
+def _shown_differences(evaluation: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rows of sources that are shown; a single source says the same as all together."""
+    sources = source_names(evaluation)
+    return [row for row in _differences(evaluation) if row.get("source") in sources]
+
+
 def _find_difference(evaluation: Mapping[str, Any], stages: Sequence[str], metric: str) -> Mapping[str, Any] | None:
     if len(stages) < 2:
         return None
@@ -372,7 +379,7 @@ def _share(outcomes: Mapping[str, Any], outcome: str) -> str:
 def difference_bars(evaluation: Mapping[str, Any]) -> list[Bar]:
     """Rows of the plot of paired differences: the sampled metric, every pair of stages and source."""
     bars = []
-    for row in _differences(evaluation):
+    for row in _shown_differences(evaluation):
         if row.get("metric") == "average":
             label = f"{_title(row['before'])} → {_title(row['after'])}"
             note = _source_words(str(row["source"]))
@@ -383,7 +390,7 @@ def difference_bars(evaluation: Mapping[str, Any]) -> list[Bar]:
 def difference_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
     """Table rows: change and on what, points with interval, problems up and down, p, detectable difference."""
     rows = []
-    for row in _differences(evaluation):
+    for row in _shown_differences(evaluation):
         before = row["before"]
         start = baseline_title(before) if before in _mapping(evaluation.get("baselines")) else _title(before)
         measure = f"mean of {evaluation.get('samples', 'k')}" if row["metric"] == "average" else "greedy"
@@ -435,6 +442,18 @@ def _last_step(stage: StageRecord) -> float | None:
 def _rate(result: Mapping[str, Any], tokens: float | None) -> float | None:
     seconds = _number(result, "wall_s")
     return round(tokens / seconds) if tokens and seconds else None
+
+
+def skipped_steps(stage: StageRecord) -> str:
+    """A sentence on steps without an update, where there were any."""
+    skipped = sum(bool(value) for _, value in series(stage.metrics, "train/skipped"))
+    if not skipped:
+        return ""
+    steps = len(stage.metrics)
+    return (
+        f"{skipped:,} of {steps:,} logged steps changed nothing: every problem's tries had equal rewards, so there was "
+        "nothing to learn from them."
+    )
 
 
 # ---- data and machine --------------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 
 from tafkir.report import findings
 from tafkir.report.chains import OUTCOME_WORDS
-from tafkir.report.charts import Point, number
+from tafkir.report.charts import Point
 from tafkir.report.collect import Chain, RunRecord, StageRecord
-from tafkir.report.curves import CURVES, SPEED_CURVES, curve_lines, final_loads
+from tafkir.report.curves import CURVES, SPEED_CURVES, curve_lines, final_loads, value_words
 from tafkir.report.words import ACCURACY_HEAD, COST_HEAD, DIFFERENCE_HEAD, WORDS
 
 __all__ = ["render_markdown"]
@@ -58,7 +58,7 @@ def _curves(record: RunRecord) -> list[str]:
         for curve in (*curves, *SPEED_CURVES):
             for line in curve_lines(curve, stage):
                 values = [value for _, value in line.points if value is not None]
-                ends = [number(value) for value in (values[0], values[-1], min(values), max(values))]
+                ends = [value_words(curve)(value) for value in (values[0], values[-1], min(values), max(values))]
                 name = findings.STAGE_TITLES.get(kind, kind)
                 rows.append([name, f"{curve.title}: {line.name}".rstrip(": "), f"`{sparkline(line.points)}`", *ends])
     return _section(

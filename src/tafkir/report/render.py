@@ -101,7 +101,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1
 def _stages(record: RunRecord) -> str:
     description = str(record.recipe.get("description") or "")
     base = record.recipe.get("base")
-    start = f" It starts from the checkpoint {base}." if base else " It starts from nothing."
+    start = f" It starts from the checkpoint {base}." if base else " It starts from random weights."
     items = "".join(_stage_item(stage) for stage in record.stages.values())
     return _lead(f"{description.rstrip('.')}.{start}" if description else start.strip()) + (
         f'<ol class="stages">{items}</ol>' if items else ""
@@ -167,7 +167,8 @@ def _training(kind: StageName, lead: str) -> Callable[[RunRecord], str]:
         figures = "".join(_stage_figure(curve, stage, record) for curve in CURVES[kind])
         if not figures:
             return _lead("No numbers of this stage were found.")
-        return _lead(lead) + f'<div class="cards">{figures}</div>'
+        skipped = _lead(findings.skipped_steps(stage)) if findings.skipped_steps(stage) else ""
+        return _lead(lead) + skipped + f'<div class="cards">{figures}</div>'
 
     return build
 
