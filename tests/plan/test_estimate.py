@@ -21,7 +21,7 @@ def test_every_stage_of_the_recipe_is_estimated() -> None:
 def test_training_counts_three_forwards_a_token() -> None:
     recipe = load_recipe(["smoke"]).recipe
     sft = estimates()["sft"]
-    assert sft.flops == pytest.approx(3 * sft.tokens * recipe.model.flops_per_token(65))
+    assert sft.flops == pytest.approx(3 * sft.tokens * recipe.model.flops_per_token(46))
     assert sft.seconds == pytest.approx(sft.flops / 1e9)
 
 
