@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import sys
-from typing import Any
+from typing import IO, Any
 
 GRACE_S = 1.0
 """The parent kills first; this is for a parent that is gone."""
@@ -44,6 +44,11 @@ def _compare(expected: str, answer: str) -> dict[str, Any]:
         return {"error": f"math-verify failed ({type(error).__name__})"}
 
 
+def _reply(replies: IO[str], message: dict[str, Any]) -> None:
+    replies.write(json.dumps(message) + "\n")
+    replies.flush()
+
+
 def main() -> None:
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -51,7 +56,7 @@ def main() -> None:
     _limit_memory(int(sys.argv[1]))
     # imports and caches are paid before the first comparison is timed
     warm = _compare("1", "x=1")
-    print(json.dumps(warm), file=replies, flush=True)
+    _reply(replies, warm)
     if "error" in warm:
         return
     for line in sys.stdin:
@@ -59,7 +64,7 @@ def main() -> None:
         _alarm(request["timeout_s"] + GRACE_S)
         result = _compare(request["expected"], request["answer"])
         _alarm(0)
-        print(json.dumps(result), file=replies, flush=True)
+        _reply(replies, result)
 
 
 if __name__ == "__main__":
