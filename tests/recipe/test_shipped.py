@@ -1,0 +1,76 @@
+"""Every recipe that ships loads, fits the base it starts from, and runs every one of its stages for two steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tafkir.cli.pipeline import run_recipe, select_stages
+from tafkir.recipe.bundled import bundled_recipes
+from tafkir.recipe.load import load_recipe
+from tafkir.recipe.resolve import resolve_recipe
+from tafkir.recipe.schema import Recipe
+from tafkir.runlog.rundir import RunDir
+
+NAMES = sorted(bundled_recipes())
+
+TWO_STEPS = {
+    "pretrain": ("pretrain.steps=2", "pretrain.batch_problems=2", "pretrain.micro_batches=1"),
+    "sft": ("sft.steps=2", "sft.batch_problems=2", "sft.micro_batches=1"),
+    "rlvr": (
+        "rlvr.steps=2",
+        "rlvr.prompts_per_step=2",
+        "rlvr.group_size=2",
+        "rlvr.micro_batches=1",
+        "rlvr.max_completion_tokens=8",
+    ),
+    "eval": ("eval.max_problems=2", "eval.samples=1", "eval.max_tokens=8"),
+}
+
+
+def run_two_steps(name: str, runs_dir: Path, *overrides: str) -> tuple[Recipe, RunDir]:
+    loaded = load_recipe([name])
+    short = [text for kind, texts in TWO_STEPS.items() if getattr(loaded.recipe, kind) for text in texts]
+    loaded = resolve_recipe(load_recipe([name], [*short, "threads=1", *overrides]))
+    run = RunDir(runs_dir / name)
+    run_recipe(loaded, run, select_stages(loaded.recipe))
+    return loaded.recipe, run
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_recipe_loads_under_its_own_name(name: str) -> None:
+    recipe = load_recipe([name]).recipe
+    assert recipe.name == name
+    assert recipe.description, "`tafkir recipe ls` has nothing to say about it"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_describes_the_model_of_its_base(name: str) -> None:
+    recipe = load_recipe([name]).recipe
+    trains = recipe.pretrain or recipe.sft or recipe.rlvr
+    if recipe.base is None or not trains:
+        return
+    assert recipe.model == load_recipe([recipe.base]).recipe.model
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stand-in for the bundled base: same recipe, two steps."""
+    _, run = run_two_steps("base-tiny", tmp_path_factory.mktemp("base"))
+    return run.stage("pretrain").checkpoint_dir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "smoke"])
+def test_a_shipped_recipe_runs_for_two_steps(name: str, base: Path, tmp_path: Path) -> None:
+    own_base = load_recipe([name]).recipe.base
+    recipe, run = run_two_steps(name, tmp_path, *([f"base={json.dumps(str(base))}"] if own_base else []))
+    for kind in ("pretrain", "sft", "rlvr"):
+        if getattr(recipe, kind):
+            result = run.stage(kind).read_result()
+            assert result is not None and result["steps"] == 2
+            assert (run.stage(kind).checkpoint_dir / "model.safetensors").exists()
+    if recipe.report:
+        assert run.report_html.stat().st_size > 1000
