@@ -27,8 +27,8 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_checkpoint(path: Path, max_positions: int) -> Path:
+    """A random model that rarely ends a turn of its own accord."""
     torch.set_num_threads(1)
     tokenizer = Tokenizer.train(TEXTS * 3, 420)
     config = ModelConfig(
@@ -41,18 +41,21 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_experts=4,
         n_group=2,
         topk_group=1,
-        max_position_embeddings=256,
+        max_position_embeddings=max_positions,
     )
     decoder = build_decoder(config, 0)
     with torch.no_grad():
         for parameter in decoder.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(3)
-        # Fresh weights end a turn after 400 tokens on average; some tests want both kinds of ending.
-        decoder.embed_tokens.weight[tokenizer.turn_end_id].zero_()
-    path = tmp_path_factory.mktemp("serve") / "tiny-random"
+        decoder.head_weight[[tokenizer.turn_end_id, tokenizer.document_end_id]] = 0
     save_checkpoint(path, decoder, tokenizer=tokenizer)
     return path
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("serve") / "tiny-random", 256)
 
 
 @dataclass(frozen=True)

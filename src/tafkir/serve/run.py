@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import socket
 from pathlib import Path
 
@@ -73,22 +72,20 @@ def serve(
 def _listen(host: str, port: int) -> socket.socket:
     """Bind before the model is loaded, so that a taken port is told at once."""
     where = f"{host}:{port}"
+    if not 0 <= port < 65536:  # getaddrinfo would take it modulo 65536
+        raise BackendUnavailable("there is no such port", where=where, expected="0 to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except (OSError, UnicodeError, OverflowError) as error:
+    except (OSError, UnicodeError) as error:
         what = f"the address cannot be used ({error})"
         raise BackendUnavailable(what, where=where, fix="try --host 127.0.0.1") from None
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         listener.close()
-        taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
-        what = "the port is in use" if taken else f"the address cannot be used ({_reason(error)})"
+        taken = error.errno == errno.EADDRINUSE
+        what = "the port is in use" if taken else f"the address cannot be used ({error.strerror})"
         raise BackendUnavailable(what, where=where, fix="choose another, such as --port 0 for any free one") from None
     return listener
-
-
-def _reason(error: Exception) -> str:
-    return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
