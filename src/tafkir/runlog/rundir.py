@@ -9,6 +9,7 @@ import fcntl
 import importlib.metadata
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -160,6 +161,8 @@ class RunDir:
     def lock(self) -> Iterator[None]:
         """Hold the run directory for this process; the lock goes with the process, however it ends.
 
+        What killed processes were still writing under temporary names is removed.
+
         Raises:
             RunDirError: another process holds it; the message names its pid.
         """
@@ -178,6 +181,7 @@ class RunDir:
             with guard_disk(path):
                 os.ftruncate(handle, 0)
                 os.pwrite(handle, str(os.getpid()).encode("ascii"), 0)
+                _remove_leftovers(self.path)
             yield
         finally:
             _held_locks.discard(handle)
@@ -193,6 +197,15 @@ def _try_lock(handle: int) -> bool:
         except BlockingIOError:
             time.sleep(_LOCK_WAIT_S if attempt + 1 < _LOCK_ATTEMPTS else 0)
     return False
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Delete files and folders that were never renamed to what they were to become; needs the run's lock."""
+    for path in list(folder.rglob(".*.tmp")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _drop_locks_in_child() -> None:

@@ -6,7 +6,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from tafkir.runlog.metrics import Metric
 from tafkir.runlog.progress import Progress
 from tafkir.runlog.rundir import StageDir
 from tafkir.train.optim import build_optimizers, scheduled_share
-from tafkir.train.state import latest_state, load_state, save_state
+from tafkir.train.state import latest_state, load_state, load_totals, save_state
 
 __all__ = ["FitResult", "StepOutput", "Trainer", "add_loads", "fit", "peak_rss_bytes", "router_metrics"]
 
@@ -71,13 +71,13 @@ class Trainer:
 
 @dataclass(frozen=True, slots=True)
 class FitResult:
-    """Totals of a finished stage. Times cover this process only when the stage was resumed."""
+    """Totals of a stage, what processes that were killed did up to their last state included."""
 
-    steps: int
-    tokens: int
-    wall_s: float
-    cpu_s: float
-    peak_rss_bytes: int
+    steps: int = 0
+    tokens: int = 0
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+    peak_rss_bytes: int = 0
 
 
 def peak_rss_bytes() -> int:
@@ -120,12 +120,23 @@ def fit(
     config = trainer.config
     state = latest_state(stage.state_dir)
     start = load_state(state, trainer.decoder, trainer.optimizers) if state else 0
+    earlier = FitResult(**load_totals(state)) if state else FitResult()  # type: ignore[arg-type]  # ints stay ints
     metrics = stage.metrics()
     timings = stage.timings()
     metrics.truncate_to(start)
     timings.truncate_to(start)
     tokens = 0
     began, began_cpu = time.perf_counter(), time.process_time()
+
+    def totals(done: int) -> FitResult:
+        return FitResult(
+            steps=done,
+            tokens=earlier.tokens + tokens,
+            wall_s=earlier.wall_s + time.perf_counter() - began,
+            cpu_s=earlier.cpu_s + time.process_time() - began_cpu,
+            peak_rss_bytes=max(earlier.peak_rss_bytes, peak_rss_bytes()),
+        )
+
     with Progress(label, total=config.steps, start=start) as progress:
         for step in range(start, config.steps):
             step_began, step_cpu = time.perf_counter(), time.process_time()
@@ -153,11 +164,5 @@ def fit(
                 )
             progress.update(done, tokens=output.tokens, **output.shown)
             if done % config.save_every == 0 or done == config.steps:
-                save_state(stage.state_dir, trainer.decoder, trainer.optimizers, done)
-    return FitResult(
-        steps=config.steps,
-        tokens=tokens,
-        wall_s=time.perf_counter() - began,
-        cpu_s=time.process_time() - began_cpu,
-        peak_rss_bytes=peak_rss_bytes(),
-    )
+                save_state(stage.state_dir, trainer.decoder, trainer.optimizers, done, asdict(totals(done)))
+    return totals(config.steps)

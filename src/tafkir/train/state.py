@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from tafkir.errors import CheckpointError
 from tafkir.runlog.atomic import guard_disk, write_bytes
 
-__all__ = ["latest_state", "load_state", "save_state"]
+__all__ = ["latest_state", "load_state", "load_totals", "save_state"]
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -23,16 +24,27 @@ def latest_state(folder: Path) -> Path | None:
     return max(folder.glob("step-*.safetensors"), default=None)
 
 
-def save_state(folder: Path, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], step: int) -> Path:
-    """Write the state after `step` steps, then remove older ones. A kill leaves the older one in place."""
+def save_state(
+    folder: Path,
+    module: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    step: int,
+    totals: Mapping[str, float] | None = None,
+) -> Path:
+    """Write the state after `step` steps, then remove older ones. A kill leaves the older one in place.
+
+    Args:
+        totals: what the steps so far came to, such as tokens and seconds; `load_totals` reads them.
+    """
     tensors: dict[str, Tensor] = {f"model.{name}": value for name, value in module.state_dict().items()}
     updates = 0
     for name, param in module.named_parameters():
-        state = next((found for optimizer in optimizers if (found := optimizer.state.get(param))), {})
+        found = (optimizer.state[param] for optimizer in optimizers if param in optimizer.state)
+        state: dict[str, Tensor] = next(found, {})
         updates = int(state.get("step", updates))
         tensors |= {f"{moment}.{name}": state[moment] for moment in _MOMENTS if moment in state}
     path = folder / f"step-{step:08d}.safetensors"
-    metadata = {"step": str(step), "updates": str(updates)}
+    metadata = {"step": str(step), "updates": str(updates), "totals": json.dumps(dict(totals or {}))}
     write_bytes(path, save({name: value.detach().contiguous() for name, value in tensors.items()}, metadata))
     with guard_disk(folder):
         for other in folder.glob("step-*.safetensors"):
@@ -61,3 +73,10 @@ def load_state(path: Path, module: nn.Module, optimizers: Sequence[torch.optim.O
         if state:
             owner[id(param)].state[param] = state
     return int(metadata["step"])
+
+
+def load_totals(path: Path) -> dict[str, float]:
+    """What `save_state` was told that the steps so far came to. The file is one that `load_state` has read."""
+    with safe_open(path, framework="pt") as file:
+        totals: dict[str, float] = json.loads(file.metadata().get("totals", "{}"))
+    return totals
