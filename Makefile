@@ -22,6 +22,10 @@ TORCH_BUILD := $(if $(filter Darwin,$(shell uname -s)),,+$(TORCH))
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
+# Tests run one thread each, as many at once as there are cores, up to four:   make test PYTEST_ARGS="-m 'not slow'"
+JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$(( n > 4 ? 4 : n )))
+PYTEST_ARGS ?=
+
 .PHONY: help demo test check install install-dev clean
 
 help: ## List the targets
@@ -31,11 +35,11 @@ demo: install ## Install, make a small reasoning model (about 15 minutes on two 
 	@$(BIN)/tafkir run recipes/wordmath-tiny.toml
 
 test: install-dev ## Install, run the whole test suite
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 check: install-dev ## Lint, formatting, types, import contracts
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks tools
+	$(BIN)/ruff format --check src tests benchmarks tools
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 

@@ -13,6 +13,7 @@ from tafkir.data.sources import Problem, Step
 
 __all__ = ["make_story"]
 
+# Words as text: as lists of literals they would fill a screen each.
 NAMES = tuple(
     "Adam Aisha Amal Amy Andre Bella Carlos Clara Dalia David Elena Eric Fatima Frank Grace Hana Hassan Ian Jane Jamal "
     "Julia Kate Khalid Laila Liam Lina Maha Maria Mark Mona Nadia Noah Olga Omar Paul Rana Rosa Sami Sara Tariq Tina "
@@ -146,9 +147,17 @@ _SCENES = (
     _Scene(
         (("a", "-", "b"),),
         (
-            ("{N} has {a} {t}.", "There are {a} {t} on the table."),
-            ("{M} has {b} fewer {t} than {N}.", "{b} of the {t} are red and the others are green."),
-            ("How many does {M} have, or how many are green?", "How many are in the other part?"),
+            ("{N} has {a} {t}.", "{N} collected {a} {t}."),
+            ("{M} has {b} fewer {t} than {N}.", "{M} has {b} less than {N} does."),
+            ("How many {t} does {M} have?", "How many {t} are in {M}'s collection?"),
+        ),
+    ),
+    _Scene(
+        (("a", "-", "b"),),
+        (
+            ("There are {a} {t} on the table.", "{N} has {a} {t}."),
+            ("{b} of the {t} are red and the others are green.", "{b} of them are new and the rest are old."),
+            ("How many {t} are in the other part?", "How many is the rest?"),
         ),
     ),
     _Scene(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -25,7 +26,7 @@ Item = TypeVar("Item")
 def split_evenly(items: Sequence[Item], pieces: int) -> list[Sequence[Item]]:
     """At most `pieces` runs of items, none empty, sizes apart by one at most."""
     bounds = [len(items) * i // pieces for i in range(pieces + 1)]
-    return [items[a:b] for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+    return [items[a:b] for a, b in pairwise(bounds) if b > a]
 
 
 def language_loss(decoder: Decoder, batch: PackedBatch) -> tuple[Tensor, DecoderOutput]:

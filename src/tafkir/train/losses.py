@@ -56,7 +56,13 @@ def icepop_weights(
 
 
 def reduce_tokens(
-    values_T: Tensor, sequence_T: Tensor, lengths_S: Tensor, *, reduction: Reduction, num_sequences: float, num_tokens: float
+    values_T: Tensor,
+    sequence_T: Tensor,
+    lengths_S: Tensor,
+    *,
+    reduction: Reduction,
+    num_sequences: float,
+    num_tokens: float,
 ) -> Tensor:
     """Mean over all tokens, or over the tokens of each completion and then over completions.
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tafkir.models.decoder import Decoder
 from tafkir.recipe.schema import OptimConfig
@@ -34,7 +34,8 @@ def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
     for _ in range(iterations):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).to(matrix.dtype)
+    levelled: Tensor = x.mT if tall else x
+    return levelled.to(matrix.dtype)
 
 
 class Muon(torch.optim.Optimizer):
@@ -45,9 +46,7 @@ class Muon(torch.optim.Optimizer):
     `torch.optim.Muon` it takes parameters with leading dims, such as stacked experts.
     """
 
-    def __init__(
-        self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
-    ) -> None:
+    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
