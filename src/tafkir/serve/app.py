@@ -30,6 +30,12 @@ if TYPE_CHECKING:
 
 __all__ = ["build_app"]
 
+# The page is one file and talks to this server alone.
+_PAGE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
 Prompt = tuple[tuple[int, ...], Sequence[SamplingParams]]
 
 
@@ -122,8 +128,8 @@ def _add_status_routes(app: FastAPI, served: _Served) -> None:
         }
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
-    def index() -> str:
-        return page
+    def index() -> HTMLResponse:
+        return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY})
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
