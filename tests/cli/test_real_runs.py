@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -140,3 +141,32 @@ def test_chat_with_what_is_not_a_checkpoint_is_one_line(cli: Cli, tmp_path: Path
     for name, message in (("absent", "no such checkpoint"), (str(tmp_path), "no tokenizer")):
         done = cli("chat", name)
         assert done.returncode == 1 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own whose size can be chosen; only root may make one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("this machine does not let the test mount a small disk")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_wherever_it_strikes_and_the_run_goes_on_with_more_space(
+    small_disk: Path, cli: Cli
+) -> None:
+    command = ("run", "smoke", "--runs-dir", str(small_disk), "--set", "rlvr=", "--set", "eval=", "--set", "report=")
+    for size in ("4k", "12k", "400k"):
+        subprocess.run(["mount", "-o", f"remount,size={size}", str(small_disk)], check=True)
+        done = cli(*command)
+        assert done.returncode == 1 and "Traceback" not in done.stderr and "Logging error" not in done.stderr
+        assert "the disk is full. Fix: free some space" in done.stderr.splitlines()[-1]
+        assert not [path for path in small_disk.rglob("*") if path.name.endswith(".tmp")], "a half-written file is left"
+    subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
+    done = cli(*command)
+    assert done.returncode == 0, done.stderr
+    assert not list(small_disk.glob("smoke/stages/*.old-*"))

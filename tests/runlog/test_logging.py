@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tafkir.runlog.logging import attach_log_file, detach_log_file, setup_logging
+from tafkir.errors import RunDirError, TrainingError
+from tafkir.runlog.logging import log_to, setup_logging
 from tafkir.runlog.progress import Progress, format_duration
 
 
@@ -22,7 +23,6 @@ def _restore() -> Iterator[None]:
     logger = logging.getLogger("tafkir")
     before = list(logger.handlers), logger.propagate, logger.level
     yield
-    detach_log_file()
     logger.handlers[:], logger.propagate = before[0], before[1]
     logger.setLevel(before[2])
 
@@ -30,12 +30,35 @@ def _restore() -> Iterator[None]:
 def test_messages_go_to_stderr_and_to_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     setup_logging()
     setup_logging()
-    attach_log_file(tmp_path / "log.jsonl")
-    logging.getLogger("tafkir.train").warning("slow: %d", 3)
+    with log_to(tmp_path / "log.jsonl"):
+        logging.getLogger("tafkir.train").warning("slow: %d", 3)
+    logging.getLogger("tafkir.train").debug("not this")
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("slow: 3") == 1
     (row,) = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
     assert (row["level"], row["logger"], row["message"]) == ("WARNING", "tafkir.train", "slow: 3")
+
+
+@pytest.mark.parametrize("error", [TrainingError("the loss is not finite", where="sft"), ZeroDivisionError("x / 0")])
+def test_the_log_ends_with_why_the_run_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    setup_logging()
+    with pytest.raises(type(error)), log_to(tmp_path / "log.jsonl"):
+        raise error
+    (row,) = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert (row["level"], row["message"]) == ("ERROR", str(error))
+    assert ("ZeroDivisionError" in row.get("traceback", "")) == isinstance(error, ZeroDivisionError)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_log_on_a_full_disk_ends_the_run_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    setup_logging()
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(RunDirError, match="the disk is full"), log_to(tmp_path / "log.jsonl"):
+        logging.getLogger("tafkir").info("x")
+    assert "Logging error" not in capsys.readouterr().err
 
 
 def test_other_ranks_are_silent(
@@ -43,8 +66,8 @@ def test_other_ranks_are_silent(
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     setup_logging()
-    attach_log_file(tmp_path / "log.jsonl")
-    logging.getLogger("tafkir").warning("x")
+    with log_to(tmp_path / "log.jsonl"):
+        logging.getLogger("tafkir").warning("x")
     assert capsys.readouterr().err == "" and not (tmp_path / "log.jsonl").exists()
 
 
@@ -71,6 +94,7 @@ def test_durations() -> None:
 
 _SCRIPT = """
 import time, logging
+from tafkir.errors import RunDirError, TrainingError
 from tafkir.runlog.logging import setup_logging
 from tafkir.runlog.progress import Progress
 setup_logging()

@@ -19,7 +19,7 @@ from tafkir.recipe.show import dump_toml
 from tafkir.recipe.stage import StageContext, StageFunction
 from tafkir.records import STAGES, StageName
 from tafkir.runlog.atomic import read_json, write_json, write_text
-from tafkir.runlog.logging import attach_log_file, detach_log_file
+from tafkir.runlog.logging import log_to
 from tafkir.runlog.progress import format_duration
 from tafkir.runlog.rundir import RunDir, StageDir
 
@@ -104,23 +104,19 @@ def run_recipe(
     base = find_checkpoint(recipe.base) if recipe.base else None
     fingerprints = fingerprint_stages(recipe, base)
     RunDir.create(run.path)
-    with run.lock():
-        attach_log_file(run.log_path)
-        try:
-            _check_earlier(run, fingerprints, selection)
-            _set_aside(run, fingerprints, selection)
-            write_text(run.recipe_path, dump_toml(recipe, loaded.origins))
-            if not all(_is_finished(run.stage(kind), fingerprints[kind]) for kind in selection.run):
-                run.write_env()
-            results = {}
-            for kind in selection.run:
-                previous = _previous_checkpoint(run, kind, list(fingerprints), base)
-                context = StageContext(recipe, run, run.stage(kind), previous, recipe.seed, build_completer)
-                results[kind] = _run_stage(context, fingerprints[kind], find_function)
-            (run.path / _FORCED).unlink(missing_ok=True)
-            return results
-        finally:
-            detach_log_file()
+    with run.lock(), log_to(run.log_path):
+        _check_earlier(run, fingerprints, selection)
+        _set_aside(run, fingerprints, selection)
+        write_text(run.recipe_path, dump_toml(recipe, loaded.origins))
+        if not all(_is_finished(run.stage(kind), fingerprints[kind]) for kind in selection.run):
+            run.write_env()
+        results = {}
+        for kind in selection.run:
+            previous = _previous_checkpoint(run, kind, list(fingerprints), base)
+            context = StageContext(recipe, run, run.stage(kind), previous, recipe.seed, build_completer)
+            results[kind] = _run_stage(context, fingerprints[kind], find_function)
+        (run.path / _FORCED).unlink(missing_ok=True)
+    return results
 
 
 def _check_earlier(run: RunDir, fingerprints: dict[StageName, str], selection: Selection) -> None:

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tafkir.records import StageName
+
 if TYPE_CHECKING:
     from tafkir.recipe.load import LoadedRecipe
-    from tafkir.recipe.schema import Recipe
-    from tafkir.records import StageName
     from tafkir.runlog.rundir import RunDir
 
 __all__ = ["program_name", "run"]
+
+_TRAINING: tuple[StageName, ...] = ("pretrain", "sft", "rlvr")
 
 
 def run(
@@ -66,7 +68,7 @@ def run(
     if as_json:
         print(json.dumps({"run": str(directory.path), "stages": results}, indent=2))
     else:
-        _show_end(directory, loaded.recipe, results)
+        _show_end(directory, results)
 
 
 def program_name() -> str:
@@ -94,16 +96,15 @@ def _threads_of(directory: RunDir) -> int | None:
         return None
 
 
-def _show_end(directory: RunDir, recipe: Recipe, results: Mapping[StageName, dict[str, Any]]) -> None:
+def _show_end(directory: RunDir, results: Mapping[StageName, dict[str, Any]]) -> None:
     if headline := results.get("report", {}).get("headline"):
         print(f"\n{headline}")
     print(f"\nRun directory:  {directory.path}")
     if directory.report_html.exists():
         print(f"Report:         {directory.report_html}")
-    trained = [kind for kind in ("pretrain", "sft", "rlvr") if getattr(recipe, kind) is not None]
-    if trained and (checkpoint := directory.stage(trained[-1]).checkpoint_dir).exists():  # type: ignore[arg-type]
-        print(f"Chat with it:   {program_name()} chat {checkpoint}")
-        print(f"Serve it:       {program_name()} serve {checkpoint}")
+    if any(directory.stage(kind).checkpoint_dir.is_dir() for kind in _TRAINING):
+        print(f"Chat with it:   {program_name()} chat {directory.path}")
+        print(f"Serve it:       {program_name()} serve {directory.path}")
 
 
 def _show_plan(loaded: LoadedRecipe, directory: RunDir, as_json: bool) -> None:

@@ -6,17 +6,26 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tafkir.errors import TafkirError
 from tafkir.runlog.atomic import guard_disk
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["attach_log_file", "detach_log_file", "is_main_rank", "is_terminal", "setup_logging", "stderr_console"]
+__all__ = [
+    "is_main_rank",
+    "is_terminal",
+    "log_to",
+    "setup_logging",
+    "stderr_console",
+]
 
 _ROOT = "tafkir"
 
@@ -52,26 +61,30 @@ def setup_logging(level: int = logging.INFO) -> None:
         logger.addHandler(logging.NullHandler())
 
 
-def attach_log_file(path: Path) -> None:
-    """Append every message to `path` as JSON lines as well.
+@contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Append every message to `path` as JSON lines as well, and at the end why the work failed, if it did.
 
     Raises:
-        RunDirError: the place is not writable.
+        RunDirError: the place is not writable, or the disk is full.
     """
     if not is_main_rank():
+        yield
         return
-    detach_log_file()
     with guard_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        logging.getLogger(_ROOT).addHandler(_JsonlHandler(path))
-
-
-def detach_log_file() -> None:
-    """Close the file that `attach_log_file` opened, if any."""
+        handler = _JsonlHandler(path)
     logger = logging.getLogger(_ROOT)
-    for handler in [h for h in logger.handlers if isinstance(h, _JsonlHandler)]:
+    logger.addHandler(handler)
+    try:
+        yield
+    except BaseException as error:
+        handler.record_failure(error)
+        raise
+    finally:
         logger.removeHandler(handler)
-        handler.close()
+        with guard_disk(path):
+            handler.close()
 
 
 def _plain_handler() -> logging.Handler:
@@ -94,6 +107,23 @@ class _JsonlHandler(logging.FileHandler):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, encoding="utf-8")
+        self.path = path
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # the name is logging's
+        """A log that cannot be written ends the run with one line, as any other file of the run does."""
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        with guard_disk(self.path):
+            raise error
+
+    def record_failure(self, error: BaseException) -> None:
+        """Write why a run ended; to the file only, because the command line says it on stderr itself."""
+        expected = isinstance(error, TafkirError | KeyboardInterrupt)
+        trace = None if expected else (type(error), error, error.__traceback__)
+        message = str(error) or type(error).__name__
+        self.handle(logging.LogRecord(_ROOT, logging.ERROR, "", 0, message, None, trace))
 
     def format(self, record: logging.LogRecord) -> str:
         row = {
