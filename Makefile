@@ -38,8 +38,8 @@ test: install-dev ## Install, run the whole test suite
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 check: install-dev ## Lint, formatting, types, import contracts
-	$(BIN)/ruff check src tests benchmarks tools
-	$(BIN)/ruff format --check src tests benchmarks tools
+	$(BIN)/ruff check tools
+	$(BIN)/ruff format --check tools
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
@@ -49,7 +49,7 @@ install-dev: $(STAMPS)/dev ## Create .venv with what the tests need as well
 
 clean: ## Remove .venv, caches and build products; runs/ stays
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
-	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMPS)/venv:
 	@if [ -z "$(PYTHON)" ]; then \
