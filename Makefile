@@ -38,8 +38,8 @@ test: install-dev ## Install, run the whole test suite
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 check: install-dev ## Lint, formatting, types, import contracts
-	$(BIN)/ruff check tools
-	$(BIN)/ruff format --check tools
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
