@@ -7,6 +7,7 @@ from random import Random
 
 from tafkir.data.augment import augment
 from tafkir.data.chat import encode_conversation, encode_document, encode_prompt
+from tafkir.data.crowded import make_crowded_story
 from tafkir.data.drills import drill
 from tafkir.data.sources import Problem
 from tafkir.data.stories import make_story
@@ -127,7 +128,10 @@ class PretrainStream:
 
 
 class SftStream:
-    """Conversations with a chain of thought; only the assistant's turn is a target. Arguments as above."""
+    """Conversations with a chain of thought; only the assistant's turn is a target.
+
+    Arguments as in `PretrainStream`; half of the stories are crowded ones.
+    """
 
     def __init__(
         self,
@@ -136,16 +140,25 @@ class SftStream:
         config: AugmentConfig | None,
         *,
         batch_problems: int,
+        story_share: float = 0.0,
         seed: int,
     ) -> None:
         self.variants = _Variants(_with_steps(problems), config, seed)
         self.tokenizer, self.batch_problems = tokenizer, batch_problems
+        self.story_share, self.seed = story_share, seed
 
     def batch_at(self, step: int) -> list[tuple[Ids, Mask]]:
         """The conversations of a step, counted from 0, each with its mask of targets."""
         first = step * self.batch_problems
         positions = range(first, first + self.batch_problems)
-        return [encode_conversation(self.tokenizer, self.variants[position]) for position in positions]
+        return [encode_conversation(self.tokenizer, self._problem(position)) for position in positions]
+
+    def _problem(self, position: int) -> Problem:
+        kind = Random(derive_seed(self.seed, "kind", position)).random()
+        if kind >= self.story_share:
+            return self.variants[position]
+        make = make_story if kind < self.story_share / 2 else make_crowded_story
+        return make(derive_seed(self.seed, "story", position))
 
 
 class PromptStream:

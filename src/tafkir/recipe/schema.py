@@ -52,7 +52,8 @@ class DataConfig(_Table):
         ("gsm8k", "svamp"), min_length=1, description="Bundled set names, or paths of JSONL files of one's own."
     )
     repeat: dict[str, int] = Field(
-        {"svamp": 6}, description="How often an epoch visits the problems of a source (each time varied afresh); else 1."
+        {"svamp": 6},
+        description="How often an epoch visits the problems of a source (each time varied afresh); else 1.",
     )
     max_steps: int = Field(8, ge=1, description="Leave out training problems with longer solutions than this.")
     on_bad_row: Literal["error", "skip"] = Field("error", description="What a malformed JSONL row does.")
@@ -110,6 +111,9 @@ class SftConfig(TrainTable):
     """Next-token loss on the assistant's chain of thought only, in the chat format."""
 
     batch_problems: Positive = Field(48, description="Conversations per optimiser step.")
+    story_share: float = Field(
+        0.3, ge=0, le=1, description="Share of conversations about made-up problems, half of them with idle numbers."
+    )
 
 
 class IcePopConfig(_Table):
@@ -126,7 +130,9 @@ class RlvrConfig(TrainTable):
     method: Literal["grpo"] = "grpo"
     prompts_per_step: Positive = Field(32, description="Problems per step.")
     group_size: int = Field(8, ge=2, description="Completions per problem.")
-    max_steps: int = Field(0, ge=0, description="Only problems whose solution has at most this many steps; 0 takes all.")
+    max_steps: int = Field(
+        0, ge=0, description="Only problems whose solution has at most this many steps; 0 takes all."
+    )
     updates_per_rollout: Positive = Field(1, description="Optimiser steps on each batch of rollouts.")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature of the rollouts.")
     max_completion_tokens: Positive = Field(96, description="Length limit of a rollout.")

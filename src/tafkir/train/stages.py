@@ -92,6 +92,7 @@ def run_sft(ctx: StageContext) -> dict[str, Any]:
         tokenizer,
         ctx.recipe.data.augment,
         batch_problems=config.batch_problems,
+        story_share=config.story_share,
         seed=derive_seed(ctx.seed, "sft"),
     )
     heldout: list[Document] = list(heldout_conversations(corpus.validation, tokenizer))
@@ -138,7 +139,8 @@ def _start(ctx: StageContext) -> tuple[Decoder, Tokenizer]:
             fix="add a [tokenizer] stage to the recipe, or set base",
         )
     tokenizer = Tokenizer.load(ctx.previous)
-    if not (ctx.previous / "config.json").exists():
+    # Only a tokenizer stage leaves a folder without a model; elsewhere its absence is damage.
+    if ctx.previous == ctx.run.stage("tokenizer").checkpoint_dir:
         _check_vocabulary(ctx.recipe.model, tokenizer, ctx.previous)
         return build_decoder(ctx.recipe.model, derive_seed(ctx.seed, "weights")), tokenizer
     _check_shape(load_config(ctx.previous), ctx.recipe.model, ctx.previous)
