@@ -119,9 +119,9 @@ def reference(tiny: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -
     return place / "runs" / "tiny"
 
 
-def copy_of(run: Path, place: Path) -> Path:
-    """A copy that a test may change, where a command started in `place` finds it."""
-    return Path(shutil.copytree(run, place / "runs" / run.name))
+def copy_of(folder: Path, place: Path) -> Path:
+    """A copy that a test may change; of a run, it lies where a command started in `place` finds it."""
+    return Path(shutil.copytree(folder, place / ("runs" if (folder / "stages").is_dir() else ".") / folder.name))
 
 
 def outcome(run: Path) -> Outcome:

@@ -75,7 +75,12 @@ def load_checkpoint(name: Path | str, *, dtype: torch.dtype = torch.float32) -> 
         router.expert_bias = router.expert_bias.float()
     with _open_weights(path) as files:
         reader = _Reader(files, manifest, path)
-        read_hf_tensors(decoder, files.keys(), reader.read, architecture_of(hf_config, where))
+        try:
+            read_hf_tensors(decoder, files.keys(), reader.read, architecture_of(hf_config, where))
+        except CheckpointError as error:
+            # What reads tensors knows their names only; say which checkpoint they are from.
+            place = f"{path}: {error.where}" if error.where else str(path)
+            raise CheckpointError(error.what, where=place, expected=error.expected, fix=error.fix) from error
     has_tokenizer = (path / "tokenizer.json").is_file()
     return Checkpoint(path, config, decoder, path if has_tokenizer else None, manifest)
 

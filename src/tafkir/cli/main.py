@@ -15,6 +15,16 @@ from tafkir.errors import TafkirError
 
 __all__ = ["app", "main"]
 
+_FREE_SPACE = "free some space, then run the same command again"
+_PERMISSIONS = "change its permissions, or choose another place"
+_FIXES = {
+    errno.ENOSPC: _FREE_SPACE,
+    errno.EDQUOT: _FREE_SPACE,
+    errno.EACCES: _PERMISSIONS,
+    errno.EPERM: _PERMISSIONS,
+    errno.EROFS: "choose another place",
+}
+
 # Plain help: drawing boxes would double the time that `tafkir --help` takes.
 app = typer.Typer(
     name="tafkir",
@@ -62,10 +72,10 @@ def main() -> None:
     except MemoryError:
         _fail("out of memory. Fix: make the batch or the model smaller, see `tafkir run --dry-run`", 1)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+        fix = _FIXES.get(error.errno or 0)
+        if fix is None:
             raise
-        place = error.filename or "disk"
-        _fail(f"{place}: {os.strerror(error.errno)}. Fix: free some space or choose another place", 1)
+        _fail(f"{error.filename or 'disk'}: {os.strerror(error.errno or 0)}. Fix: {fix}", 1)
 
 
 def _fail(message: str, code: int) -> None:

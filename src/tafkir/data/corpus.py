@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from tafkir.recipe.schema import DataConfig
 from tafkir.records import Split
 
 __all__ = ["Corpus", "load_corpus"]
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,9 @@ def load_corpus(config: DataConfig) -> Corpus:
         rows, report = read_source(source, on_bad_row=config.on_bad_row)
         problems += rows
         reports.append(report)
+        if report.bad_rows:
+            count, whole = len(report.bad_rows), report.rows + len(report.bad_rows)
+            _logger.warning("%d of %d rows are malformed and left out; the first: %s", count, whole, report.bad_rows[0])
     repeated = [id for id, count in Counter(problem.id for problem in problems).items() if count > 1]
     if repeated:
         raise DataError(

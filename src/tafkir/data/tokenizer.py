@@ -13,6 +13,7 @@ from tokenizers import Tokenizer as Backend
 
 from tafkir.data.chat_template import CHAT_TEMPLATE
 from tafkir.errors import DataError
+from tafkir.runlog.atomic import write_text
 
 __all__ = ["DOCUMENT_END", "THINK_END", "THINK_START", "TURN_END", "TURN_START", "Tokenizer"]
 
@@ -190,9 +191,12 @@ class Tokenizer:
         return cls(Backend.from_str(json.dumps(trained)))
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and what `transformers` needs beside it (tokenizer_config.json, chat_template.jinja)."""
+        """Write tokenizer.json and what `transformers` needs beside it (tokenizer_config.json, chat_template.jinja).
+
+        Raises:
+            RunDirError: the place is not writable, or the disk is full.
+        """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": TURN_END,
@@ -207,9 +211,7 @@ class Tokenizer:
             ("tokenizer_config.json", json.dumps(config, indent=2) + "\n"),
             ("chat_template.jinja", CHAT_TEMPLATE),
         ):
-            staged = folder / f".{name}.tmp"
-            staged.write_text(text, encoding="utf-8")
-            staged.replace(folder / name)
+            write_text(folder / name, text)
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
