@@ -109,13 +109,11 @@ def tiny(sums: Path) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="session")
-def reference(tiny: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny recipe once through, undisturbed, in a process of its own. Tests only read it, or take a copy."""
+def reference(tafkir: Tafkir, tiny: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny recipe once through, undisturbed. Tests only read it, or take a copy."""
     place = tmp_path_factory.mktemp("reference")
-    command = [sys.executable, "-m", "tafkir.cli.main", *tiny]
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = tafkir(*tiny, cwd=place)
+    assert done.code == 0, done.err
     return place / "runs" / "tiny"
 
 

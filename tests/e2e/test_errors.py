@@ -130,6 +130,7 @@ def test_data_without_a_valid_row_stops_the_run(
     assert half_written(tmp_path / "runs" / "tiny") == []
 
 
+@pytest.mark.slow
 def test_the_real_process_ends_in_one_line_too(cli: Cli, tmp_path: Path) -> None:
     path = broken_sums(tmp_path / "sums.jsonl", BROKEN)
     done = cli("run", "smoke", str(HERE / "tiny.toml"), "--set", f"data.sources=[{str(path)!r}]")

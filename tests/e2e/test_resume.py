@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import Cli
 from tests.e2e.conftest import Tafkir, copy_of, differing, listing, outcome
 
 # What a run leaves is the same however often it was killed, but for these.
@@ -74,10 +75,12 @@ def test_a_run_killed_again_and_again_ends_like_an_unbroken_one(
     assert listing(run) == listing(reference)
 
 
+@pytest.mark.slow
 def test_equal_seeds_give_equal_bits_and_other_seeds_do_not(
-    tafkir: Tafkir, tiny: tuple[str, ...], reference: Path, tmp_path: Path
+    cli: Cli, tafkir: Tafkir, tiny: tuple[str, ...], reference: Path, tmp_path: Path
 ) -> None:
-    assert tafkir(*tiny, cwd=tmp_path).code == 0
+    done = cli(*tiny)
+    assert done.returncode == 0, done.stderr
     again = outcome(tmp_path / "runs" / "tiny")
     assert differing(again, outcome(reference)) == []
     assert sum(name.endswith("model.safetensors") for name in again) == 3

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import tafkir
 from tafkir.errors import RunDirError
 from tafkir.records import STAGES, StageName
 from tafkir.runlog.atomic import fsync_dir, guard_disk, read_json, write_json
@@ -221,7 +222,7 @@ os.register_at_fork(after_in_child=_drop_locks_in_child)
 def describe_environment() -> dict[str, Any]:
     """What a run's numbers depend on, without importing torch."""
     return {
-        "tafkir": _version("tafkir"),
+        "tafkir": tafkir.__version__,
         "python": platform.python_version(),
         "torch": _version("torch"),
         "numpy": _version("numpy"),
