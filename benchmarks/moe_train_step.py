@@ -2,7 +2,8 @@
 
 Both hold the same weights and see the same documents, in float32; GLM gets them as a right-padded batch with a
 mask, each of its expert backends that fits --max-backend-gb is tried and the fastest is compared. Runs alternate; the
-ratio is the median of the pairwise ones. "tiny" is the model of recipes/wordmath-tiny.toml.
+ratio is the median of the pairwise ones. "tiny" is the model of recipes/wordmath-tiny.toml. Tokens are real tokens:
+with documents of mixed length GLM also pays for its padding (the share is printed), with equal ones it has none.
 
     python benchmarks/moe_train_step.py --out benchmarks/results/moe_train_step.json
 """
@@ -60,10 +61,12 @@ class Timing:
     cpu_s: float
 
 
-def document_batch(config: ModelConfig, num_documents: int, seed: int) -> tuple[list[Tensor], int]:
-    """Documents of 60 to 190 random tokens, as word problems with solutions have, and their token count."""
+def document_batch(config: ModelConfig, num_documents: int, lengths_kind: str, seed: int) -> tuple[list[Tensor], int]:
+    """Documents of random tokens and their token count: 60 to 190 each, as word problems with solutions, or all 128."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(60, 191, (num_documents,), generator=generator).tolist()
+    if lengths_kind == "equal":
+        lengths = [128] * num_documents
     documents = [torch.randint(0, config.vocab_size, (length,), generator=generator) for length in lengths]
     return documents, sum(lengths)
 
@@ -198,10 +201,10 @@ def fastest_backend(decoder: Decoder, documents: list[Tensor], max_bytes: float)
     return best[1], notes
 
 
-def compare(name: str, repeats: int, max_bytes: float) -> dict[str, Any]:
+def compare(name: str, lengths_kind: str, repeats: int, max_bytes: float) -> dict[str, Any]:
     """Alternate both and summarise."""
     config = CONFIGS[name]
-    documents, num_tokens = document_batch(config, DOCUMENTS[name], seed=0)
+    documents, num_tokens = document_batch(config, DOCUMENTS[name], lengths_kind, seed=0)
     decoder = build_decoder(config, seed=0)
     backend, notes = fastest_backend(decoder, documents, max_bytes)
     # A fresh GLM, so that both start from the same weights: equal losses show equal arithmetic.
@@ -214,7 +217,9 @@ def compare(name: str, repeats: int, max_bytes: float) -> dict[str, Any]:
         "config": name,
         "parameters": config.num_parameters(),
         "active_parameters": config.num_parameters(active=True),
+        "lengths": lengths_kind,
         "tokens_per_step": num_tokens,
+        "glm_padding_share": 1 - num_tokens / (len(documents) * max(map(len, documents))),
         "first_loss": losses,
         "glm_backend": backend,
         "glm_backends": notes,
@@ -231,13 +236,15 @@ def compare(name: str, repeats: int, max_bytes: float) -> dict[str, Any]:
 
 def render(rows: list[dict[str, Any]]) -> str:
     lines = [
-        f"{'config':8}{'params':>9}{'active':>9}{'ours tok/cpu-s':>16}{'GLM tok/cpu-s':>15}{'ratio cpu':>11}"
+        f"{'config':8}{'lengths':>8}{'padding':>9}{'params':>9}{'active':>9}"
+        f"{'ours tok/cpu-s':>16}{'GLM tok/cpu-s':>15}{'ratio cpu':>11}"
         f"{'(range)':>14}{'ratio wall':>12}  GLM backends"
     ]
     for row in rows:
         low, high = row["ratio_cpu_range"]
         lines.append(
-            f"{row['config']:8}{row['parameters'] / 1e6:8.2f}M{row['active_parameters'] / 1e6:8.2f}M"
+            f"{row['config']:8}{row['lengths']:>8}{row['glm_padding_share']:9.0%}"
+            f"{row['parameters'] / 1e6:8.2f}M{row['active_parameters'] / 1e6:8.2f}M"
             f"{row['ours_tokens_per_cpu_s']:16.0f}{row['glm_tokens_per_cpu_s']:15.0f}{row['ratio_cpu']:11.2f}"
             f"{f'({low:.2f}-{high:.2f})':>14}{row['ratio_wall']:12.2f}"
             f"  {row['glm_backend']} of {row['glm_backends']}"
@@ -248,6 +255,7 @@ def render(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", nargs="+", choices=sorted(CONFIGS), default=["tiny", "30m"])
+    parser.add_argument("--lengths", nargs="+", choices=("mixed", "equal"), default=["mixed", "equal"])
     parser.add_argument("--repeats", type=int, default=7, help="alternating pairs of steps")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--max-backend-gb", type=float, default=4, help="leave out GLM backends that need more memory")
@@ -255,7 +263,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rows = [compare(name, args.repeats, args.max_backend_gb * 1e9) for name in args.configs]
+    rows = [
+        compare(name, lengths_kind, args.repeats, args.max_backend_gb * 1e9)
+        for name in args.configs
+        for lengths_kind in args.lengths
+    ]
     result = {
         "benchmark": "moe_train_step",
         "command": " ".join(["python", *sys.argv]),
