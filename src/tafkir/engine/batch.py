@@ -47,7 +47,7 @@ class RunningBatch:
         self._logprobs = torch.zeros(0, 0, device=device)
         self.num_alive = 0
         self.longest = 0
-        """Upper bound of the sampled tokens of any row."""
+        """Upper bound of the sampled tokens of any living row."""
 
     @property
     def size(self) -> int:
@@ -110,9 +110,10 @@ class RunningBatch:
         self._ints[Column.ALIVE, index] = 0
         self.num_alive -= len(rows)
         counts = self._ints[Column.COUNT, index].tolist()
-        longest = max(counts)
-        tokens = self._tokens[index, :longest].tolist()
-        logprobs = self._logprobs[index, :longest].tolist()
+        tokens = self._tokens[index, : max(counts)].tolist()
+        logprobs = self._logprobs[index, : max(counts)].tolist()
+        # Without the ended rows, so that the cache never grows for their sake.
+        self.longest = int((self.column(Column.COUNT) * self.column(Column.ALIVE)).max())
         return [(t[:n], p[:n]) for t, p, n in zip(tokens, logprobs, counts, strict=True)]
 
     def compact(self) -> tuple[Tensor, Tensor]:

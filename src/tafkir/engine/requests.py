@@ -53,8 +53,8 @@ def check_request(
             f"at most {max_context - 1}: the context of {max_context} must leave room for an answer",
             "shorten the prompt",
         )
-    outside = next((token for token in ids if not 0 <= token < vocab_size), None)
-    if outside is not None:
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        outside = next(token for token in ids if not 0 <= token < vocab_size)
         _fail(f"token id {outside} in the prompt", where, f"0 to {vocab_size - 1}", "use the model's own tokenizer")
     if request.params.stop and not can_decode:
         _fail("stop strings need a tokenizer", where, "an engine with a tokenizer", "use stop_token_ids")
