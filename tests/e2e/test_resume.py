@@ -21,6 +21,7 @@ TOUCHED = {"log.jsonl", "recipe.resolved.toml", ".lock"}
 KILLS = {
     "in the tokenizer, before its result": ("os.rename", r"01-tokenizer/result\.json", 1, 0.0),
     "in pretrain, between a metrics row and the state": ("os.rename", r"02-pretrain/state/step-00000005", 1, 0.0),
+    "in pretrain, with the old state and the new one there": ("os.remove", r"02-pretrain/state/step-00000005", 1, 0.0),
     "in pretrain, its checkpoint written but not in place": ("os.rename", r"02-pretrain/checkpoint$", 1, 0.0),
     "in pretrain, between its checkpoint and its result": ("os.rename", r"02-pretrain/result\.json", 1, 0.0),
     "in sft, with the old state and the new one there": ("os.remove", r"03-sft/state/step-00000008", 1, 0.0),
