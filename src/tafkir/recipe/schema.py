@@ -93,6 +93,9 @@ class TrainTable(OptimConfig):
         1e-3, ge=0, description="u of the aux-loss-free balance update b += u (sign(e) - mean sign(e)); 0 freezes it."
     )
     micro_batches: Positive = Field(1, description="Pieces of a step's batch, to save memory; the loss stays the same.")
+    checkpoint_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Number format of the stage's checkpoint; training itself is float32."
+    )
     save_every: Positive = Field(100, description="Steps between resumable states.")
     log_every: Positive = Field(10, description="Steps between metric rows.")
     validate_every: int = Field(0, ge=0, description="Steps between validation losses; 0 leaves them out.")

@@ -127,7 +127,7 @@ def run_rlvr(ctx: StageContext) -> dict[str, Any]:
         seed=derive_seed(ctx.seed, "rlvr"),
     )
     result = fit(trainer, ctx.stage, step, label="rlvr")
-    return _finish(ctx, decoder, tokenizer, result, corpus)
+    return _finish(ctx, config, decoder, tokenizer, result, corpus)
 
 
 def _start(ctx: StageContext) -> tuple[Decoder, Tokenizer]:
@@ -189,15 +189,16 @@ def _fit_language(
 
     step = language_step(trainer, documents, label=ctx.stage.kind)
     result = fit(trainer, ctx.stage, step, validate=validate if heldout else None, label=ctx.stage.kind)
-    return _finish(ctx, decoder, tokenizer, result, corpus)
+    return _finish(ctx, config, decoder, tokenizer, result, corpus)
 
 
 def _finish(
-    ctx: StageContext, decoder: Decoder, tokenizer: Tokenizer, result: FitResult, corpus: Corpus
+    ctx: StageContext, config: TrainTable, decoder: Decoder, tokenizer: Tokenizer, result: FitResult, corpus: Corpus
 ) -> dict[str, Any]:
     """Write the checkpoint and say what the stage did."""
     lineage = {"recipe": ctx.recipe.name, "stage": ctx.stage.kind, "steps": result.steps, "seed": ctx.seed}
-    save_checkpoint(ctx.stage.checkpoint_dir, decoder, tokenizer=tokenizer, extra=lineage)
+    dtype = getattr(torch, config.checkpoint_dtype)
+    save_checkpoint(ctx.stage.checkpoint_dir, decoder, tokenizer=tokenizer, extra=lineage, dtype=dtype)
     return {
         "steps": result.steps,
         "tokens": result.tokens,
