@@ -21,6 +21,8 @@ __all__ = ["JsonlWriter", "Metric", "read_jsonl"]
 
 Metric = float | Sequence[float]
 
+_WITHOUT_THE_LINE = "remove this line, then run the same command again"
+
 
 class JsonlWriter:
     """Appends rows to a JSON-lines file and flushes each one; a `MetricSink`.
@@ -92,9 +94,9 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise RunDirError("not valid JSON", where=f"{path}:{number}") from error
+            raise RunDirError("not valid JSON", where=f"{path}:{number}", fix=_WITHOUT_THE_LINE) from error
         if not isinstance(row, dict):
-            raise RunDirError("not a JSON object", where=f"{path}:{number}")
+            raise RunDirError("not a JSON object", where=f"{path}:{number}", fix=_WITHOUT_THE_LINE)
         yield row
 
 
