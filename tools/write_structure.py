@@ -1,7 +1,7 @@
 """Writes the map of the code in docs/structure.md: one line per file, taken from the file's own docstring.
 
-    python tools/write_structure.py          rewrite the map
-    python tools/write_structure.py --check  say whether it is out of date (exit code 1)
+python tools/write_structure.py          rewrite the map
+python tools/write_structure.py --check  say whether it is out of date (exit code 1)
 """
 
 from __future__ import annotations

@@ -77,9 +77,7 @@ def test_masked_tokens_stay_in_the_denominator() -> None:
     logprobs = torch.full((4,), -1.0, requires_grad=True)
     sampling = torch.tensor([-1.0, -9.0, -1.0, -1.0])
     sequence, lengths = torch.tensor([0, 0, 1, 1]), torch.tensor([2, 2])
-    out = policy_loss(
-        logprobs, logprobs.detach(), sampling, torch.ones(4), sequence, lengths, icepop=IcePopConfig()
-    )
+    out = policy_loss(logprobs, logprobs.detach(), sampling, torch.ones(4), sequence, lengths, icepop=IcePopConfig())
     assert out.loss.item() == pytest.approx(-(0.5 + 1.0) / 2)
 
 
