@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tafkir.models import shared_prompt
 from tafkir.models.attention import VarlenCausal
 from tafkir.models.build import build_decoder
 from tafkir.models.decoder import Decoder
@@ -67,9 +68,15 @@ def _shared(decoder: Decoder, documents: list[tuple[Tensor, list[Tensor]]]) -> l
 
 @pytest.mark.parametrize(
     ("prompts", "completions"),
-    [([5], [[3]]), ([7, 2, 11], [[4, 1, 9], [2, 2, 2], [1, 6, 3]]), ([4, 3], [[0, 5], [0, 0]])],
+    [([5], [[3]]), ([7, 2, 11], [[4, 1, 9], [2, 2, 2], [1, 6, 3]]), ([4, 3], [[0, 5], [0, 0]]), ([4, 3], [[0], [0]])],
 )
-def test_values_and_gradients_equal_separate_documents(prompts: list[int], completions: list[list[int]]) -> None:
+@pytest.mark.parametrize("kernel", ["one block", "many blocks", "fused"])
+def test_values_and_gradients_equal_separate_documents(
+    prompts: list[int], completions: list[list[int]], kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_prompt, "MAX_SHORT_LENGTH", 0 if kernel == "fused" else 512)
+    monkeypatch.setattr(shared_prompt, "MAX_BLOCK_SCORES", 1 if kernel == "many blocks" else 1 << 18)
+    monkeypatch.setattr(shared_prompt, "MAX_BLOCK_WASTE", 100.0)
     documents = _documents(1, prompts, completions)
     decoder = build_decoder(CONFIG, seed=3)
     grads = []
