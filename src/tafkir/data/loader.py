@@ -74,6 +74,10 @@ class _Variants:
         return augment(problem, derive_seed(self.seed, "augment", position), self.config)
 
 
+def _make_problem(crowded: bool, seed: int) -> Problem:
+    return make_crowded_story(seed) if crowded else make_story(seed)
+
+
 def repeat_sources(problems: Sequence[Problem], times: Mapping[str, int]) -> list[Problem]:
     """Each problem as often as `times` says for its source (once where it says nothing)."""
     return [problem for problem in problems for _ in range(times.get(problem.source, 1))]
@@ -88,6 +92,7 @@ class PretrainStream:
         batch_problems: documents a step.
         drill_share: the share of documents that are drills.
         story_share: the share of documents that are stories.
+        crowded_share: the share of the stories that have more numbers than the question needs.
         question_loss: whether the tokens of the question are targets too.
         seed: seed of order, variants, stories and drills.
     """
@@ -101,12 +106,13 @@ class PretrainStream:
         batch_problems: int,
         drill_share: float,
         story_share: float = 0.0,
+        crowded_share: float = 0.0,
         question_loss: bool = True,
         seed: int,
     ) -> None:
         self.variants = _Variants(_with_steps(problems), config, seed)
         self.tokenizer, self.batch_problems = tokenizer, batch_problems
-        self.drill_share, self.story_share = drill_share, story_share
+        self.drill_share, self.story_share, self.crowded_share = drill_share, story_share, crowded_share
         self.question_loss, self.seed = question_loss, seed
 
     def batch_at(self, step: int) -> list[tuple[Ids, Mask | None]]:
@@ -120,7 +126,8 @@ class PretrainStream:
             text = drill(derive_seed(self.seed, "drill", index))
             return [*self.tokenizer.encode(text), self.tokenizer.document_end_id], None
         if kind < self.drill_share + self.story_share:
-            problem = make_story(derive_seed(self.seed, "story", index))
+            crowded = kind < self.drill_share + self.story_share * self.crowded_share
+            problem = _make_problem(crowded, derive_seed(self.seed, "story", index))
         else:
             problem = self.variants[index]
         ids, mask = encode_document(self.tokenizer, problem)
@@ -130,7 +137,7 @@ class PretrainStream:
 class SftStream:
     """Conversations with a chain of thought; only the assistant's turn is a target.
 
-    Arguments as in `PretrainStream`; half of the stories are crowded ones.
+    Arguments as in `PretrainStream`.
     """
 
     def __init__(
@@ -141,11 +148,12 @@ class SftStream:
         *,
         batch_problems: int,
         story_share: float = 0.0,
+        crowded_share: float = 0.0,
         seed: int,
     ) -> None:
         self.variants = _Variants(_with_steps(problems), config, seed)
         self.tokenizer, self.batch_problems = tokenizer, batch_problems
-        self.story_share, self.seed = story_share, seed
+        self.story_share, self.crowded_share, self.seed = story_share, crowded_share, seed
 
     def batch_at(self, step: int) -> list[tuple[Ids, Mask]]:
         """The conversations of a step, counted from 0, each with its mask of targets."""
@@ -157,8 +165,7 @@ class SftStream:
         kind = Random(derive_seed(self.seed, "kind", position)).random()
         if kind >= self.story_share:
             return self.variants[position]
-        make = make_story if kind < self.story_share / 2 else make_crowded_story
-        return make(derive_seed(self.seed, "story", position))
+        return _make_problem(kind < self.story_share * self.crowded_share, derive_seed(self.seed, "story", position))
 
 
 class PromptStream:

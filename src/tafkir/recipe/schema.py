@@ -107,6 +107,9 @@ class PretrainConfig(TrainTable):
     batch_problems: Positive = Field(48, description="Documents per optimiser step.")
     drill_share: float = Field(0.15, ge=0, le=1, description="Share of documents that are arithmetic drills.")
     story_share: float = Field(0.3, ge=0, le=1, description="Share of documents that are made-up word problems.")
+    crowded_share: float = Field(
+        0.5, ge=0, le=1, description="Share of the made-up problems with more numbers than the question needs."
+    )
     question_loss: bool = Field(True, description="Learn to predict the questions too, not only their solutions.")
 
 
@@ -114,8 +117,9 @@ class SftConfig(TrainTable):
     """Next-token loss on the assistant's chain of thought only, in the chat format."""
 
     batch_problems: Positive = Field(48, description="Conversations per optimiser step.")
-    story_share: float = Field(
-        0.3, ge=0, le=1, description="Share of conversations about made-up problems, half of them with idle numbers."
+    story_share: float = Field(0.3, ge=0, le=1, description="Share of conversations about made-up problems.")
+    crowded_share: float = Field(
+        0.5, ge=0, le=1, description="Share of the made-up problems with more numbers than the question needs."
     )
 
 

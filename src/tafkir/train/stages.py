@@ -73,6 +73,7 @@ def run_pretrain(ctx: StageContext) -> dict[str, Any]:
         batch_problems=config.batch_problems,
         drill_share=config.drill_share,
         story_share=config.story_share,
+        crowded_share=config.crowded_share,
         question_loss=config.question_loss,
         seed=derive_seed(ctx.seed, "pretrain"),
     )
@@ -93,6 +94,7 @@ def run_sft(ctx: StageContext) -> dict[str, Any]:
         ctx.recipe.data.augment,
         batch_problems=config.batch_problems,
         story_share=config.story_share,
+        crowded_share=config.crowded_share,
         seed=derive_seed(ctx.seed, "sft"),
     )
     heldout: list[Document] = list(heldout_conversations(corpus.validation, tokenizer))
