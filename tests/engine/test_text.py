@@ -29,13 +29,13 @@ def test_characters_come_whole(text: str) -> None:
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd")))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_any_text_byte_by_byte(text: str) -> None:
     assert "".join(stream_bytes(text.encode())) == text
 
 
 @given(st.binary(max_size=40))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_any_bytes_show_what_the_whole_would_but_for_an_unfinished_end(data: bytes) -> None:
     whole = decode_bytes(data)
     shown = "".join(stream_bytes(data))
@@ -72,7 +72,7 @@ def test_what_was_held_comes_out_at_the_end() -> None:
 
 
 @given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3), st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_pieces_equal_one_search(text: str, stops: list[str], data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]

@@ -43,7 +43,7 @@ def test_split(text: str, expected: tuple[str, str]) -> None:
 
 
 @given(st.text("ab<\n", min_size=1, max_size=12), st.text("ab\n", max_size=12), st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_split_undoes_the_chat_format(reasoning: str, content: str, data: st.DataObject) -> None:
     text = render_assistant(content, reasoning)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
