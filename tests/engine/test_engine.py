@@ -460,3 +460,16 @@ def test_bfloat16_runs_close_to_float32(shared_decoder: Decoder, prompts: Prompt
     for request in requests:
         trained = training_logprobs(decoder, request.prompt_ids, done[request.id].token_ids, 1.0)
         assert float((torch.tensor(done[request.id].logprobs) - trained).abs().mean()) < 0.15
+
+
+def test_a_full_row_that_ended_leaves_its_neighbour_alone(make_engine: MakeEngine) -> None:
+    """The first row ends at exactly the buffer's length and stays until the next compaction; the others run on."""
+    engine = make_engine(eos_ids=(), max_batch=40)
+    limits = [32] + [10] * 39 + [30] * 39
+    requests = [Request(str(i), (5, 6, 7), SamplingParams(seed=i, max_tokens=limit)) for i, limit in enumerate(limits)]
+    done = run(engine, requests)
+    scores = engine.score([[5, 6, 7, *done[request.id].token_ids] for request in requests])
+    for request, limit, score in zip(requests, limits, scores, strict=True):
+        answer = done[request.id]
+        assert len(answer.token_ids) == limit
+        torch.testing.assert_close(torch.tensor(answer.logprobs), score[2:], atol=1e-5, rtol=0)

@@ -94,7 +94,9 @@ class RunningBatch:
         u_B = uniform(ints[Column.KEY], count_B)
         token_B, logprob_B = sample(logits_BV, temperature_B, ints[Column.TOP_K], top_p_B, u_B)
         capacity = self._tokens.shape[1]
-        flat_B = torch.arange(first * capacity, self.size * capacity, capacity, device=self._device) + count_B
+        # An ended row may be full; what is drawn for it must not spill into the next row.
+        place_B = count_B.clamp(max=capacity - 1)
+        flat_B = torch.arange(first * capacity, self.size * capacity, capacity, device=self._device) + place_B
         self._tokens.view(-1).index_copy_(0, flat_B, token_B)
         self._logprobs.view(-1).index_copy_(0, flat_B, logprob_B)
         ints[Column.TOKEN] = token_B
