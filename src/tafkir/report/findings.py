@@ -263,7 +263,11 @@ def key_facts(record: RunRecord) -> list[Fact]:
     cores = record.environment.get("cores_physical")
     if seconds:
         facts.append(
-            Fact("Wall time", format_seconds(seconds), f"all stages, {cores} cores" if cores else "all stages")
+            Fact(
+                "Wall time",
+                format_seconds(seconds),
+                f"all stages, {cores} core{'' if cores == 1 else 's'}" if cores else "all stages",
+            )
         )
     peaks = [stage.result.get("peak_rss_bytes") for stage in record.stages.values()]
     peak = max((value for value in peaks if isinstance(value, int | float)), default=None)
