@@ -67,7 +67,8 @@ def test_a_slow_comparison_is_cut_off_in_every_thread(verifier: SymbolicVerifier
     for verdict, _ in verdicts:
         assert (verdict.outcome, verdict.reward) == ("error", 0.0)
         assert "longer than 2 s" in verdict.reason
-    # the first one had a warm worker, so there was no start to wait for; how late this machine runs anything is measured
+    # the first one had a warm worker, so there was no start to wait for;
+    # how late this machine runs anything is measured
     began = time.monotonic()
     subprocess.run([sys.executable, "-c", "pass"], check=True)
     assert verdicts[0][1] < 3 + 10 * (time.monotonic() - began)

@@ -63,9 +63,7 @@ def run_pretrain(ctx: StageContext) -> dict[str, Any]:
     """Next-token training from fresh weights, or from the recipe's base."""
     config = ctx.recipe.pretrain
     assert config is not None
-    torch.set_num_threads(ctx.recipe.threads)
-    corpus = load_corpus(ctx.recipe.data)
-    decoder, tokenizer = _start(ctx)
+    corpus, decoder, tokenizer = _start(ctx)
     stream = PretrainStream(
         repeat_sources(corpus.train, ctx.recipe.data.repeat),
         tokenizer,
@@ -85,9 +83,7 @@ def run_sft(ctx: StageContext) -> dict[str, Any]:
     """Supervised fine-tuning on chains of thought in the chat format."""
     config = ctx.recipe.sft
     assert config is not None
-    torch.set_num_threads(ctx.recipe.threads)
-    corpus = load_corpus(ctx.recipe.data)
-    decoder, tokenizer = _start(ctx)
+    corpus, decoder, tokenizer = _start(ctx)
     stream = SftStream(
         repeat_sources(corpus.train, ctx.recipe.data.repeat),
         tokenizer,
@@ -105,9 +101,7 @@ def run_rlvr(ctx: StageContext) -> dict[str, Any]:
     """Reinforcement learning on training problems, rolled out by the completer that the context builds."""
     config = ctx.recipe.rlvr
     assert config is not None
-    torch.set_num_threads(ctx.recipe.threads)
-    corpus = load_corpus(ctx.recipe.data)
-    decoder, tokenizer = _start(ctx)
+    corpus, decoder, tokenizer = _start(ctx)
     assert ctx.previous is not None
     problems = [p for p in corpus.train if not config.max_steps or len(p.steps) <= config.max_steps]
     stream = PromptStream(
@@ -132,8 +126,10 @@ def run_rlvr(ctx: StageContext) -> dict[str, Any]:
     return _finish(ctx, config, decoder, tokenizer, result, corpus)
 
 
-def _start(ctx: StageContext) -> tuple[Decoder, Tokenizer]:
-    """The decoder and the tokenizer that a stage goes on with; fresh weights where there is only a tokenizer."""
+def _start(ctx: StageContext) -> tuple[Corpus, Decoder, Tokenizer]:
+    """The problems, and the decoder and tokenizer to go on with; fresh weights where there is only a tokenizer."""
+    torch.set_num_threads(ctx.recipe.threads)
+    corpus = load_corpus(ctx.recipe.data)
     if ctx.previous is None:
         raise CheckpointError(
             "there is nothing to start from",
@@ -144,9 +140,9 @@ def _start(ctx: StageContext) -> tuple[Decoder, Tokenizer]:
     # Only a tokenizer stage leaves a folder without a model; elsewhere its absence is damage.
     if ctx.previous == ctx.run.stage("tokenizer").checkpoint_dir:
         _check_vocabulary(ctx.recipe.model, tokenizer, ctx.previous)
-        return build_decoder(ctx.recipe.model, derive_seed(ctx.seed, "weights")), tokenizer
+        return corpus, build_decoder(ctx.recipe.model, derive_seed(ctx.seed, "weights")), tokenizer
     _check_shape(load_config(ctx.previous), ctx.recipe.model, ctx.previous)
-    return load_checkpoint(ctx.previous).decoder, tokenizer
+    return corpus, load_checkpoint(ctx.previous).decoder, tokenizer
 
 
 def _check_vocabulary(model: ModelConfig, tokenizer: Tokenizer, where: Path) -> None:
