@@ -6,9 +6,9 @@ cuts, call the same reward function, and take one AdamW step on the same loss. T
 the last to the first; a supervised warm start, shared by both, leaves it half learnt.
 
 First TRL's own variants (expert backends, continuous batching) are tried and the fastest is kept. Then the sides run
-in turn, each repeat in a process of its own, and only steps after the warm-up ones are timed, in CPU-seconds of all
-threads. The ratio is the median of the pairwise ones. At the end one longer run of each side shows that both learn:
-reward in the first and in the last pass over the same problems.
+in turn, each repeat in a process of its own; its median step after the warm-up counts, in CPU-seconds of all threads.
+The ratio is the median of the pairwise ones. At the end one longer run of each side shows that both learn: reward in
+the first and in the last pass over the same problems.
 
     python benchmarks/rl_vs_trl.py --threads 1 --out benchmarks/results/rl_vs_trl.json
 
@@ -31,6 +31,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +83,7 @@ SIZES = {
         warm_start_steps=300,
         warm_start_lr=5e-3,
         learning_rate=2e-4,
-        steps=8,
+        steps=6,
     ),
     "tiny": Size(
         ModelConfig(vocab_size=1024),
@@ -248,16 +249,18 @@ class Meter:
         self.ends.append((time.process_time(), time.perf_counter()))
 
     def result(self, run: Run) -> dict[str, Any]:
-        """Totals of the steps after the warm-up ones."""
-        (cpu_0, wall_0), (cpu_1, wall_1) = self.ends[run.warmup_steps], self.ends[-1]
-        cpu_s, samples = cpu_1 - cpu_0, PROMPTS * GROUP * run.steps
+        """The steps after the warm-up ones; their median is the run's speed, which a burst of other work hardly moves."""
+        timed = list(pairwise(self.ends[run.warmup_steps :]))
+        cpu_s = [after[0] - before[0] for before, after in timed]
+        wall_s = [after[1] - before[1] for before, after in timed]
         return {
             "side": run.side,
             "seed": run.seed,
-            "samples_per_cpu_s": samples / cpu_s,
-            "samples_per_s": samples / (wall_1 - wall_0),
-            "cpu_s_per_step": cpu_s / run.steps,
-            "rollout_share": sum(self.rollout_cpu_s[run.warmup_steps :]) / cpu_s,
+            "samples_per_cpu_s": PROMPTS * GROUP / statistics.median(cpu_s),
+            "samples_per_s": PROMPTS * GROUP / statistics.median(wall_s),
+            "cpu_s_per_step": statistics.median(cpu_s),
+            "fastest_step_cpu_s": min(cpu_s),
+            "rollout_share": sum(self.rollout_cpu_s[run.warmup_steps :]) / sum(cpu_s),
             "completion_tokens": statistics.mean(self.lengths[run.warmup_steps :]),
             "rewards": self.rewards,
             "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
@@ -473,7 +476,7 @@ def fastest_trl(base: Run, backends: Sequence[str], try_batching: bool) -> tuple
         nonlocal best
         say(f"{run.size}: trying TRL with {name}")
         try:
-            cpu_s = in_child(asdict(run), Path(run.folder))["cpu_s_per_step"]
+            cpu_s = in_child(asdict(run), Path(run.folder))["fastest_step_cpu_s"]
         except ChildFailed as error:
             notes[name] = f"does not run: {error}"
             return
@@ -590,7 +593,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="timed steps of a run (default: by size)")
     parser.add_argument("--warmup-steps", type=int, default=1, help="steps before the clock starts")
     parser.add_argument("--warm-start-steps", type=int, help="supervised steps (default: by size)")
-    parser.add_argument("--learning-steps", type=int, default=59, help="steps of the last runs, first size; 0: none")
+    parser.add_argument("--learning-steps", type=int, default=39, help="steps of the last runs, first size; 0: none")
     parser.add_argument("--backends", nargs="+", choices=EXPERT_BACKENDS, default=EXPERT_BACKENDS)
     parser.add_argument("--no-continuous-batching", action="store_true", help="do not try TRL's continuous batching")
     parser.add_argument("--threads", type=int, default=1)
