@@ -249,7 +249,7 @@ class Meter:
         self.ends.append((time.process_time(), time.perf_counter()))
 
     def result(self, run: Run) -> dict[str, Any]:
-        """The steps after the warm-up ones; their median is the run's speed, which a burst of other work hardly moves."""
+        """The steps after the warm-up; their median is the run's speed, which a burst of other work hardly moves."""
         timed = list(pairwise(self.ends[run.warmup_steps :]))
         cpu_s = [after[0] - before[0] for before, after in timed]
         wall_s = [after[1] - before[1] for before, after in timed]
