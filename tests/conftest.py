@@ -10,6 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A shared machine may take any time over an example; how long one takes is no property of the code.
+settings.register_profile("shared-machine", deadline=None)
+settings.load_profile("shared-machine")
 
 # Read by OpenMP when torch is first imported, so it has to stand here.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
