@@ -1,17 +1,36 @@
-"""Short word problems of our own making: scenes of one or two operations, told in many ways, with idle numbers.
+"""Short word problems of our own making, told from templates: `datasets/stories/*.txt`.
 
-The real sets hold few ways to say "gave away" or "each"; a small model trained from nothing needs to read many more.
+The real sets hold few ways to say "gave away" or "each"; a small model trained from nothing needs to read many more. A
+template is a body and several questions about it with different equations, so that the answer hangs on the question.
+
+A template, in short (`datasets/stories/README.md` has it in full)::
+
+    let p = b*k
+    range b 2..12
+    set x = apple/apples|pear/pears
+    {N} has {p} {x} and {c} {u}. | There are {p} {x} at home.
+    ? {M} is {z} years old.
+    {He} puts {b} {x} into each [box|bag].
+    >> p/b :: How many boxes does {he} need? | How many boxes can {N} fill?
+    >> p-b :: How many {x} are left when the first box is full?
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cache
+from importlib.resources import files
 
 from tafkir.data.arithmetic import format_number
+from tafkir.data.names import FEMALE, MALE
 from tafkir.data.sources import Problem, Step
+from tafkir.errors import DataError
 
-__all__ = ["make_story"]
+__all__ = ["Operation", "Template", "make_story", "parse_templates", "read_templates", "tell"]
 
 # Words as text: as lists of literals they would fill a screen each.
 NAMES = tuple(
@@ -20,351 +39,273 @@ NAMES = tuple(
     "Tom Vera Yara Yusuf Zain".split()
 )
 THINGS = tuple(
-    "apples marbles books stickers cards pencils cookies oranges balloons stamps shells toys candies flowers eggs "
-    "coins bottles pages cupcakes photos beads peaches shirts games points songs crayons bananas blocks muffins".split()
+    "apples bagels balloons balls bananas beads blocks books bottles bracelets buttons candies candles cards "
+    "carrots coins cookies crayons cups cupcakes dolls donuts eggs feathers flowers grapes hats keys lemons "
+    "lollipops magnets marbles markers mints muffins notebooks nuts onions oranges peaches pears pencils pens "
+    "peppers photos pies pins plates plums postcards potatoes puzzles ribbons roses sandwiches scarves seeds shells "
+    "shirts socks spoons stamps stickers stones straws tomatoes toys tulips".split()
 )
 HOLDERS = tuple("boxes bags baskets jars shelves rows packs trays albums cartons".split())
 PLACES = tuple("store library garden kitchen classroom park market farm school bakery".split())
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
+_GENDERED = (tuple(sorted(MALE)), tuple(sorted(FEMALE)))
+_PRONOUNS = (("he", "his", "him"), ("she", "her", "her"))
+_LARGEST = 9999
+
+Operation = tuple[str, str, str]
+"""Left operand, operator, right operand: names of numbers, of earlier results (`r0`, `r1`, ...), or integers."""
+
 
 @dataclass(frozen=True, slots=True)
-class _Scene:
-    """Sentences in order, each told in one of several ways; `equations` over a, b, c and earlier results r0, r1."""
-
-    equations: tuple[tuple[str, str, str], ...]
-    sentences: tuple[tuple[str, ...], ...]
+class _Question:
+    steps: tuple[Operation, ...]
+    wordings: tuple[str, ...]
 
 
-_SCENES = (
-    _Scene(
-        (("a", "+", "b"),),
-        (
-            ("{N} had {a} {t}.", "{N} has {a} {t}.", "There were {a} {t} in {N}'s room.", "{N} started with {a} {t}."),
-            ("{M} gave {N} {b} more {t}.", "Then {N} bought {b} more at the {p}.", "{N} found {b} more {t} on {D}."),
-            (
-                "How many {t} does {N} have now?",
-                "How many {t} does {N} have in all?",
-                "What is the total number of {t}?",
-            ),
-        ),
-    ),
-    _Scene(
-        (("a", "+", "b"),),
-        (
-            (
-                "{N} picked {a} {t} on {D} and {b} {t} on {E}.",
-                "{N} sold {a} {t} in the morning and {b} in the evening.",
-                "{N} read {a} pages yesterday and {b} pages today.",
-                "{N} has {a} red {t} and {b} blue {t}.",
-            ),
-            ("How many is that altogether?", "How many were there in total?", "What is the sum for both?"),
-        ),
-    ),
-    _Scene(
-        (("a", "+", "b"),),
-        (
-            ("{N} gave {a} {t} to {M}.", "{N} ate {a} of the {t}.", "{N} lost {a} {t} at the {p}."),
-            ("Now {N} has {b} {t} left.", "After that there were {b} {t} left.", "{b} {t} remained."),
-            (
-                "How many {t} did {N} have at the start?",
-                "How many {t} did {N} have before that?",
-                "How many {t} were there in the beginning?",
-            ),
-        ),
-    ),
-    _Scene(
-        (("a", "+", "b"),),
-        (
-            ("{M} has {a} {t}.", "{M} collected {a} {t}."),
-            ("{N} has {b} more {t} than {M}.", "{N} has {b} more than {M} does."),
-            ("How many {t} does {N} have?", "How many {t} are in {N}'s collection?"),
-        ),
-    ),
-    _Scene(
-        (("a", "-", "b"),),
-        (
-            ("{N} had {a} {t}.", "There were {a} {t} in the {p}.", "{N} baked {a} {t}.", "{N} bought {a} {t}."),
-            (
-                "{N} gave {b} of them to {M}.",
-                "{M} took {b} {t}.",
-                "{N} sold {b} of them.",
-                "{b} {t} were broken.",
-                "{N} used {b} of the {t}.",
-            ),
-            ("How many {t} are left?", "How many {t} does {N} still have?", "How many {t} remain?"),
-        ),
-    ),
-    _Scene(
-        (("a", "-", "b"),),
-        (
-            (
-                "{N} has {a} {t} and {M} has {b} {t}.",
-                "{N} made {a} {t}. {M} made {b} {t}.",
-                "There are {a} {t} in the {p} and {b} {t} in the {q}.",
-                "{N} scored {a} points while {M} scored {b} points.",
-            ),
-            (
-                "How many more {t} does {N} have than {M}?",
-                "What is the difference between the two?",
-                "How many fewer does the second have than the first?",
-                "How many more is the first than the second?",
-            ),
-        ),
-    ),
-    _Scene(
-        (("a", "-", "b"),),
-        (
-            ("{N} had {b} {t} at first.", "There were {b} {t} at the {p}.", "{N} started the day with {b} {t}."),
-            (
-                "After {M} brought some more there were {a} {t}.",
-                "Then {N} got some more and now has {a} {t}.",
-                "{N} bought more {t} and ended with {a}.",
-            ),
-            ("How many {t} were added?", "How many {t} did {N} get?", "How many more {t} came?"),
-        ),
-    ),
-    _Scene(
-        (("a", "-", "b"),),
-        (
-            ("{N} had {a} {t} at first.", "There were {a} {t} in the {p} in the morning."),
-            (
-                "Some of them were sold and {b} were left.",
-                "{N} gave some to {M} and now has {b} {t}.",
-                "After lunch only {b} {t} were left.",
-            ),
-            ("How many {t} were sold?", "How many {t} did {N} give away?", "How many {t} are gone?"),
-        ),
-    ),
-    _Scene(
-        (("a", "-", "b"),),
-        (
-            ("{N} needs {a} {t}.", "{N} wants to collect {a} {t}.", "{N} has to read {a} pages."),
-            ("{N} already has {b}.", "So far {N} has {b}.", "{N} got {b} of them on {D}."),
-            ("How many more does {N} need?", "How many are still missing?"),
-        ),
-    ),
-    _Scene(
-        (("a", "-", "b"),),
-        (
-            ("{N} has {a} {t}.", "{N} collected {a} {t}."),
-            ("{M} has {b} fewer {t} than {N}.", "{M} has {b} less than {N} does."),
-            ("How many {t} does {M} have?", "How many {t} are in {M}'s collection?"),
-        ),
-    ),
-    _Scene(
-        (("a", "-", "b"),),
-        (
-            ("There are {a} {t} on the table.", "{N} has {a} {t}."),
-            ("{b} of the {t} are red and the others are green.", "{b} of them are new and the rest are old."),
-            ("How many {t} are in the other part?", "How many is the rest?"),
-        ),
-    ),
-    _Scene(
-        (("a", "-", "b"),),
-        (
-            ("A toy costs {a} dollars.", "The price of a jacket is {a} dollars.", "{N} wants a game for ${a}."),
-            (
-                "There is a discount of {b} dollars.",
-                "It is on sale for {b} dollars less.",
-                "{N} has a coupon for ${b}.",
-            ),
-            ("How much does {N} have to pay?", "What is the new price?"),
-        ),
-    ),
-    _Scene(
-        (("a", "*", "b"),),
-        (
-            ("{N} has {a} {h}.", "There are {a} {h} in the {p}.", "{N} filled {a} {h}."),
-            ("Each of them holds {b} {t}.", "There are {b} {t} in each.", "Every one has {b} {t} in it."),
-            ("How many {t} are there in all?", "How many {t} does {N} have?", "What is the total number of {t}?"),
-        ),
-    ),
-    _Scene(
-        (("a", "*", "b"),),
-        (
-            (
-                "{N} bought {a} {t} for {b} dollars each.",
-                "Each of the {a} {t} costs ${b}.",
-                "{N} works {a} hours and earns {b} dollars an hour.",
-                "{N} sold {a} {t} at {b} dollars each.",
-            ),
-            ("How much money is that in total?", "How many dollars is that altogether?", "How much is it in all?"),
-        ),
-    ),
-    _Scene(
-        (("a", "*", "b"),),
-        (
-            ("{N} reads {b} pages every day.", "{N} runs {b} miles each day.", "A machine makes {b} {t} every hour."),
-            ("This goes on for {a} days.", "{N} does it for {a} days in a row.", "It keeps going {a} times."),
-            ("How many is that altogether?", "How many are there at the end?"),
-        ),
-    ),
-    _Scene(
-        (("p", "/", "b"),),
-        (
-            ("{N} has {p_} {t}.", "There are {p_} {t} in the {p}.", "{N} baked {p_} {t}."),
-            (
-                "{N} puts {b} of them in each of the {h}.",
-                "{b} {t} fit in each of the {h}.",
-                "Each of the {h} holds {b} {t}.",
-            ),
-            ("How many {h} does {N} need?", "How many {h} are there?", "How many {h} can {N} fill?"),
-        ),
-    ),
-    _Scene(
-        (("p", "/", "b"),),
-        (
-            (
-                "{N} shares {p_} {t} equally among {b} friends.",
-                "{p_} {t} are split evenly into {b} {h}.",
-                "{N} puts {p_} {t} into {b} {h} with the same number in each.",
-            ),
-            ("How many {t} does each get?", "How many {t} are in each?", "How many {t} is that for each one?"),
-        ),
-    ),
-    _Scene(
-        (("p", "/", "b"),),
-        (
-            (
-                "{N} paid {p_} dollars for {b} {t}.",
-                "{b} {t} cost {p_} dollars.",
-                "{N} earned {p_} dollars in {b} hours.",
-            ),
-            ("How much is that for one?", "How many dollars is that each?", "What is the price of one?"),
-        ),
-    ),
-    _Scene(
-        (("a", "+", "b"), ("r0", "-", "c")),
-        (
-            ("{N} had {a} {t}.", "There were {a} {t} in the {p}."),
-            ("{M} brought {b} more.", "{N} bought {b} more {t}."),
-            ("Then {N} gave {c} of them away.", "Later {c} {t} were sold.", "{N} lost {c} of them on {D}."),
-            ("How many {t} are left?", "How many {t} does {N} have now?"),
-        ),
-    ),
-    _Scene(
-        (("a", "-", "c"), ("r0", "+", "b")),
-        (
-            ("{N} had {a} {t}.", "A bus had {a} people in it.", "There were {a} {t} in a jar."),
-            ("First {c} were taken out.", "{c} went away.", "{N} gave {c} to {M}."),
-            ("Then {b} more came.", "After that {N} got {b} more.", "{b} were put in later."),
-            ("How many are there now?", "How many are there at the end?"),
-        ),
-    ),
-    _Scene(
-        (("a", "*", "b"), ("r0", "+", "c")),
-        (
-            (
-                "{N} has {a} {h} with {b} {t} in each.",
-                "{N} bought {a} {t} for {b} dollars each.",
-                "There are {a} {h} and each has {b} {t}.",
-            ),
-            ("There are {c} more on the table.", "{M} adds {c} more to that.", "Then {c} more are added."),
-            ("How many is that in total?", "How many is that altogether?"),
-        ),
-    ),
-    _Scene(
-        (("a", "*", "b"), ("r0", "-", "c")),
-        (
-            ("{N} has {a} {h} of {b} {t} each.", "{N} fills {a} {h} with {b} {t} each."),
-            ("{N} gives {c} {t} to {M}.", "{c} {t} are eaten.", "{c} of the {t} fall out."),
-            ("How many {t} are left?", "How many {t} does {N} still have?"),
-        ),
-    ),
-    _Scene(
-        (("a", "+", "b"), ("r0", "+", "c")),
-        (
-            (
-                "{N} found {a} {t} on {D}, {b} on {E} and {c} the day after.",
-                "{N} has {a} {t}, {M} has {b} and their friend has {c}.",
-            ),
-            ("How many {t} is that in all?", "How many {t} are there altogether?"),
-        ),
-    ),
-    _Scene(
-        (("a", "+", "b"), ("a", "+", "r0")),
-        (
-            ("{N} has {a} {t}.", "{N} made {a} {t}."),
-            ("{M} has {b} more than {N}.", "{M} made {b} more {t} than {N}."),
-            ("How many {t} do they have together?", "How many {t} is that for both?"),
-        ),
-    ),
-    _Scene(
-        (("a", "*", "2"), ("a", "+", "r0")),
-        (
-            ("{N} has {a} {t}.", "{N} sold {a} {t} on {D}."),
-            ("{M} has twice as many.", "The next day it was twice as many.", "{M} has double that number."),
-            ("How many is that altogether?", "How many {t} is that in total?"),
-        ),
-    ),
-    _Scene(
-        (("e", "/", "2"), ("e", "+", "r0")),
-        (
-            ("{N} has {e_} {t}.", "{N} picked {e_} {t} in the morning."),
-            ("{M} has half as many.", "In the evening it was half as many."),
-            ("How many is that altogether?", "How many {t} is that in total?"),
-        ),
-    ),
-)
+@dataclass(frozen=True, slots=True, eq=False)
+class Template:
+    """One body with its questions; `where` is file:line."""
 
-_IDLE = (
-    "{N} is {z} years old.",
-    "{M} has {z} {u}.",
-    "There are also {z} {u} in the {q}.",
-    "It takes {z} minutes to walk to the {p}.",
-    "{N} also bought {z} {u}.",
+    where: str
+    body: tuple[tuple[bool, tuple[str, ...]], ...]
+    """(told only half of the time, the ways to tell it) for every part."""
+    questions: tuple[_Question, ...]
+    derived: Mapping[str, Operation] = field(default_factory=dict)
+    ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    words: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+_SLOT = re.compile(r"\{(\w+)(\.1)?(?::([^}]*))?\}")
+_CHOICE = re.compile(r"\[([^\[\]]*)\]")
+_OPERATION = re.compile(r"^\s*(\w+)\s*([-+*/])\s*(\w+)\s*$")
+_FIXED = frozenset(
+    "N M L t u v h P Q D E he He his His him mhe mHe mhis mHis mhim".split(),
 )
 
 
-def _draw_number(rng: random.Random, largest: int) -> int:
-    digits = rng.choices((1, 2, 3), weights=(4, 5, 2 if largest >= 100 else 0))[0]
-    return rng.randint(2 if digits == 1 else 10 ** (digits - 1), min(largest, 10**digits - 1))
+def _ways(text: str) -> tuple[str, ...]:
+    """Full alternatives: split at ` | ` outside of brackets and braces."""
+    depth, start, parts = 0, 0, []
+    for i, char in enumerate(text):
+        depth += (char in "[{") - (char in "]}")
+        if char == "|" and depth == 0:
+            parts.append(text[start:i].strip())
+            start = i + 1
+    return tuple(part for part in (*parts, text[start:].strip()) if part)
 
 
-def _draw_values(rng: random.Random, scene: _Scene, largest: int) -> dict[str, int]:
-    """Numbers for which every result is a positive integer."""
-    products = any(sign in "*/" for _, sign, _ in scene.equations)
-    a, b = _draw_number(rng, largest), _draw_number(rng, min(99, largest) if products else largest)
-    if products and a > 99 and b > 9:
-        b = rng.randint(2, 9)
-    if scene.equations[0][1] == "-" and a <= b:
-        a, b = b + (a == b), a
-    c = rng.randint(1, max(1, min(a - 1 if scene.equations[0] == ("a", "-", "c") else a + b - 1, largest)))
-    return {"a": a, "b": b, "c": c, "p": a * b, "e": 2 * (a // 2 + 1), "z": _draw_number(rng, min(99, largest))}
+def _operation(text: str, where: str) -> Operation:
+    match = _OPERATION.match(text)
+    if match is None:
+        raise DataError(f"{text.strip()!r} is not one operation", where=where, expected="such as a+b, r0*2 or p/k")
+    return match[1], match[2], match[3]
 
 
-def make_story(seed: int, *, max_number: int = 999) -> Problem:
-    """The story of this seed: a pure function, unlimited in number.
+def _parse_block(lines: list[tuple[int, str]], name: str) -> Template:
+    derived: dict[str, Operation] = {}
+    ranges: dict[str, tuple[int, int]] = {}
+    words: dict[str, tuple[str, ...]] = {}
+    body: list[tuple[bool, tuple[str, ...]]] = []
+    questions: list[_Question] = []
+    for number, line in lines:
+        where = f"{name}:{number}"
+        if match := re.match(r"let (\w+)\s*=(.*)", line):
+            derived[match[1]] = _operation(match[2], where)
+        elif match := re.match(r"range (\w+) (\d+)\.\.(\d+)$", line):
+            ranges[match[1]] = int(match[2]), int(match[3])
+        elif match := re.match(r"set (\w+)\s*=(.*)", line):
+            words[match[1]] = tuple(form.strip() for form in match[2].split("|"))
+        elif line.startswith(">>"):
+            equations, _, wordings = line[2:].partition("::")
+            steps = tuple(_operation(part, where) for part in equations.split(";"))
+            questions.append(_Question(steps, _ways(wordings)))
+        elif line.startswith("? "):
+            body.append((True, _ways(line[2:])))
+        else:
+            body.append((False, _ways(line)))
+    where = f"{name}:{lines[0][0]}"
+    template = Template(where, tuple(body), tuple(questions), _in_order(derived, where), ranges, words)
+    _check(template)
+    return template
 
-    Args:
-        seed: fixes scene, wording, names and numbers.
-        max_number: largest number that the text draws (a product in the text may be larger).
+
+def _in_order(derived: Mapping[str, Operation], where: str) -> dict[str, Operation]:
+    """Each number after those that it derives from."""
+    ordered: dict[str, Operation] = {}
+    while len(ordered) < len(derived):
+        waiting = set(derived) - set(ordered)
+        ready = sorted(name for name in waiting if not {derived[name][0], derived[name][2]} & waiting)
+        if not ready:
+            raise DataError(f"{', '.join(sorted(waiting))} derive from each other", where=where)
+        ordered |= {name: derived[name] for name in ready}
+    return ordered
+
+
+def _check(template: Template) -> None:
+    """Refuse what could not be told."""
+    flaw = ""
+    if not template.questions or not all(question.wordings for question in template.questions):
+        flaw = "a template needs a question: '>> a+b :: How many ...?'"
+    for question in template.questions:
+        for i, (left, _, right) in enumerate(question.steps):
+            for operand in (left, right):
+                if re.fullmatch(r"r\d", operand) and int(operand[1]) >= i:
+                    flaw = f"{operand} is used before it is known"
+                elif operand in _FIXED or operand in template.words:
+                    flaw = f"{operand} is a word, not a number"
+    for text in _texts(template):
+        if re.search(r"[\[\]{}]", _SLOT.sub("", _CHOICE.sub("", text))):
+            flaw = f"brackets do not match in {text!r}"
+    if flaw:
+        raise DataError(flaw, where=template.where, fix="see datasets/stories/README.md")
+
+
+def _texts(template: Template) -> Iterable[str]:
+    for _, ways in template.body:
+        yield from ways
+    for question in template.questions:
+        yield from question.wordings
+
+
+def parse_templates(text: str, name: str) -> tuple[Template, ...]:
+    """The templates of one file, `name` being what errors call it.
+
+    Raises:
+        DataError: a line is not understood (file:line).
     """
+    blocks: list[list[tuple[int, str]]] = [[]]
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            blocks.append([])
+        elif not line.startswith("#"):
+            blocks[-1].append((number, line.strip()))
+    return tuple(_parse_block(block, name) for block in blocks if block)
+
+
+@cache
+def read_templates() -> tuple[Template, ...]:
+    """All templates of the package, in the order of file names."""
+    folder = files("tafkir") / "datasets" / "stories"
+    sources = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".txt")), key=lambda entry: entry.name)
+    return tuple(t for entry in sources for t in parse_templates(entry.read_text(encoding="utf-8"), entry.name))
+
+
+@cache
+def _number_names(template: Template) -> tuple[str, ...]:
+    """The numbers that are drawn, in a fixed order."""
+    words = _FIXED | set(template.words)
+    names: set[str] = set()
+    for text in _texts(template):
+        slots = _SLOT.findall(text)
+        words |= {name for name, _, forms in slots if forms}
+        names |= {name for name, _, _ in slots}
+    operations = [*template.derived.values(), *(step for q in template.questions for step in q.steps)]
+    names |= {name for left, _, right in operations for name in (left, right)}
+    names = {name for name in names if not re.fullmatch(r"\d+|r\d", name)}
+    return tuple(sorted(names - words - set(template.derived)))
+
+
+def _draw(rng: random.Random, bounds: tuple[int, int] | None) -> int:
+    if bounds is not None:
+        return rng.randint(*bounds)
+    digits = rng.choices((1, 2, 3), weights=(7, 11, 2))[0]
+    return rng.randint(2 if digits == 1 else 10 ** (digits - 1), 10**digits - 1)
+
+
+_APPLY: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
+    "+": lambda x, y: x + y,
+    "-": lambda x, y: x - y,
+    "*": lambda x, y: x * y,
+    "/": lambda x, y: x / y,
+}
+
+
+def _calculate(steps: Iterable[Operation], values: Mapping[str, int]) -> list[Step] | None:
+    """The steps in numbers; None where a result is not a positive whole number of at most four digits."""
+    known = dict(values)
+    told = []
+    for i, (left, sign, right) in enumerate(steps):
+        x, y = (known[name] if name in known else int(name) for name in (left, right))
+        if y == 0:
+            return None
+        result = _APPLY[sign](Fraction(x), Fraction(y))
+        if result.denominator != 1 or not 0 < result <= _LARGEST:
+            return None
+        known[f"r{i}"] = int(result)
+        told.append(Step(f"{x}{sign}{y}", format_number(int(result))))
+    return told
+
+
+def _draw_numbers(rng: random.Random, template: Template) -> dict[str, int] | None:
+    values = {name: _draw(rng, template.ranges.get(name)) for name in _number_names(template)}
+    for name, operation in template.derived.items():
+        told = _calculate([operation], values)
+        low, high = template.ranges.get(name, (1, _LARGEST))
+        if told is None or not low <= int(told[0].result) <= high:
+            return None
+        values[name] = int(told[0].result)
+    return values
+
+
+def _fit(rng: random.Random, template: Template, question: _Question) -> tuple[dict[str, int], list[Step]]:
+    """Numbers that give this question an answer; most of the time they would give the others one, too."""
+    for attempt in range(3000):
+        values = _draw_numbers(rng, template)
+        told = values and _calculate(question.steps, values)
+        # What the other questions ask is most often true of the body: "gave 5 of his 3" reads badly.
+        if values and told and (attempt > 40 or all(_calculate(q.steps, values) for q in template.questions)):
+            return values, told
+    raise DataError("no numbers fit this template", where=template.where, fix="give ranges, or derive with 'let'")
+
+
+def _words(rng: random.Random, template: Template) -> dict[str, str]:
+    genders = [rng.randrange(2) for _ in range(3)]
+    names: list[str] = []
+    for gender in genders:
+        pool = _GENDERED[gender]
+        names.append(rng.choice([name for name in (rng.choice(pool), rng.choice(pool)) if name not in names] or pool))
+    words = dict(zip("NML", names, strict=True))
+    for prefix, gender in (("", genders[0]), ("m", genders[1])):
+        he, his, him = _PRONOUNS[gender]
+        words |= {f"{prefix}he": he, f"{prefix}He": he.capitalize(), f"{prefix}him": him}
+        words |= {f"{prefix}his": his, f"{prefix}His": his.capitalize()}
+    words |= dict(zip("tuv", rng.sample(THINGS, 3), strict=True)) | dict(zip("PQ", rng.sample(PLACES, 2), strict=True))
+    words |= dict(zip("DE", rng.sample(DAYS, 2), strict=True)) | {"h": rng.choice(HOLDERS)}
+    return words | {name: rng.choice(forms) for name, forms in template.words.items()}
+
+
+def _fill(rng: random.Random, text: str, words: dict[str, str], values: Mapping[str, int], where: str) -> str:
+    def slot(match: re.Match[str]) -> str:
+        name, singular, forms = match[1], match[2], match[3]
+        if forms is not None:
+            words[name] = rng.choice(forms.split("|"))
+        if name not in words:
+            if name not in values:
+                raise DataError(f"{{{name}}} is neither a number nor a word here", where=where)
+            return str(values[name])
+        first, _, last = words[name].partition("/")
+        return first if singular or not last else last
+
+    return _SLOT.sub(slot, _CHOICE.sub(lambda match: rng.choice(match[1].split("|")), text))
+
+
+def tell(template: Template, rng: random.Random, id: str) -> Problem:
+    """One problem from a template.
+
+    Raises:
+        DataError: no numbers fit, or a slot is not defined.
+    """
+    question = rng.choice(template.questions)
+    values, steps = _fit(rng, template, question)
+    words = _words(rng, template)
+    parts = [rng.choice(ways) for optional, ways in template.body if not optional or rng.random() < 0.5]
+    parts.append(rng.choice(question.wordings))
+    text = " ".join(_fill(rng, part, words, values, template.where) for part in parts)
+    return Problem(id, "stories", "train", text, steps[-1].result, tuple(steps))
+
+
+def make_story(seed: int) -> Problem:
+    """The story of this seed: a pure function, unlimited in number."""
     rng = random.Random(seed)
-    scene = rng.choice(_SCENES)
-    values = _draw_values(rng, scene, max_number)
-    n, m = rng.sample(NAMES, 2)
-    t, u = rng.sample(THINGS, 2)
-    p, q = rng.sample(PLACES, 2)
-    d, e = rng.sample(DAYS, 2)
-    words = {"N": n, "M": m, "t": t, "u": u, "h": rng.choice(HOLDERS), "p": p, "q": q, "D": d, "E": e}
-    numbers = {"a": values["a"], "b": values["b"], "c": values["c"], "z": values["z"]}
-    numbers |= {"p_": values["p"], "e_": values["e"]}
-    parts = [rng.choice(ways) for ways in scene.sentences]
-    if rng.random() < 0.3:
-        parts.insert(rng.randrange(len(parts)), rng.choice(_IDLE))
-    question = " ".join(parts).format(**words, **numbers)
-    results: list[int] = []
-    steps = []
-    for left, sign, right in scene.equations:
-        x, y = (_operand(name, values, results) for name in (left, right))
-        results.append({"+": x + y, "-": x - y, "*": x * y, "/": x // y}[sign])
-        steps.append(Step(f"{x}{sign}{y}", format_number(results[-1])))
-    return Problem(f"story-{seed}", "stories", "train", question, steps[-1].result, tuple(steps))
-
-
-def _operand(name: str, values: dict[str, int], results: list[int]) -> int:
-    if name.startswith("r"):
-        return results[int(name[1:])]
-    return values[name] if name in values else int(name)
+    return tell(rng.choice(read_templates()), rng, f"story-{seed}")
