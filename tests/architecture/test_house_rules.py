@@ -128,6 +128,8 @@ def test_every_recipe_key_does_something(key: str, attributes_read: set[str]) ->
         "rotary_dim": "rotary_size",
         "partial_rotary_factor": "rotary_size",
         "first_k_dense_replace": "is_moe_layer",
+        "decoder_sparse_step": "is_moe_layer",
+        "mlp_only_layers": "is_moe_layer",
     }
     name = key.rpartition(".")[2]
     assert name in by_type or through_a_property.get(name, name) in attributes_read

@@ -51,6 +51,7 @@ class Architecture:
         weights: one rule per tensor of ours.
         required: config keys that must be present.
         fixed: keys that change the arithmetic, with the only values that the decoder computes; first is written.
+        optional: config keys of ours that may be present.
         ignored: keys that do not change the arithmetic.
     """
 
@@ -58,8 +59,14 @@ class Architecture:
     model_types: tuple[str, ...]
     weights: tuple[WeightRule, ...]
     required: frozenset[str]
+    optional: frozenset[str] = frozenset()
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """Config keys that are fields of `ModelConfig`."""
+        return self.required | self.optional
 
 
 _LING = Architecture(
@@ -136,7 +143,19 @@ _LING = Architecture(
             "tie_word_embeddings",
         )
     ),
+    optional=frozenset(
+        (
+            "model_type",
+            "norm_topk_prob",
+            "score_function",
+            "partial_rotary_factor",
+            "rotary_dim",
+            "use_qk_norm",
+            "initializer_range",
+        )
+    ),
     fixed={
+        "score_function": ("sigmoid",),
         "hidden_act": ("silu",),
         "use_bias": (False,),
         "use_qkv_bias": (False,),
@@ -196,7 +215,7 @@ def architecture_of(hf_config: Mapping[str, Any], where: str) -> Architecture:
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """The content of config.json; `config_from_hf` reads it back to an equal config."""
-    hf = {"architectures": [_LING.name], **config.model_dump(exclude_none=True)}
+    hf = {"architectures": [_LING.name], **config.model_dump(exclude_none=True, include=set(_LING.keys))}
     hf |= {key: values[0] for key, values in _LING.fixed.items()}
     hf["moe_shared_expert_intermediate_size"] = config.moe_intermediate_size
     return hf
@@ -248,7 +267,7 @@ def _check_keys(keys: Mapping[str, Any], table: Architecture, where: str) -> Non
         missing.append("rotary_dim or partial_rotary_factor")
     if missing:
         raise CheckpointError(f"keys are missing: {', '.join(missing)}", where=where, fix="take the model's own file")
-    unknown = sorted(keys.keys() - ModelConfig.model_fields.keys())
+    unknown = sorted(keys.keys() - table.keys)
     if unknown:
         raise CheckpointError(
             f"unknown keys: {', '.join(unknown)}",

@@ -246,7 +246,8 @@ _TYPES = (
 
 def _explain(error: ValidationError, origins: Mapping[str, str], files: Sequence[Path]) -> RecipeError:
     details = error.errors(include_url=False)
-    first = details[0]
+    # A misspelt key may be the very one that is missing.
+    first = next((detail for detail in details if detail["type"] == "extra_forbidden"), details[0])
     path = ".".join(str(part) for part in first["loc"])
     origin = _origin_of(path, origins) or str(files[-1])
     where = f"{origin}: {path}" if path else origin
