@@ -1,0 +1,197 @@
+"""FP8 weights in blocks, as DeepSeek-V3 stores them: E4M3 codes and one scale for each 128x128 block.
+
+Shapes: M rows, N columns, R = ceil(M / block rows), C = ceil(N / block columns); any leading dims before them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tafkir.errors import CheckpointError
+
+__all__ = [
+    "BLOCK_SIZE",
+    "FP8_MAX",
+    "dequantize_fp8_blocks",
+    "dequantize_fp8_blocks_reference",
+    "fp8_scale_shape",
+    "quantize_fp8_blocks",
+    "quantize_fp8_blocks_reference",
+]
+
+FP8_MAX = 448.0
+"""Largest finite E4M3 value."""
+
+BLOCK_SIZE = (128, 128)
+
+_TINY = torch.finfo(torch.float32).tiny
+# Codes are widened through float16, whose exponents are 8 larger; the missing 2^8 goes into the scale.
+_FLOAT16_SHIFT = 256.0
+_SHIFTABLE = 2.0**119
+
+
+def fp8_scale_shape(shape: tuple[int, ...], block_size: tuple[int, int] = BLOCK_SIZE) -> tuple[int, ...]:
+    """[..., R, C]: the shape of the scales of a weight [..., M, N].
+
+    Raises:
+        CheckpointError: the weight has fewer than two dims, or a block is empty.
+    """
+    if len(shape) < 2:
+        raise CheckpointError(f"a tensor of shape {list(shape)} has no blocks", expected="two dims or more")
+    if min(block_size) < 1:
+        raise CheckpointError(f"the block size is {list(block_size)}", expected="two positive numbers")
+    return (*shape[:-2], math.ceil(shape[-2] / block_size[0]), math.ceil(shape[-1] / block_size[1]))
+
+
+def _scale_of(amax: Tensor, ue8m0: bool) -> Tensor:
+    """What E4M3 codes are multiplied by: amax / 448, or the next power of two; one for a block of zeros."""
+    scale = torch.where(amax > 0, amax / FP8_MAX, torch.ones_like(amax)).clamp_min(_TINY)
+    if not ue8m0:
+        return scale
+    mantissa, exponent = torch.frexp(scale)
+    # frexp gives a mantissa in [0.5, 1); an exact power of two stays what it is.
+    return torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
+
+
+def _encode(scaled: Tensor) -> Tensor:
+    return scaled.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+
+
+def _refuse_non_finite(amax: Tensor) -> None:
+    if not torch.isfinite(amax).all():
+        raise CheckpointError("the weights to quantize are not finite", fix="use an earlier checkpoint")
+
+
+def quantize_fp8_blocks_reference(
+    weight: Tensor, block_size: tuple[int, int] = BLOCK_SIZE, *, ue8m0: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Like `quantize_fp8_blocks`, one block after the other."""
+    scale_inv = torch.empty(fp8_scale_shape(tuple(weight.shape), block_size), dtype=torch.float32)
+    codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+    for where, block in _blocks(scale_inv, block_size):
+        values = weight[block].float()
+        amax = values.abs().amax()
+        _refuse_non_finite(amax)
+        scale_inv[where] = _scale_of(amax, ue8m0)
+        codes[block] = _encode(values / scale_inv[where])
+    return codes, scale_inv
+
+
+def quantize_fp8_blocks(
+    weight: Tensor, block_size: tuple[int, int] = BLOCK_SIZE, *, ue8m0: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Quantize a weight to E4M3 with one scale a block (DeepSeek-V3, arXiv 2412.19437, section 3.3).
+
+    A partial block counts as padded with zeros. A block of zeros gets the scale one.
+
+    Args:
+        weight: [..., M, N], any floating dtype.
+        block_size: rows and columns of a block.
+        ue8m0: round the scales up to powers of two, as DeepSeek-V3.1 does.
+
+    Returns:
+        Codes, float8_e4m3fn [..., M, N], and `weight_scale_inv`, float32 [..., R, C]: what the codes are
+        multiplied by, despite its name.
+
+    Raises:
+        CheckpointError: the weight has fewer than two dims or is not finite.
+    """
+    *lead, rows, columns = fp8_scale_shape(tuple(weight.shape), block_size)
+    pad = (0, columns * block_size[1] - weight.shape[-1], 0, rows * block_size[0] - weight.shape[-2])
+    blocks = F.pad(weight.float(), pad).view(*lead, rows, block_size[0], columns, block_size[1])
+    amax = blocks.abs().amax(dim=(-3, -1))
+    _refuse_non_finite(amax)
+    scale_inv = _scale_of(amax, ue8m0)
+    codes = _encode(blocks / scale_inv[..., :, None, :, None]).flatten(-2).flatten(-3, -2)
+    return codes[..., : weight.shape[-2], : weight.shape[-1]].contiguous(), scale_inv
+
+
+def dequantize_fp8_blocks_reference(
+    codes: Tensor,
+    scale_inv: Tensor,
+    block_size: tuple[int, int] = BLOCK_SIZE,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Like `dequantize_fp8_blocks`, one block after the other."""
+    _check_scales(codes, scale_inv, block_size)
+    weight = torch.empty(codes.shape, dtype=dtype)
+    for where, block in _blocks(scale_inv, block_size):
+        weight[block] = (codes[block].float() * scale_inv[where].float()).to(dtype)
+    return weight
+
+
+def dequantize_fp8_blocks(
+    codes: Tensor,
+    scale_inv: Tensor,
+    block_size: tuple[int, int] = BLOCK_SIZE,
+    *,
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+) -> Tensor:
+    """weight = code x scale of its block, computed in float32 and rounded once to the wanted dtype.
+
+    The scratch memory is a row of blocks, whatever the size of the weight. NaN codes give NaN.
+
+    Args:
+        codes: float8_e4m3fn [..., M, N].
+        scale_inv: [..., R, C], float32, bfloat16 or float8_e8m0fnu.
+        block_size: rows and columns of a block.
+        dtype: of the result where `out` is not given.
+        out: [..., M, N], any floating dtype and strides: filled and returned.
+
+    Raises:
+        CheckpointError: the scales do not have one entry a block, or the codes are not E4M3.
+    """
+    _check_scales(codes, scale_inv, block_size)
+    weight = torch.empty(codes.shape, dtype=dtype) if out is None else out
+    if codes.numel() == 0:
+        return weight
+    scales = scale_inv.float()
+    bits = codes.view(torch.int8)
+    # 0x7f and 0xff (-1 when signed) are NaN; the trick below would read them as 480.
+    exact = bits.max() == 0x7F or bits.view(torch.uint8).max() == 0xFF or not (scales < _SHIFTABLE).all()
+    factors = scales.repeat_interleave(block_size[1], dim=-1)[..., : codes.shape[-1]]
+    if not exact:
+        factors.mul_(_FLOAT16_SHIFT)
+    for row in range(scales.shape[-2]):
+        part = slice(row * block_size[0], (row + 1) * block_size[0])
+        wide = codes[..., part, :].float() if exact else _widen(bits[..., part, :])
+        weight[..., part, :].copy_(wide.mul_(factors[..., row : row + 1, :]))
+    return weight
+
+
+def _widen(bits: Tensor) -> Tensor:
+    """E4M3 values x 2^-8 in float32, for codes that are not NaN: sign, exponent and mantissa moved to float16's place.
+
+    Sign extension fills bits 8 to 15; shifted by 7, bit 14 is a copy of the sign that must go. Subnormals stay exact.
+    """
+    half = bits.to(torch.int16)
+    half.bitwise_left_shift_(7).bitwise_and_(~0x4000)
+    return half.view(torch.float16).float()
+
+
+def _check_scales(codes: Tensor, scale_inv: Tensor, block_size: tuple[int, int]) -> None:
+    if codes.dtype != torch.float8_e4m3fn:
+        raise CheckpointError(f"the codes are {codes.dtype}", expected="torch.float8_e4m3fn")
+    expected = fp8_scale_shape(tuple(codes.shape), block_size)
+    if tuple(scale_inv.shape) != expected:
+        raise CheckpointError(
+            f"the scales have shape {list(scale_inv.shape)}",
+            expected=f"{list(expected)}, one for each {block_size[0]}x{block_size[1]} block of {list(codes.shape)}",
+        )
+
+
+def _blocks(
+    scale_inv: Tensor, block_size: tuple[int, int]
+) -> Iterator[tuple[tuple[int, ...], tuple[int | slice, ...]]]:
+    """Index of each scale, and the slice of the weight that it belongs to."""
+    for flat in range(scale_inv.numel()):
+        where = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), scale_inv.shape))
+        row, column = where[-2] * block_size[0], where[-1] * block_size[1]
+        yield where, (*where[:-2], slice(row, row + block_size[0]), slice(column, column + block_size[1]))
