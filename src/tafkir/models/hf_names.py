@@ -315,13 +315,20 @@ def write_hf_tensors(decoder: Decoder, dtype: torch.dtype, table: Architecture =
 
 @torch.no_grad()
 def read_hf_tensors(
-    decoder: Decoder, available: Iterable[str], read: Callable[[str], Tensor], table: Architecture = _LING
+    decoder: Decoder,
+    available: Iterable[str],
+    read: Callable[[str], Tensor],
+    table: Architecture = _LING,
+    *,
+    read_into: Callable[[str, Tensor], None] | None = None,
 ) -> None:
     """Fill the decoder from their tensors, one at a time; strict in both directions.
 
     Args:
         available: names that the checkpoint holds.
         read: gives the tensor of a name; cast to the decoder's dtype on copying.
+        read_into: where given, fills a part of the decoder with the tensor of a name instead, without a copy between;
+            it casts, and raises a CheckpointError where the shape is another.
 
     Raises:
         CheckpointError: tensors are missing, left over, or of another shape; the message names them.
@@ -334,6 +341,9 @@ def read_hf_tensors(
         stacked = "{expert}" in rule.theirs[0]
         for names, piece in zip(parts, ours if stacked else [ours], strict=True):
             for theirs, place in zip(names, piece.chunk(len(names)), strict=True):
+                if read_into is not None:
+                    read_into(theirs, place)
+                    continue
                 tensor = read(theirs)
                 if tensor.shape != place.shape:
                     raise CheckpointError(
