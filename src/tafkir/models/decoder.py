@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from tafkir.models.attention import Attention, AttentionState
 from tafkir.models.experts import MoE
 from tafkir.models.layers import Embedding, Linear, RMSNorm, SwiGLU
+from tafkir.models.mtp import MultiTokenPredictor
+from tafkir.models.residual import build_residual
 from tafkir.models.router import Router, balanced_bias
 from tafkir.ops.rope import rope_table
-from tafkir.recipe.model import ModelConfig
+from tafkir.recipe.model import LayerSpec, ModelConfig
 
-__all__ = ["Decoder", "DecoderLayer", "DecoderOutput", "update_expert_bias"]
+__all__ = ["Decoder", "DecoderLayer", "DecoderOutput", "build_mtp", "update_expert_bias"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,37 +30,55 @@ class DecoderOutput:
 
     Attributes:
         hidden_ND: hidden states after the final norm.
+        pre_norm_ND: the same before the final norm.
         expert_ids: chosen experts, int64 [N, A], one entry per MoE layer.
         expert_load: tokens that each expert got, int64 [E], one entry per MoE layer.
     """
 
     hidden_ND: Tensor
+    pre_norm_ND: Tensor
     expert_ids: list[Tensor]
     expert_load: list[Tensor]
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm block: x += attention(norm(x)); x += mlp(norm(x))."""
+    """Pre-norm block: attention(norm(u)), then mlp(norm(u)); each reads u from the residual and writes back to it."""
 
-    def __init__(self, config: ModelConfig, layer_idx: int) -> None:
+    def __init__(self, config: ModelConfig, layer_idx: int, spec: LayerSpec) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(config, layer_idx)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp: MoE | SwiGLU = (
-            MoE(config) if config.is_moe_layer(layer_idx) else SwiGLU(config.hidden_size, config.intermediate_size)
+            MoE(config) if spec.ffn == "moe" else SwiGLU(config.hidden_size, config.intermediate_size)
         )
+        self.attention_residual = build_residual(config)
+        self.mlp_residual = build_residual(config)
 
     def forward(
-        self, x_ND: Tensor, cos: Tensor, sin: Tensor, attention: AttentionState
+        self, state: Tensor, cos: Tensor, sin: Tensor, attention: AttentionState
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns the new residual stream and, in a MoE layer, the chosen experts [N, A]."""
-        x_ND = x_ND + self.attention(self.input_layernorm(x_ND), cos, sin, attention)
-        normed_ND = self.post_attention_layernorm(x_ND)
+        """Returns the new state of the residual stream and, in a MoE layer, the chosen experts [N, A]."""
+        u_ND, ctx = self.attention_residual.read(state)
+        y_ND = self.attention(self.input_layernorm(u_ND), cos, sin, attention)
+        state = self.attention_residual.write(state, ctx, y_ND)
+        u_ND, ctx = self.mlp_residual.read(state)
+        normed_ND = self.post_attention_layernorm(u_ND)
+        expert_ids_NA = None
         if isinstance(self.mlp, MoE):
-            out_ND, expert_ids_NA = self.mlp(normed_ND)
-            return x_ND + out_ND, expert_ids_NA
-        return x_ND + self.mlp(normed_ND), None
+            y_ND, expert_ids_NA = self.mlp(normed_ND)
+        else:
+            y_ND = self.mlp(normed_ND)
+        return self.mlp_residual.write(state, ctx, y_ND), expert_ids_NA
+
+
+def build_mtp(config: ModelConfig) -> MultiTokenPredictor | None:
+    """The multi-token-prediction layers that the config asks for, their weights uninitialised."""
+    if config.mtp is None:
+        return None
+    first = config.num_hidden_layers
+    blocks = (DecoderLayer(config, first + k, config.mtp_layer_spec) for k in range(config.mtp.depth))
+    return MultiTokenPredictor(config, blocks)
 
 
 class Decoder(nn.Module):
@@ -68,9 +88,11 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, i, spec) for i, spec in enumerate(config.layer_specs))
+        self.residual = build_residual(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+        self.mtp = build_mtp(config)
 
     @property
     def head_weight(self) -> Tensor:
@@ -91,15 +113,16 @@ class Decoder(nn.Module):
             attention: who sees whom; `VarlenCausal(cu_seqlens)` in training.
         """
         cos, sin = rope_table(positions_N, self.config.rotary_size, self.config.rope_theta)
-        x_ND = self.embed_tokens(input_ids_N)
+        state = self.residual.enter(self.embed_tokens(input_ids_N))
         expert_ids = []
         for layer in self.layers:
-            x_ND, expert_ids_NA = layer(x_ND, cos, sin, attention)
+            state, expert_ids_NA = layer(state, cos, sin, attention)
             if expert_ids_NA is not None:
                 expert_ids.append(expert_ids_NA)
         num_experts = self.config.num_experts
         load = [torch.bincount(ids_NA.reshape(-1), minlength=num_experts) for ids_NA in expert_ids]
-        return DecoderOutput(self.norm(x_ND), expert_ids, load)
+        pre_norm_ND = self.residual.exit(state)
+        return DecoderOutput(self.norm(pre_norm_ND), pre_norm_ND, expert_ids, load)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Next-token logits [N, V] in float32."""
