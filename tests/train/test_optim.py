@@ -1,4 +1,4 @@
-"""Muon against the singular value decomposition and torch's own, schedules by hand, and the resumable state."""
+"""Muon against the singular value decomposition and torch's own, and the resumable state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tafkir.errors import CheckpointError
 from tafkir.models.build import build_decoder
 from tafkir.recipe.model import ModelConfig
 from tafkir.recipe.schema import OptimConfig
-from tafkir.train.optim import Muon, build_optimizers, orthogonalize, scheduled_share
+from tafkir.train.optim import Muon, build_optimizers, orthogonalize
 from tafkir.train.state import latest_state, load_state, save_state
 
 CONFIG = ModelConfig(
@@ -84,18 +84,6 @@ def test_every_parameter_has_one_owner_and_norms_do_not_decay() -> None:
     named = {name for name, p in decoder.named_parameters() if id(p) in ours}
     assert "layers.1.mlp.experts.gate_up_proj" in named
     assert not any("router" in name or "embed" in name or "lm_head" in name for name in named)
-
-
-def test_schedules_by_hand() -> None:
-    base = {"warmup_steps": 4, "min_lr_ratio": 0.2}
-    linear, cosine, constant = (
-        OptimConfig(schedule=kind, **base)  # type: ignore[arg-type]  # literals from a loop
-        for kind in ("linear", "cosine", "constant")
-    )
-    assert [scheduled_share(step, 12, linear) for step in (0, 3, 4, 8)] == pytest.approx([0.25, 1.0, 1.0, 0.6])
-    assert scheduled_share(12, 12, linear) == pytest.approx(0.2)
-    assert scheduled_share(8, 12, cosine) == pytest.approx(0.6)
-    assert scheduled_share(11, 12, constant) == 1.0
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

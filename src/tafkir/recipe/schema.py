@@ -17,9 +17,12 @@ __all__ = [
     "STAGES",
     "AugmentConfig",
     "DataConfig",
+    "DecayShape",
+    "EmaConfig",
     "EvalConfig",
     "IcePopConfig",
     "OptimConfig",
+    "ParallelConfig",
     "PretrainConfig",
     "Recipe",
     "ReportConfig",
@@ -31,6 +34,7 @@ __all__ = [
 ]
 
 Positive = Annotated[int, Field(ge=1)]
+DecayShape = Literal["linear", "cosine", "1-sqrt"]
 
 
 class _Table(BaseModel):
@@ -67,7 +71,7 @@ class TokenizerConfig(_Table):
 
 
 class OptimConfig(_Table):
-    """The optimiser, with linear warm-up, then constant, linear or cosine decay."""
+    """The optimiser and its learning rate: linear warm-up, then the schedule."""
 
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="AdamW for everything, or Muon for hidden matrices beside AdamW for the rest."
@@ -75,7 +79,11 @@ class OptimConfig(_Table):
     muon_learning_rate: float = Field(0.02, gt=0, description="Peak learning rate of the matrices under Muon.")
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate.")
     warmup_steps: int = Field(50, ge=0, description="Steps of linear warm-up.")
-    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="Decay after the warm-up.")
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = Field(
+        "cosine", description="After the warm-up: none, a decay to the last step, or stable, then a short decay (wsd)."
+    )
+    decay_share: float = Field(0.1, gt=0, le=1, description="Share of the steps in which wsd decays.")
+    decay_shape: DecayShape = Field("1-sqrt", description="How wsd decays.")
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="Last learning rate as a share of the peak.")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first-moment decay.")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's second-moment decay.")
@@ -83,9 +91,15 @@ class OptimConfig(_Table):
     max_grad_norm: float = Field(1.0, gt=0, description="Clip the global gradient norm to this.")
 
 
-class TrainTable(OptimConfig):
-    """What every training stage has."""
+class EmaConfig(_Table):
+    """An exponential moving average of the weights, kept beside them."""
 
+    decay: float = Field(0.999, gt=0, lt=1, description="How much of the average stays in each update.")
+    warmup: bool = Field(True, description="Average fewer updates in the beginning: decay is at most (1+t)/(10+t).")
+    checkpoint: bool = Field(True, description="Write the stage's checkpoint from the average.")
+
+
+class TrainTable(OptimConfig):
     """What every training stage has in common."""
 
     steps: Positive = Field(100, description="Optimiser steps.")
@@ -95,6 +109,10 @@ class TrainTable(OptimConfig):
     micro_batches: Positive = Field(1, description="Pieces of a step's batch, to save memory; the loss stays the same.")
     checkpoint_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Number format of the stage's checkpoint; training itself is float32."
+    )
+    ema: EmaConfig | None = None
+    checkpoint_every: int = Field(
+        0, ge=0, description="Steps between checkpoints that stay, for `tafkir merge`; 0 leaves only the last."
     )
     save_every: Positive = Field(100, description="Steps between resumable states.")
     log_every: Positive = Field(10, description="Steps between metric rows.")
@@ -173,6 +191,19 @@ class ReportConfig(_Table):
     sample_chains: int = Field(10, ge=0, description="Sample chains to show, with verdicts.")
 
 
+class ParallelConfig(_Table):
+    """How the processes of `torchrun` share a training stage: their number is the product of the three sizes."""
+
+    data_parallel: Literal[-1] | Positive = Field(
+        -1, description="Ranks that split the data, and shard weights and moments (FSDP2); -1 takes the rest."
+    )
+    expert_parallel: Positive = Field(1, description="Ranks that split the data, and share out the experts.")
+    tensor_parallel: Positive = Field(1, description="Ranks that split heads and the width of every MLP.")
+    device: Literal["cpu", "auto", "cuda", "npu", "mps"] = Field(
+        "cpu", description="Where training computes: cuda is also ROCm, npu is Ascend, auto the best that is there."
+    )
+
+
 class Recipe(_Table):
     """One recipe: a model, its data and the stages that make it."""
 
@@ -181,6 +212,7 @@ class Recipe(_Table):
     seed: int = Field(0, ge=0, description="Seed of everything random.")
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0 takes the physical cores, at most 8.")
     base: str | None = Field(None, description="Bundled or local checkpoint that the first training stage starts from.")
+    parallel: ParallelConfig = ParallelConfig()
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig | None = None

@@ -17,7 +17,9 @@ from tafkir.recipe.schema import TrainTable
 from tafkir.runlog.metrics import Metric
 from tafkir.runlog.progress import Progress
 from tafkir.runlog.rundir import StageDir
-from tafkir.train.optim import build_optimizers, scheduled_share
+from tafkir.train.ema import WeightAverage
+from tafkir.train.optim import build_optimizers
+from tafkir.train.schedule import scheduled_share
 from tafkir.train.state import latest_state, load_state, load_totals, save_state
 
 __all__ = ["FitResult", "StepOutput", "Trainer", "add_loads", "fit", "peak_rss_bytes", "router_metrics"]
@@ -34,12 +36,13 @@ class StepOutput:
 
 
 class Trainer:
-    """A decoder with its optimisers: what a step function changes."""
+    """A decoder with its optimisers, and the average of its weights where one is asked for: what a step changes."""
 
     def __init__(self, decoder: Decoder, config: TrainTable) -> None:
         self.decoder = decoder
         self.config = config
         self.optimizers = build_optimizers(decoder, config)
+        self.average = WeightAverage(decoder, config.ema.decay, warmup=config.ema.warmup) if config.ema else None
 
     def set_step(self, step: int) -> float:
         """Set the learning rates of step `step`; returns AdamW's."""
@@ -50,7 +53,7 @@ class Trainer:
         return self.config.learning_rate * share
 
     def update(self, loads: list[Tensor], *, where: str) -> float:
-        """Clip, step the optimiser, balance the routers; returns the gradient norm before clipping.
+        """Clip, step the optimiser, balance the routers, average; returns the gradient norm before clipping.
 
         Args:
             loads: tokens per expert, one tensor (E,) per MoE layer, counted over the whole optimiser step.
@@ -66,6 +69,8 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         if self.config.expert_bias_update_rate > 0:
             update_expert_bias(self.decoder, loads, self.config.expert_bias_update_rate)
+        if self.average is not None:
+            self.average.update()
         return norm
 
 
@@ -91,7 +96,11 @@ def add_loads(total: list[Tensor], loads: list[Tensor]) -> list[Tensor]:
 
 
 def router_metrics(loads: list[Tensor]) -> dict[str, Metric]:
-    """Load shares per MoE layer, their mean entropy as a share of the uniform one, and the largest load factor."""
+    """Load shares per MoE layer, their entropy as a share of the uniform one, and how far the fullest expert is over.
+
+    `max_violation` is (largest load - mean load) / mean load (MaxVio of arXiv 2408.15664): 0 when all experts share
+    alike. It stands per layer and as the mean over layers; `load_max` is the worst layer's load factor.
+    """
     metrics: dict[str, Metric] = {}
     entropies, peaks = [], []
     for layer, load in enumerate(loads):
@@ -99,9 +108,12 @@ def router_metrics(loads: list[Tensor]) -> dict[str, Metric]:
         metrics[f"router/load/{layer}"] = [round(float(x), 6) for x in share]
         entropies.append(float(torch.special.entr(share).sum() / math.log(load.numel())))
         peaks.append(float(share.max() * load.numel()))
+        metrics[f"router/load_entropy/{layer}"] = entropies[-1]
+        metrics[f"router/max_violation/{layer}"] = peaks[-1] - 1
     if loads:
         metrics["router/load_entropy"] = sum(entropies) / len(entropies)
         metrics["router/load_max"] = max(peaks)
+        metrics["router/max_violation"] = sum(peaks) / len(peaks) - 1
     return metrics
 
 
@@ -111,15 +123,17 @@ def fit(
     train_step: Callable[[int], StepOutput],
     *,
     validate: Callable[[], Mapping[str, float]] | None = None,
+    keep: Callable[[int], None] | None = None,
     label: str,
 ) -> FitResult:
     """Run `train_step` for every step that is still to do; resumable at `config.save_every` steps, bit for bit.
 
-    `train_step(step)` must be a function of the step number, the decoder and the optimiser alone.
+    `train_step(step)` must be a function of the step number, the decoder and the optimiser alone. `keep(done)` puts
+    the decoder away every `config.checkpoint_every` steps.
     """
     config = trainer.config
     state = latest_state(stage.state_dir)
-    start = load_state(state, trainer.decoder, trainer.optimizers) if state else 0
+    start = load_state(state, trainer.decoder, trainer.optimizers, trainer.average) if state else 0
     earlier = FitResult(**load_totals(state)) if state else FitResult()  # type: ignore[arg-type]  # ints stay ints
     metrics = stage.metrics()
     timings = stage.timings()
@@ -163,6 +177,11 @@ def fit(
                     },
                 )
             progress.update(done, tokens=output.tokens, **output.shown)
+            # Before the state: a kill in between repeats these steps, and so what is kept of them.
+            if keep and config.checkpoint_every and done % config.checkpoint_every == 0:
+                keep(done)
             if done % config.save_every == 0 or done == config.steps:
-                save_state(stage.state_dir, trainer.decoder, trainer.optimizers, done, asdict(totals(done)))
+                save_state(
+                    stage.state_dir, trainer.decoder, trainer.optimizers, done, asdict(totals(done)), trainer.average
+                )
     return totals(config.steps)

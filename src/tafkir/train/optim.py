@@ -1,4 +1,4 @@
-"""AdamW, Muon for hidden matrices, and the learning-rate schedule."""
+"""AdamW, and Muon for hidden matrices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from tafkir.models.decoder import Decoder
 from tafkir.recipe.schema import OptimConfig
 
-__all__ = ["Muon", "build_optimizers", "orthogonalize", "scheduled_share"]
+__all__ = ["Muon", "build_optimizers", "orthogonalize"]
 
 # Coefficients of the quintic iteration (Jordan et al. 2024, "Muon"): steep at zero, singular values end near 1.
 _QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -102,16 +102,3 @@ def build_optimizers(decoder: Decoder, config: OptimConfig) -> list[torch.optim.
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
-
-
-def scheduled_share(step: int, steps: int, config: OptimConfig) -> float:
-    """Learning rate of step `step` (from 0) of `steps` as a share of the peak: linear warm-up, then the schedule."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    floor = config.min_lr_ratio
-    done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    if config.schedule == "constant":
-        return 1.0
-    if config.schedule == "linear":
-        return 1.0 + (floor - 1.0) * done
-    return floor + (1.0 - floor) * 0.5 * (1 + math.cos(math.pi * done))

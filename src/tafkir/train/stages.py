@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +122,8 @@ def run_rlvr(ctx: StageContext) -> dict[str, Any]:
         reference=copy.deepcopy(decoder).requires_grad_(False) if config.kl_coef > 0 else None,
         seed=derive_seed(ctx.seed, "rlvr"),
     )
-    result = fit(trainer, ctx.stage, step, label="rlvr")
-    return _finish(ctx, config, decoder, tokenizer, result, corpus)
+    result = fit(trainer, ctx.stage, step, keep=_keeper(ctx, config, decoder, tokenizer), label="rlvr")
+    return _finish(ctx, config, trainer, tokenizer, result, corpus)
 
 
 def _start(ctx: StageContext) -> tuple[Corpus, Decoder, Tokenizer]:
@@ -183,20 +183,53 @@ def _fit_language(
     trainer = Trainer(decoder, config)
 
     def validate() -> Mapping[str, float]:
-        return {"validation/loss": validation_loss(decoder, heldout)}
+        row = {"validation/loss": validation_loss(decoder, heldout)}
+        if trainer.average is not None:
+            with trainer.average.applied():
+                row["validation/average_loss"] = validation_loss(decoder, heldout)
+        return row
 
     step = language_step(trainer, documents, label=ctx.stage.kind)
-    result = fit(trainer, ctx.stage, step, validate=validate if heldout else None, label=ctx.stage.kind)
-    return _finish(ctx, config, decoder, tokenizer, result, corpus)
+    result = fit(
+        trainer,
+        ctx.stage,
+        step,
+        validate=validate if heldout else None,
+        keep=_keeper(ctx, config, decoder, tokenizer),
+        label=ctx.stage.kind,
+    )
+    return _finish(ctx, config, trainer, tokenizer, result, corpus)
+
+
+def _save(
+    ctx: StageContext, config: TrainTable, path: Path, decoder: Decoder, tokenizer: Tokenizer, **lineage: Any
+) -> None:
+    lineage = {"recipe": ctx.recipe.name, "stage": ctx.stage.kind, **lineage, "seed": ctx.seed}
+    dtype = getattr(torch, config.checkpoint_dtype)
+    save_checkpoint(path, decoder, tokenizer=tokenizer, extra=lineage, dtype=dtype)
+
+
+def _keeper(ctx: StageContext, config: TrainTable, decoder: Decoder, tokenizer: Tokenizer) -> Callable[[int], None]:
+    """Writes `checkpoints/step-<n>`, as the weights are after n steps: what `tafkir merge` takes."""
+
+    def keep(done: int) -> None:
+        path = ctx.stage.path / "checkpoints" / f"step-{done:08d}"
+        _save(ctx, config, path, decoder, tokenizer, steps=done)
+
+    return keep
 
 
 def _finish(
-    ctx: StageContext, config: TrainTable, decoder: Decoder, tokenizer: Tokenizer, result: FitResult, corpus: Corpus
+    ctx: StageContext, config: TrainTable, trainer: Trainer, tokenizer: Tokenizer, result: FitResult, corpus: Corpus
 ) -> dict[str, Any]:
-    """Write the checkpoint and say what the stage did."""
-    lineage = {"recipe": ctx.recipe.name, "stage": ctx.stage.kind, "steps": result.steps, "seed": ctx.seed}
-    dtype = getattr(torch, config.checkpoint_dtype)
-    save_checkpoint(ctx.stage.checkpoint_dir, decoder, tokenizer=tokenizer, extra=lineage, dtype=dtype)
+    """Write the checkpoint, from the weights or from their average, and say what the stage did."""
+    path, decoder = ctx.stage.checkpoint_dir, trainer.decoder
+    if config.ema is not None and config.ema.checkpoint:
+        assert trainer.average is not None
+        with trainer.average.applied():
+            _save(ctx, config, path, decoder, tokenizer, steps=result.steps, ema_decay=config.ema.decay)
+    else:
+        _save(ctx, config, path, decoder, tokenizer, steps=result.steps)
     return {
         "steps": result.steps,
         "tokens": result.tokens,

@@ -1,4 +1,4 @@
-"""The resumable state of a training stage: weights, router biases and optimiser moments in one safetensors file."""
+"""The resumable state of a training stage: weights, router biases, moments and averages in one safetensors file."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tafkir.errors import CheckpointError
 from tafkir.runlog.atomic import guard_disk, write_bytes
+from tafkir.train.ema import WeightAverage
 
 __all__ = ["latest_state", "load_state", "load_totals", "save_state"]
 
@@ -30,10 +31,12 @@ def save_state(
     optimizers: Sequence[torch.optim.Optimizer],
     step: int,
     totals: Mapping[str, float] | None = None,
+    average: WeightAverage | None = None,
 ) -> Path:
     """Write the state after `step` steps, then remove older ones. A kill leaves the older one in place.
 
     Args:
+        average: saved with the weights, where there is one.
         totals: what the steps so far came to, such as tokens and seconds; `load_totals` reads them.
     """
     tensors: dict[str, Tensor] = {f"model.{name}": value for name, value in module.state_dict().items()}
@@ -43,8 +46,12 @@ def save_state(
         state: dict[str, Tensor] = next(found, {})
         updates = int(state.get("step", updates))
         tensors |= {f"{moment}.{name}": state[moment] for moment in _MOMENTS if moment in state}
+    if average is not None:
+        tensors |= {f"average.{name}": value for name, value in average.tensors.items()}
     path = folder / f"step-{step:08d}.safetensors"
     metadata = {"step": str(step), "updates": str(updates), "totals": json.dumps(dict(totals or {}))}
+    if average is not None:
+        metadata["average_updates"] = str(average.num_updates)
     write_bytes(path, save({name: value.detach().contiguous() for name, value in tensors.items()}, metadata))
     with guard_disk(folder):
         for other in folder.glob("step-*.safetensors"):
@@ -53,8 +60,17 @@ def save_state(
     return path
 
 
-def load_state(path: Path, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
-    """Restore weights and moments in place; returns the number of finished steps."""
+def load_state(
+    path: Path,
+    module: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    average: WeightAverage | None = None,
+) -> int:
+    """Restore weights, moments and the weights' average in place; returns the number of finished steps.
+
+    Raises:
+        CheckpointError: the file is damaged, or an average is wanted that it does not hold.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
@@ -72,6 +88,14 @@ def load_state(path: Path, module: nn.Module, optimizers: Sequence[torch.optim.O
             state["step"] = torch.tensor(float(metadata["updates"]))
         if state:
             owner[id(param)].state[param] = state
+    if average is not None:
+        if "average_updates" not in metadata:
+            raise CheckpointError(
+                "the training state has no average of the weights", where=str(path), fix="delete it to redo the stage"
+            )
+        for name, value in average.tensors.items():
+            value.copy_(tensors[f"average.{name}"])
+        average.num_updates = int(metadata["average_updates"])
     return int(metadata["step"])
 
 
