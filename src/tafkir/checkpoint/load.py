@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import ctypes
+import mmap
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from tafkir.checkpoint.manifest import DTYPE_NAMES, MANIFEST_NAME, Manifest, hash_tensor
+from tafkir.checkpoint.manifest import MANIFEST_NAME, Manifest
+from tafkir.checkpoint.read import WeightFiles, fp8_block_size, open_weights, read_json
 from tafkir.errors import CheckpointError
 from tafkir.models.decoder import Decoder
 from tafkir.models.hf_names import architecture_of, config_from_hf, read_hf_tensors
+from tafkir.models.router import Router
 from tafkir.recipe.bundled import find_checkpoint as resolve_checkpoint
 from tafkir.recipe.model import ModelConfig
 
 __all__ = ["Checkpoint", "load_checkpoint", "load_config", "resolve_checkpoint"]
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,55 +47,87 @@ class Checkpoint:
 def load_config(name: Path | str) -> ModelConfig:
     """The config alone, without reading a weight."""
     path = resolve_checkpoint(name)
-    return config_from_hf(_read_json(path / "config.json"), str(path / "config.json"))
+    where = str(path / "config.json")
+    return _read_config(read_json(path / "config.json"), where)
 
 
-def load_checkpoint(name: Path | str, *, dtype: torch.dtype = torch.float32) -> Checkpoint:
-    """Build the decoder and fill it, one tensor at a time.
+def load_checkpoint(name: Path | str, *, dtype: torch.dtype = torch.float32, verify_hashes: bool = True) -> Checkpoint:
+    """Build the decoder and fill it, one tensor at a time, straight from the files into place.
+
+    FP8 blocks (`quantization_config` of DeepSeek-V3 and its kin) are dequantized on the way. Besides the decoder,
+    loading takes the memory of one chunk, or of one tensor where the layouts differ.
 
     Args:
         name: a checkpoint folder, or the name of a bundled one.
         dtype: of the parameters in memory; expert biases are float32 always.
+        verify_hashes: where the folder has a manifest, compare every tensor's SHA-256 with it: then the weights are,
+            bit for bit, those that were saved. False compares names, dtypes and shapes alone, which notices no
+            flipped bit, and saves about a second for each gigabyte.
 
     Raises:
         CheckpointError: the folder is missing or damaged, belongs to another architecture, or does not fit its
-            own config; the message names the file or the tensor.
+            own config; the message names the file and the tensor.
     """
     path = resolve_checkpoint(name)
     where = str(path / "config.json")
-    hf_config = _read_json(path / "config.json")
-    config = config_from_hf(hf_config, where)
+    hf_config = read_json(path / "config.json")
+    config = _read_config(hf_config, where)
     manifest = _read_manifest(path)
-    with torch.device("meta"):
-        decoder = Decoder(config)
-    decoder = decoder.to(dtype).to_empty(device="cpu")
-    for router in decoder.routers:
-        router.expert_bias = router.expert_bias.float()
-    with _open_weights(path) as files:
-        reader = _Reader(files, manifest, path)
+    block_size = fp8_block_size(hf_config, where)
+    with open_weights(path, block_size=block_size, manifest=manifest, verify_hashes=verify_hashes) as files:
+        decoder = _empty_decoder(config, dtype)
+        table = architecture_of(hf_config, where)
         try:
-            read_hf_tensors(decoder, files.keys(), reader.read, architecture_of(hf_config, where))
+            read_hf_tensors(decoder, files.names, files.read, table, read_into=files.read_into)
         except CheckpointError as error:
-            # What reads tensors knows their names only; say which checkpoint they are from.
-            place = f"{path}: {error.where}" if error.where else str(path)
-            raise CheckpointError(error.what, where=place, expected=error.expected, fix=error.fix) from error
+            raise CheckpointError(
+                error.what, where=_place(files, error.where), expected=error.expected, fix=error.fix
+            ) from error
     has_tokenizer = (path / "tokenizer.json").is_file()
     return Checkpoint(path, config, decoder, path if has_tokenizer else None, manifest)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError("the file is missing", where=str(path), fix="take the whole checkpoint folder") from None
-    except OSError as error:
-        raise CheckpointError(f"cannot read the file ({error.strerror})", where=str(path)) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
-        raise CheckpointError("not valid JSON", where=f"{path}:{line}", fix="take the file anew") from error
-    if not isinstance(value, dict):
-        raise CheckpointError("not a JSON object", where=str(path))
-    return value
+def _read_config(hf_config: Mapping[str, Any], where: str) -> ModelConfig:
+    """How the weights are stored is not the model's shape, so the tables of names need not know it."""
+    fp8_block_size(hf_config, where)
+    return config_from_hf({key: value for key, value in hf_config.items() if key != "quantization_config"}, where)
+
+
+def _empty_decoder(config: ModelConfig, dtype: torch.dtype) -> Decoder:
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    decoder = decoder.to(dtype).to_empty(device="cpu")
+    for module in decoder.modules():
+        if isinstance(module, Router) and module.expert_bias is not None:
+            module.expert_bias = module.expert_bias.float()
+    _advise_huge_pages(decoder)
+    return decoder
+
+
+def _advise_huge_pages(decoder: Decoder) -> None:
+    """Ask Linux for large pages: filling fresh memory costs more in page faults than in copying otherwise.
+
+    Only advice: where the system gives none, nothing changes but the speed.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    page = mmap.PAGESIZE
+    madvise = ctypes.CDLL(None).madvise
+    for parameter in decoder.parameters():
+        storage = parameter.untyped_storage()
+        start = -(-storage.data_ptr() // page) * page
+        length = (storage.data_ptr() + storage.nbytes() - start) // page * page
+        if length >= 1 << 22:
+            madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
+
+
+def _place(files: WeightFiles, where: str | None) -> str:
+    """What reads by name does not know files: say which one it is about, where the message does not say it yet."""
+    if where is None:
+        return str(files.listing)
+    if where.startswith(str(files.listing.parent)):
+        return where
+    return f"{files.tensors[where].file if where in files.tensors else files.listing}: {where}"
 
 
 def _read_manifest(path: Path) -> Manifest | None:
@@ -105,7 +135,7 @@ def _read_manifest(path: Path) -> Manifest | None:
     if not file.exists():
         return None
     try:
-        return Manifest.model_validate(_read_json(file))
+        return Manifest.model_validate(read_json(file))
     except ValidationError as error:
         first = error.errors()[0]
         raise CheckpointError(
@@ -113,74 +143,3 @@ def _read_manifest(path: Path) -> Manifest | None:
             where=str(file),
             fix="take the checkpoint anew, or one written by this version",
         ) from error
-
-
-def _weight_files(path: Path) -> list[Path]:
-    if (path / SINGLE_FILE).is_file():
-        return [path / SINGLE_FILE]
-    if (path / INDEX_FILE).is_file():
-        weight_map = _read_json(path / INDEX_FILE).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError("weight_map is missing", where=str(path / INDEX_FILE))
-        return [path / name for name in sorted(set(weight_map.values()))]
-    other = next((p.name for p in sorted(path.iterdir()) if p.suffix in {".bin", ".pt", ".pth"}), None)
-    raise CheckpointError(
-        f"no weights{f' ({other} is not read: a pickle can run code)' if other else ''}",
-        where=str(path),
-        expected=f"{SINGLE_FILE} or {INDEX_FILE}",
-    )
-
-
-@contextmanager
-def _open_weights(path: Path) -> Iterator[dict[str, tuple[Path, Any]]]:
-    """Every tensor's name with its file and the open handle."""
-    with ExitStack() as stack:
-        tensors: dict[str, tuple[Path, Any]] = {}
-        for file in _weight_files(path):
-            try:
-                handle = stack.enter_context(safe_open(file, framework="pt"))
-            except FileNotFoundError:
-                raise CheckpointError("the file is missing", where=str(file), fix="take the whole folder") from None
-            except SafetensorError as error:
-                raise CheckpointError(
-                    f"the file is truncated or damaged ({error})", where=str(file), fix="download or save it again"
-                ) from error
-            except OSError as error:
-                raise CheckpointError(f"cannot read the file ({error})", where=str(file)) from error
-            tensors |= {name: (file, handle) for name in handle.keys()}  # noqa: SIM118  # not a mapping
-        yield tensors
-
-
-@dataclass(frozen=True, slots=True)
-class _Reader:
-    """Reads one tensor at a time and checks what can be checked of it alone."""
-
-    files: Mapping[str, tuple[Path, Any]]
-    manifest: Manifest | None
-    path: Path
-
-    def read(self, name: str) -> Tensor:
-        file, handle = self.files[name]
-        try:
-            tensor: Tensor = handle.get_tensor(name)
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{file.name} is damaged ({error})", where=name, fix="download or save it again"
-            ) from error
-        if tensor.dtype not in DTYPE_NAMES:
-            raise CheckpointError(
-                f"dtype is {tensor.dtype}", where=name, expected=f"one of {', '.join(DTYPE_NAMES.values())}"
-            )
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(
-                f"the weights are not finite ({file.name})", where=name, fix="use an earlier checkpoint"
-            )
-        if self.manifest is not None:
-            entry = self.manifest.tensors.get(name)
-            if entry is None or entry.sha256 != hash_tensor(tensor):
-                raise CheckpointError(
-                    f"{file.name} does not hold the tensor that {MANIFEST_NAME} describes",
-                    where=name,
-                    fix=f"take the checkpoint anew, or remove {MANIFEST_NAME} if the change was meant",
-                )
-        return tensor

@@ -11,19 +11,32 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
-from tafkir.checkpoint.manifest import DTYPE_NAMES, MANIFEST_NAME, Manifest, tensor_entry
+from tafkir.checkpoint.manifest import DTYPE_NAMES, MANIFEST_NAME, Manifest
+from tafkir.checkpoint.read import read_json
+from tafkir.checkpoint.write import describe_tensors, write_weights
 from tafkir.errors import CheckpointError
 from tafkir.models.decoder import Decoder
 from tafkir.models.hf_names import config_to_hf, write_hf_tensors
 
-__all__ = ["TOKENIZER_FILES", "SavesTokenizer", "save_checkpoint"]
+__all__ = ["MAX_SHARD_BYTES", "TOKENIZER_FILES", "SavesTokenizer", "save_checkpoint"]
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "generation_config.json",
+)
 """What is copied from a tokenizer's folder, where it is there; tokenizer.json must be."""
+
+MAX_SHARD_BYTES = 5 * 10**9
+"""A larger checkpoint is written in shards of this size."""
 
 
 class SavesTokenizer(Protocol):
@@ -46,9 +59,11 @@ def save_checkpoint(
     tokenizer_dir: Path | str | None = None,
     extra: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Manifest:
-    """Write the decoder as a Hugging Face folder with Ling 2.0's names, and a manifest.
+    """Write the decoder as a Hugging Face folder with its architecture's names, and a manifest.
 
+    Tensors are converted and written one at a time, so saving needs memory for one of them besides the decoder.
     The folder appears under its name only when it is complete. An older checkpoint there is replaced; it stays when
     writing fails (a kill between the two renames leaves it whole as `.NAME.old`). Equal weights give equal bytes.
 
@@ -56,9 +71,10 @@ def save_checkpoint(
         path: the checkpoint folder; its parents are made.
         decoder: the model.
         tokenizer: saved beside the weights; or
-        tokenizer_dir: a folder whose tokenizer files are copied.
+        tokenizer_dir: a folder whose tokenizer, chat template and generation config are copied.
         extra: lineage, JSON values (recipe, stage, step, base checkpoint ...).
         dtype: of the weights on disk: float32, bfloat16 or float16. Expert biases stay float32.
+        max_shard_bytes: more than this is written in several files with an index.
 
     Raises:
         CheckpointError: a weight is not finite, the place is not writable, or the disk is full.
@@ -68,8 +84,7 @@ def save_checkpoint(
         raise CheckpointError(
             f"cannot write {dtype}", where=str(path), expected=f"one of {', '.join(DTYPE_NAMES.values())}"
         )
-    tensors = dict(write_hf_tensors(decoder, dtype))
-    _refuse_non_finite(tensors)
+    entries = describe_tensors(write_hf_tensors(decoder, dtype))
     config = decoder.config
     hf_config = config_to_hf(config) | {"torch_dtype": DTYPE_NAMES[dtype]}
     manifest = Manifest(
@@ -77,7 +92,7 @@ def save_checkpoint(
         num_parameters=config.num_parameters(),
         num_active_parameters=config.num_parameters(active=True),
         lineage=dict(extra or {}),
-        tensors={name: tensor_entry(tensor) for name, tensor in sorted(tensors.items())},
+        tensors=dict(sorted(entries.items())),
     )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,33 +102,22 @@ def save_checkpoint(
         try:
             ids = _write_tokenizer(staging, tokenizer, tokenizer_dir)
             _write_json(staging / "config.json", hf_config | ids)
-            _write_json(staging / "generation_config.json", ids)
-            save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
-            # safetensors makes its file private; give it the mode that the user's umask gives to the others.
-            (staging / "model.safetensors").chmod((staging / "config.json").stat().st_mode)
+            if not (staging / "generation_config.json").exists():
+                _write_json(staging / "generation_config.json", ids)
+            write_weights(staging, entries, lambda: write_hf_tensors(decoder, dtype), max_shard_bytes)
             _write_json(staging / MANIFEST_NAME, manifest.model_dump())
             _sync(staging)
             _replace(staging, path)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise _write_error(path, error) from error
     return manifest
 
 
-def _refuse_non_finite(tensors: Mapping[str, Tensor]) -> None:
-    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if bad:
-        rest = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
-        raise CheckpointError(
-            f"weights are not finite: {', '.join(bad[:4])}{rest}",
-            fix="go back to an earlier checkpoint and lower the learning rate, or save in a wider dtype",
-        )
-
-
 def _write_tokenizer(
     staging: Path, tokenizer: SavesTokenizer | None, tokenizer_dir: Path | str | None
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """Put the tokenizer's files into the folder; returns the token ids that config.json repeats."""
     if tokenizer is not None:
         tokenizer.save(staging)
@@ -127,7 +131,7 @@ def _write_tokenizer(
         if (source / name).is_file():
             shutil.copyfile(source / name, staging / name)
     generation = source / "generation_config.json"
-    ids = json.loads(generation.read_text()) if generation.is_file() else {}
+    ids = read_json(generation) if generation.is_file() else {}
     return {key: ids[key] for key in ("eos_token_id", "pad_token_id") if key in ids}
 
 
