@@ -6,7 +6,7 @@ Shapes: N tokens, D hidden, H query heads, G key-value heads, K head_dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from tafkir.ops.attention import VarlenLayout, varlen_attention
 from tafkir.ops.qkv import split_norm_rope
 from tafkir.recipe.model import ModelConfig
 
-__all__ = ["Attention", "AttentionState", "VarlenCausal"]
+__all__ = ["Attention", "AttentionState", "LatentAttentionState", "VarlenCausal"]
 
 
 class AttentionState(Protocol):
@@ -24,6 +24,24 @@ class AttentionState(Protocol):
 
     def attend(self, layer_idx: int, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
         """Scaled causal attention, [N, H, K]; q and k come after RoPE."""
+        ...
+
+
+@runtime_checkable
+class LatentAttentionState(AttentionState, Protocol):
+    """A state that keeps MLA's latents instead of keys and values: the absorbed path runs over what it has kept."""
+
+    def attend_latent(self, layer_idx: int, q_NHC: Tensor, latent_NC: Tensor, scale: float) -> Tensor:
+        """Keep the new tokens' latents, and attend to all kept ones.
+
+        Args:
+            q_NHC: queries in the latent space, [N, H, kv_lora_rank + qk_rope_head_dim], the rotated part last.
+            latent_NC: compressed keys and values with the shared rotated key behind them; one "head" for all.
+            scale: what scores are multiplied by before the softmax.
+
+        Returns:
+            [N, H, kv_lora_rank]: the weights' mean over the compressed part of the latents.
+        """
         ...
 
 
@@ -50,8 +68,9 @@ class Attention(nn.Module):
         self.layer_idx = layer_idx
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim, self.eps = config.head_dim, config.rms_norm_eps
-        self.qkv_proj = Linear(config.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim)
-        self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size)
+        rows = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        self.qkv_proj = Linear(config.hidden_size, rows, bias=config.attention_bias)
+        self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size, bias=config.attention_output_bias)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.use_qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.use_qk_norm else None
 

@@ -15,13 +15,16 @@ from torch import Tensor, nn
 from tafkir.models.attention import Attention, AttentionState
 from tafkir.models.experts import MoE
 from tafkir.models.layers import Embedding, Linear, RMSNorm, SwiGLU
+from tafkir.models.mla import LatentAttention
 from tafkir.models.mtp import MultiTokenPredictor
 from tafkir.models.residual import build_residual
 from tafkir.models.router import Router, balanced_bias
 from tafkir.ops.rope import rope_table
 from tafkir.recipe.model import LayerSpec, ModelConfig
 
-__all__ = ["Decoder", "DecoderLayer", "DecoderOutput", "build_mtp", "update_expert_bias"]
+__all__ = ["Decoder", "DecoderLayer", "DecoderOutput", "balance_routers", "build_mtp", "update_expert_bias"]
+
+MIXERS: dict[str, type[Attention | LatentAttention]] = {"gqa": Attention, "mla": LatentAttention}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, layer_idx: int, spec: LayerSpec) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, layer_idx)
+        self.attention = MIXERS[spec.mixer](config, layer_idx)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp: MoE | SwiGLU = (
             MoE(config) if spec.ffn == "moe" else SwiGLU(config.hidden_size, config.intermediate_size)
@@ -112,15 +115,15 @@ class Decoder(nn.Module):
             positions_N: int64 position of each token within its document.
             attention: who sees whom; `VarlenCausal(cu_seqlens)` in training.
         """
-        cos, sin = rope_table(positions_N, self.config.rotary_size, self.config.rope_theta)
+        config = self.config
+        cos, sin = rope_table(positions_N, config.rotary_size, config.rope_theta, config.rope_scaling)
         state = self.residual.enter(self.embed_tokens(input_ids_N))
         expert_ids = []
         for layer in self.layers:
             state, expert_ids_NA = layer(state, cos, sin, attention)
             if expert_ids_NA is not None:
                 expert_ids.append(expert_ids_NA)
-        num_experts = self.config.num_experts
-        load = [torch.bincount(ids_NA.reshape(-1), minlength=num_experts) for ids_NA in expert_ids]
+        load = [torch.bincount(ids_NA.reshape(-1), minlength=config.num_experts) for ids_NA in expert_ids]
         pre_norm_ND = self.residual.exit(state)
         return DecoderOutput(self.norm(pre_norm_ND), pre_norm_ND, expert_ids, load)
 
@@ -129,13 +132,19 @@ class Decoder(nn.Module):
         return F.linear(hidden_ND, self.head_weight).float()
 
 
-@torch.no_grad()
 def update_expert_bias(decoder: Decoder, loads: Sequence[Tensor], rate: float) -> None:
-    """Nudge every MoE layer's expert bias towards balance, without an auxiliary loss.
+    """Nudge every MoE layer's expert bias, where it has one, towards balance, without an auxiliary loss.
 
     Args:
         loads: tokens per expert, [E], one per MoE layer, summed over the step's micro-batches.
         rate: u of the update; 0 leaves the bias alone.
     """
-    for router, load_E in zip(decoder.routers, loads, strict=True):
-        router.expert_bias.copy_(balanced_bias(router.expert_bias, load_E, rate))
+    balance_routers(decoder.routers, loads, rate)
+
+
+@torch.no_grad()
+def balance_routers(routers: Sequence[Router], loads: Sequence[Tensor], rate: float) -> None:
+    """What `update_expert_bias` does, for routers of one's choice."""
+    for router, load_E in zip(routers, loads, strict=True):
+        if router.expert_bias is not None:
+            router.expert_bias.copy_(balanced_bias(router.expert_bias, load_E, rate))

@@ -1,26 +1,27 @@
-"""Fresh weights: normal matrices, norms of one, zero expert bias, all from one generator."""
+"""Fresh weights: normal matrices, norms of one, zero biases, all from one generator."""
 
 from __future__ import annotations
 
 import torch
 
 from tafkir.models.decoder import Decoder
-from tafkir.models.layers import RMSNorm
+from tafkir.models.layers import FreshWeights
+from tafkir.models.mtp import MultiTokenPredictor
 
 __all__ = ["init_weights"]
 
 
 @torch.no_grad()
-def init_weights(decoder: Decoder, generator: torch.Generator) -> None:
+def init_weights(decoder: Decoder | MultiTokenPredictor, generator: torch.Generator) -> None:
     """Fill every parameter and buffer in place; the same generator state gives the same bits.
 
-    Matrices are normal(0, initializer_range), norm weights one, expert biases zero.
+    Modules that are `FreshWeights` fill their own; what the others hold is normal(0, initializer_range).
     """
-    norms = {id(module.weight) for module in decoder.modules() if isinstance(module, RMSNorm)}
-    for parameter in decoder.parameters():
-        if id(parameter) in norms:
-            parameter.fill_(1.0)
+    std = decoder.config.initializer_range
+    # Modules come in the order of `decoder.parameters()`, which fixes what each draw goes to.
+    for module in decoder.modules():
+        if isinstance(module, FreshWeights):
+            module.fresh_weights(std, generator)
         else:
-            parameter.normal_(0.0, decoder.config.initializer_range, generator=generator)
-    for router in decoder.routers:
-        router.expert_bias.zero_()
+            for parameter in module.parameters(recurse=False):
+                parameter.normal_(0.0, std, generator=generator)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,7 +11,16 @@ from torch import Tensor, nn
 from tafkir.ops.moe import swiglu
 from tafkir.ops.norm import rms_norm
 
-__all__ = ["Embedding", "Linear", "RMSNorm", "SwiGLU"]
+__all__ = ["Embedding", "FreshWeights", "Linear", "RMSNorm", "SwiGLU"]
+
+
+@runtime_checkable
+class FreshWeights(Protocol):
+    """A module that knows better than `init_weights` how its own parameters and buffers begin."""
+
+    def fresh_weights(self, std: float, generator: torch.Generator) -> None:
+        """Fill what the module itself holds, in place; its children are filled on their own."""
+        ...
 
 
 class Embedding(nn.Module):
@@ -24,14 +35,21 @@ class Embedding(nn.Module):
 
 
 class Linear(nn.Module):
-    """x W^T without a bias; `weight` is [out, in] and left uninitialised."""
+    """x W^T, plus a bias where asked for; `weight` is [out, in] and left uninitialised, as is `bias`."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    def fresh_weights(self, std: float, generator: torch.Generator) -> None:
+        """Normal weights, a bias of zero."""
+        self.weight.normal_(0.0, std, generator=generator)
+        if self.bias is not None:
+            self.bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -41,6 +59,10 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size))
+
+    def fresh_weights(self, std: float, generator: torch.Generator) -> None:
+        """Ones."""
+        self.weight.fill_(1.0)
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)

@@ -1,4 +1,4 @@
-"""The sigmoid group-limited router with an expert bias that only selects, and the bias's balance update.
+"""The group-limited router, its expert bias that only selects, and the bias's balance update.
 
 Shapes: N tokens, D hidden, E experts, A active experts per token.
 """
@@ -24,18 +24,18 @@ class Routing:
     weights_NA: Tensor
 
 
-def route(scores_NE: Tensor, expert_bias_E: Tensor, config: ModelConfig) -> Routing:
+def route(scores_NE: Tensor, expert_bias_E: Tensor | None, config: ModelConfig) -> Routing:
     """Choose experts by biased scores within the best groups; weigh them by unbiased scores.
 
     A group's score is the sum of its two best biased scores (arXiv 2412.19437, section 2.1.2; Ling 2.0 alike).
 
     Args:
-        scores_NE: sigmoid scores, float32.
-        expert_bias_E: float32, added for the selection only.
+        scores_NE: sigmoid or softmax scores, float32.
+        expert_bias_E: float32, added for the selection only; None where the family has none.
         config: gives the groups, the number of active experts and the scaling factor.
     """
     with torch.no_grad():
-        biased_NE = scores_NE + expert_bias_E
+        biased_NE = scores_NE if expert_bias_E is None else scores_NE + expert_bias_E
         if config.topk_group < config.n_group:
             grouped = biased_NE.view(len(biased_NE), config.n_group, -1)
             group_scores = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
@@ -50,19 +50,27 @@ def route(scores_NE: Tensor, expert_bias_E: Tensor, config: ModelConfig) -> Rout
 
 
 class Router(nn.Module):
-    """Scores every expert in float32; `expert_bias` is a float32 buffer that the optimiser never sees."""
+    """Scores every expert in float32; `expert_bias` is a float32 buffer that the optimiser never sees, or None."""
 
-    expert_bias: Tensor
+    expert_bias: Tensor | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-        self.register_buffer("expert_bias", torch.empty(config.num_experts, dtype=torch.float32))
+        bias_E = torch.empty(config.num_experts, dtype=torch.float32) if config.use_expert_bias else None
+        self.register_buffer("expert_bias", bias_E)
+
+    def fresh_weights(self, std: float, generator: torch.Generator) -> None:
+        """Normal weights, a bias of zero."""
+        self.weight.normal_(0.0, std, generator=generator)
+        if self.expert_bias is not None:
+            self.expert_bias.zero_()
 
     def forward(self, x_ND: Tensor) -> Routing:
-        scores_NE = F.linear(x_ND.float(), self.weight.float()).sigmoid()
-        return route(scores_NE, self.expert_bias.float(), self.config)
+        logits_NE = F.linear(x_ND.float(), self.weight.float())
+        scores_NE = logits_NE.sigmoid() if self.config.score_function == "sigmoid" else logits_NE.softmax(-1)
+        return route(scores_NE, None if self.expert_bias is None else self.expert_bias.float(), self.config)
 
 
 def balanced_bias(expert_bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:

@@ -1,25 +1,112 @@
 """Rotary position embedding (arXiv 2104.09864) in the NeoX (rotate-half) layout, on the first dims of each head.
 
-Shapes: N tokens, H heads, K head_dim, R rotated dims.
+YaRN (arXiv 2309.00071) as transformers computes it, in the same order of operations.
+
+Shapes: N tokens, H heads, K head_dim, R rotated dims, J = R/2 angles.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-__all__ = ["apply_rope_reference", "rope_table", "rotate"]
+from tafkir.recipe.model import YarnConfig
+
+__all__ = [
+    "apply_rope_reference",
+    "deinterleave",
+    "inverse_frequencies",
+    "rope_table",
+    "rotate",
+    "softmax_factor",
+    "yarn_attention_factor",
+    "yarn_bounds",
+]
 
 
-def rope_table(positions_N: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rope_table(
+    positions_N: Tensor, rotary_dim: int, theta: float, scaling: YarnConfig | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of every position's angles, in float32, computed once a forward and shared by all layers.
 
+    Args:
+        positions_N: int64 position of each token within its document.
+        rotary_dim: R.
+        theta: RoPE's base.
+        scaling: YaRN, or None for angle j of position p being p * theta^(-2j/R).
+
     Returns:
-        cos, sin: each [N, R/2]; angle j of position p is p * theta^(-2j/R).
+        cos, sin: each [N, R/2]; with YaRN they carry its attention factor.
     """
-    exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=positions_N.device) / rotary_dim
-    angles = positions_N.float().unsqueeze(1) * (1.0 / theta**exponent)
-    return angles.cos(), angles.sin()
+    angles = positions_N.float().unsqueeze(1) * inverse_frequencies(rotary_dim, theta, scaling, positions_N.device)
+    if scaling is None:
+        return angles.cos(), angles.sin()
+    factor = yarn_attention_factor(scaling)
+    return angles.cos() * factor, angles.sin() * factor
+
+
+def inverse_frequencies(
+    rotary_dim: int, theta: float, scaling: YarnConfig | None = None, device: torch.device | None = None
+) -> Tensor:
+    """How far each angle turns per position, float32 [J].
+
+    With YaRN, angles below the lower bound keep their pace, those above the upper one are slowed by the factor, and a
+    linear ramp lies between (equation 23 of the paper; the ramp is over dims, as in every implementation).
+    """
+    exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device) / rotary_dim
+    periods_J: Tensor = theta**exponent
+    if scaling is None:
+        return 1.0 / periods_J
+    low, high = yarn_bounds(rotary_dim, theta, scaling)
+    if low == high:
+        high += 0.001  # a step instead of a ramp
+    ramp_J = (torch.arange(rotary_dim // 2, dtype=torch.float32, device=device) - low) / (high - low)
+    kept_J = 1 - torch.clamp(ramp_J, 0, 1)
+    return 1.0 / (scaling.factor * periods_J) * (1 - kept_J) + 1.0 / periods_J * kept_J
+
+
+def yarn_bounds(rotary_dim: int, theta: float, scaling: YarnConfig) -> tuple[float, float]:
+    """The dims between which YaRN's ramp rises: those that turn `beta_fast` and `beta_slow` times over the context."""
+
+    def dim_of(turns: float) -> float:
+        context = scaling.original_max_position_embeddings
+        return rotary_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dim_of(scaling.beta_fast), dim_of(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    return max(low, 0), min(high, rotary_dim - 1)
+
+
+def _mscale(factor: float, mscale: float = 1.0) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def yarn_attention_factor(scaling: YarnConfig) -> float:
+    """The factor on cosines and sines: as given, DeepSeek's quotient of two, or 0.1 ln s + 1."""
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.mscale and scaling.mscale_all_dim:
+        return _mscale(scaling.factor, scaling.mscale) / _mscale(scaling.factor, scaling.mscale_all_dim)
+    return _mscale(scaling.factor)
+
+
+def softmax_factor(scaling: YarnConfig | None) -> float:
+    """DeepSeek's factor on MLA's softmax scale, (0.1 mscale_all_dim ln s + 1)^2; 1 without `mscale_all_dim`."""
+    if scaling is None or not scaling.mscale_all_dim:
+        return 1.0
+    return _mscale(scaling.factor, scaling.mscale_all_dim) ** 2
+
+
+def deinterleave(x: Tensor) -> Tensor:
+    """From adjacent pairs (x0, x1), (x2, x3) ... to halves x0, x2 ... x1, x3 ..., along the last dim.
+
+    Rotating the halves equals rotating the pairs, up to an order of dims that queries and keys share.
+    """
+    pairs: Tensor = x.unflatten(-1, (-1, 2))
+    return pairs.transpose(-1, -2).flatten(-2)
 
 
 def apply_rope_reference(x_NHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
