@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from tafkir.models.decoder import Decoder
+from tafkir.models.decoder import Decoder, build_mtp
 from tafkir.models.init import init_weights
-from tafkir.recipe.model import ModelConfig
+from tafkir.recipe.model import ModelConfig, MtpConfig
 
-__all__ = ["build_decoder"]
+__all__ = ["add_mtp", "build_decoder"]
 
 
 def build_decoder(config: ModelConfig, seed: int) -> Decoder:
@@ -16,3 +16,20 @@ def build_decoder(config: ModelConfig, seed: int) -> Decoder:
     decoder = Decoder(config)
     init_weights(decoder, torch.Generator().manual_seed(seed))
     return decoder
+
+
+def add_mtp(decoder: Decoder, shape: MtpConfig, seed: int) -> None:
+    """Give a decoder fresh multi-token-prediction layers, in place; nothing else of it changes.
+
+    Their weights are a pure function of the seed, in the dtype and on the device of the embedding table.
+    """
+    decoder.config = decoder.config.model_copy(update={"mtp": shape})
+    mtp = build_mtp(decoder.config)
+    assert mtp is not None
+    init_weights(mtp, torch.Generator().manual_seed(seed))
+    table = decoder.embed_tokens.weight
+    biases = [(router, router.expert_bias) for router in mtp.routers]
+    decoder.mtp = mtp.to(table.device, table.dtype)
+    for router, bias in biases:
+        if bias is not None:
+            router.expert_bias = bias.to(table.device)

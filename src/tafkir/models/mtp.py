@@ -128,9 +128,9 @@ class MtpLayer(nn.Module):
         """
         halves = [self.enorm(embedded_MD), self.hnorm(hidden_MD)]
         joined_MD = self.eh_proj(torch.cat(halves[::-1] if self.hidden_first else halves, dim=-1))
-        state, expert_ids_MA = self.block(self.residual.enter(joined_MD), cos, sin, attention)
+        state, routing = self.block(self.residual.enter(joined_MD), cos, sin, attention)
         pre_norm_MD = self.residual.exit(state)
-        return MtpOutput(self.norm(pre_norm_MD), pre_norm_MD, expert_ids_MA)
+        return MtpOutput(self.norm(pre_norm_MD), pre_norm_MD, routing.expert_ids_NA if routing else None)
 
 
 class MultiTokenPredictor(nn.Module):

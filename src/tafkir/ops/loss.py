@@ -13,7 +13,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 __all__ = [
+    "CHUNK_TOKENS",
     "IGNORE_INDEX",
+    "distillation_loss",
+    "distillation_loss_reference",
     "linear_logprobs",
     "linear_logprobs_reference",
     "next_token_loss",
@@ -139,3 +142,43 @@ def next_token_loss(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor) -> Ten
     if len(selected_M) < len(labels_N):
         hidden_ND, labels_N = hidden_ND.index_select(0, selected_M), labels_N.index_select(0, selected_M)
     return cast(Tensor, _NextTokenLoss.apply(hidden_ND, head_VD, labels_N, torch.is_grad_enabled()))  # type: ignore[no-untyped-call]
+
+
+def distillation_loss_reference(hidden_MD: Tensor, teacher_MD: Tensor, head_VD: Tensor) -> Tensor:
+    """Summed KL divergence of the student's token distributions from the teacher's, all logits at once."""
+    student_MV = torch.log_softmax(F.linear(hidden_MD, head_VD.detach()).float(), -1)
+    teacher_MV = torch.log_softmax(F.linear(teacher_MD, head_VD).float(), -1).detach()
+    return F.kl_div(student_MV, teacher_MV, reduction="sum", log_target=True)
+
+
+class _DistillationLoss(torch.autograd.Function):
+    """As in `_NextTokenLoss`, each chunk's logits live only while its loss and gradient are computed."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_MD: Tensor, teacher_MD: Tensor, head_VD: Tensor) -> Tensor:
+        grad_hidden = torch.empty_like(hidden_MD)
+        total = torch.zeros((), dtype=torch.float64, device=hidden_MD.device)
+        parts = (torch.split(part, CHUNK_TOKENS) for part in (hidden_MD, teacher_MD, grad_hidden))
+        for hidden_CD, teacher_CD, grad_CD in zip(*parts, strict=True):
+            student_CV, teacher_CV = _head_logprobs(hidden_CD, head_VD), _head_logprobs(teacher_CD, head_VD)
+            wanted_CV = teacher_CV.exp()
+            total += (wanted_CV * (teacher_CV - student_CV)).sum(dtype=torch.float64)
+            torch.mm(student_CV.exp_().sub_(wanted_CV).to(head_VD.dtype), head_VD, out=grad_CD)
+        ctx.save_for_backward(grad_hidden)
+        return total.float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.saved_tensors[0] * grad, None, None
+
+
+def distillation_loss(hidden_MD: Tensor, teacher_MD: Tensor, head_VD: Tensor) -> Tensor:
+    """Summed KL(teacher || student) of the token distributions that both hidden states have under one head.
+
+    Only `hidden_MD` gets a gradient: teacher and head are held fixed.
+
+    Returns:
+        A float32 scalar, 0 where both agree.
+    """
+    return cast(Tensor, _DistillationLoss.apply(hidden_MD, teacher_MD, head_VD))  # type: ignore[no-untyped-call]

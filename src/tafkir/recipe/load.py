@@ -84,6 +84,23 @@ def _check_stages(recipe: Recipe, where: str) -> None:
             where=where,
             fix="make the model's at least as large",
         )
+    _check_mtp(recipe, where)
+
+
+def _check_mtp(recipe: Recipe, where: str) -> None:
+    """What trains multi-token prediction needs a model that has the layers."""
+    asked = [
+        f"{kind}.{key}"
+        for kind, table in (("pretrain", recipe.pretrain), ("sft", recipe.sft))
+        for key in ("mtp_loss_weight", "mtp_final_loss_weight")
+        if table is not None and getattr(table, key)
+    ]
+    if recipe.sft is not None and recipe.sft.method == "mtp_distill":
+        asked.append("sft.method = mtp_distill")
+    if asked and recipe.model.mtp is None:
+        raise RecipeError(
+            f"{asked[0]} needs multi-token-prediction layers", where=where, fix="add a [model.mtp] table: depth = 1"
+        )
 
 
 def flatten(recipe: BaseModel) -> dict[str, Any]:

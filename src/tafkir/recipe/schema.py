@@ -21,6 +21,7 @@ __all__ = [
     "EmaConfig",
     "EvalConfig",
     "IcePopConfig",
+    "LanguageTable",
     "OptimConfig",
     "ParallelConfig",
     "PretrainConfig",
@@ -119,7 +120,21 @@ class TrainTable(OptimConfig):
     validate_every: int = Field(0, ge=0, description="Steps between validation losses; 0 leaves them out.")
 
 
-class PretrainConfig(TrainTable):
+class LanguageTable(TrainTable):
+    """What the stages with a next-token loss have in common."""
+
+    mtp_loss_weight: float = Field(
+        0.0, ge=0, description="λ of the multi-token-prediction loss (Ling: 0.1, DeepSeek-V3: 0.3 at first); 0 is off."
+    )
+    mtp_final_loss_weight: float | None = Field(
+        None, ge=0, description="λ in the last part of the stage (DeepSeek-V3: 0.1); not set, it never changes."
+    )
+    mtp_switch_share: float = Field(
+        0.67, ge=0, le=1, description="Share of the steps after which λ changes (DeepSeek-V3: 10T of 14.8T tokens)."
+    )
+
+
+class PretrainConfig(LanguageTable):
     """Next-token loss on problems with solutions, and on arithmetic drills."""
 
     batch_problems: Positive = Field(48, description="Documents per optimiser step.")
@@ -131,9 +146,15 @@ class PretrainConfig(TrainTable):
     question_loss: bool = Field(True, description="Learn to predict the questions too, not only their solutions.")
 
 
-class SftConfig(TrainTable):
-    """Next-token loss on the assistant's chain of thought only, in the chat format."""
+class SftConfig(LanguageTable):
+    """Next-token loss on the assistant's chain of thought only, in the chat format.
 
+    With `method = "mtp_distill"` the model stays as it is, and only its multi-token-prediction layers learn.
+    """
+
+    method: Literal["next_token", "mtp_distill"] = Field(
+        "next_token", description="Train the whole model on the text, or only its MTP layers on its own predictions."
+    )
     batch_problems: Positive = Field(48, description="Conversations per optimiser step.")
     story_share: float = Field(0.3, ge=0, le=1, description="Share of conversations about made-up problems.")
     crowded_share: float = Field(
