@@ -18,7 +18,7 @@ from tafkir.models.layers import Embedding, Linear, RMSNorm, SwiGLU
 from tafkir.models.mla import LatentAttention
 from tafkir.models.mtp import MultiTokenPredictor
 from tafkir.models.residual import build_residual
-from tafkir.models.router import Router, balanced_bias
+from tafkir.models.router import Router, Routing, balanced_bias, check_replay
 from tafkir.ops.rope import rope_table
 from tafkir.recipe.model import LayerSpec, ModelConfig
 
@@ -34,14 +34,19 @@ class DecoderOutput:
     Attributes:
         hidden_ND: hidden states after the final norm.
         pre_norm_ND: the same before the final norm.
-        expert_ids: chosen experts, int64 [N, A], one entry per MoE layer.
+        routings: where each token went and from what scores, one entry per MoE layer.
         expert_load: tokens that each expert got, int64 [E], one entry per MoE layer.
     """
 
     hidden_ND: Tensor
     pre_norm_ND: Tensor
-    expert_ids: list[Tensor]
+    routings: list[Routing]
     expert_load: list[Tensor]
+
+    @property
+    def expert_ids(self) -> list[Tensor]:
+        """Chosen experts, int64 [N, A], one entry per MoE layer; what `Decoder.forward` takes to replay them."""
+        return [routing.expert_ids_NA for routing in self.routings]
 
 
 class DecoderLayer(nn.Module):
@@ -59,20 +64,25 @@ class DecoderLayer(nn.Module):
         self.mlp_residual = build_residual(config)
 
     def forward(
-        self, state: Tensor, cos: Tensor, sin: Tensor, attention: AttentionState
-    ) -> tuple[Tensor, Tensor | None]:
-        """Returns the new state of the residual stream and, in a MoE layer, the chosen experts [N, A]."""
+        self,
+        state: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attention: AttentionState,
+        replayed_expert_ids_NA: Tensor | None = None,
+    ) -> tuple[Tensor, Routing | None]:
+        """Returns the new state of the residual stream and, in a MoE layer, where each token went."""
         u_ND, ctx = self.attention_residual.read(state)
         y_ND = self.attention(self.input_layernorm(u_ND), cos, sin, attention)
         state = self.attention_residual.write(state, ctx, y_ND)
         u_ND, ctx = self.mlp_residual.read(state)
         normed_ND = self.post_attention_layernorm(u_ND)
-        expert_ids_NA = None
+        routing = None
         if isinstance(self.mlp, MoE):
-            y_ND, expert_ids_NA = self.mlp(normed_ND)
+            y_ND, routing = self.mlp(normed_ND, replayed_expert_ids_NA)
         else:
             y_ND = self.mlp(normed_ND)
-        return self.mlp_residual.write(state, ctx, y_ND), expert_ids_NA
+        return self.mlp_residual.write(state, ctx, y_ND), routing
 
 
 def build_mtp(config: ModelConfig) -> MultiTokenPredictor | None:
@@ -107,25 +117,38 @@ class Decoder(nn.Module):
         """The routers of the MoE layers, first layer first."""
         return [layer.mlp.router for layer in self.layers if isinstance(layer.mlp, MoE)]
 
-    def forward(self, input_ids_N: Tensor, positions_N: Tensor, attention: AttentionState) -> DecoderOutput:
+    def forward(
+        self,
+        input_ids_N: Tensor,
+        positions_N: Tensor,
+        attention: AttentionState,
+        replayed_expert_ids: Sequence[Tensor] | None = None,
+    ) -> DecoderOutput:
         """Run the blocks over a flat batch.
 
         Args:
             input_ids_N: int64 token ids, documents concatenated without padding.
             positions_N: int64 position of each token within its document.
             attention: who sees whom; `VarlenCausal(cu_seqlens)` in training.
+            replayed_expert_ids: experts to send the tokens to instead of the routers' own choice, int64 [N, A] for
+                each MoE layer, a row of -1 where none were recorded (Rollout Routing Replay, arXiv 2510.11370).
+
+        Raises:
+            TrainingError: the replayed experts do not fit the batch or the model.
         """
         config = self.config
         cos, sin = rope_table(positions_N, config.rotary_size, config.rope_theta, config.rope_scaling)
         state = self.residual.enter(self.embed_tokens(input_ids_N))
-        expert_ids = []
+        replayed = iter(check_replay(replayed_expert_ids, len(input_ids_N), self.routers))
+        routings = []
         for layer in self.layers:
-            state, expert_ids_NA = layer(state, cos, sin, attention)
-            if expert_ids_NA is not None:
-                expert_ids.append(expert_ids_NA)
-        load = [torch.bincount(ids_NA.reshape(-1), minlength=config.num_experts) for ids_NA in expert_ids]
+            ids_NA = next(replayed, None) if isinstance(layer.mlp, MoE) else None
+            state, routing = layer(state, cos, sin, attention, ids_NA)
+            if routing is not None:
+                routings.append(routing)
+        load = [torch.bincount(r.expert_ids_NA.reshape(-1), minlength=config.num_experts) for r in routings]
         pre_norm_ND = self.residual.exit(state)
-        return DecoderOutput(self.norm(pre_norm_ND), pre_norm_ND, expert_ids, load)
+        return DecoderOutput(self.norm(pre_norm_ND), pre_norm_ND, routings, load)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Next-token logits [N, V] in float32."""

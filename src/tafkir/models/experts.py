@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tafkir.models.layers import SwiGLU
-from tafkir.models.router import Router
+from tafkir.models.router import Router, Routing
 from tafkir.ops.moe import moe_experts
 from tafkir.recipe.model import ModelConfig
 
@@ -39,10 +39,10 @@ class MoE(nn.Module):
         width = config.num_shared_experts * config.moe_intermediate_size
         self.shared_experts = SwiGLU(config.hidden_size, width) if width else None
 
-    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the sublayer's output [N, D] and the chosen experts [N, A]."""
-        routing = self.router(x_ND)
+    def forward(self, x_ND: Tensor, replayed_expert_ids_NA: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """Returns the sublayer's output [N, D] and where each token went."""
+        routing = self.router(x_ND, replayed_expert_ids_NA)
         out_ND = self.experts(x_ND, routing.expert_ids_NA, routing.weights_NA)
         if self.shared_experts is not None:
             out_ND = out_ND + self.shared_experts(x_ND)
-        return out_ND, routing.expert_ids_NA
+        return out_ND, routing

@@ -5,26 +5,39 @@ Shapes: N tokens, D hidden, E experts, A active experts per token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tafkir.errors import TrainingError
 from tafkir.recipe.model import ModelConfig
 
-__all__ = ["Router", "Routing", "balanced_bias", "route"]
+__all__ = ["Router", "Routing", "balanced_bias", "check_replay", "route"]
 
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """Where each token goes: `expert_ids_NA` (int64) with `weights_NA` (float32)."""
+    """Where each token goes, and from what.
+
+    Attributes:
+        expert_ids_NA: int64, each token's experts.
+        weights_NA: float32, their weights.
+        scores_NE: float32, sigmoid or softmax of the logits, without the expert bias.
+        logits_NE: float32.
+    """
 
     expert_ids_NA: Tensor
     weights_NA: Tensor
+    scores_NE: Tensor
+    logits_NE: Tensor
 
 
-def route(scores_NE: Tensor, expert_bias_E: Tensor | None, config: ModelConfig) -> Routing:
+def route(
+    scores_NE: Tensor, expert_bias_E: Tensor | None, config: ModelConfig, replayed_expert_ids_NA: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Choose experts by biased scores within the best groups; weigh them by unbiased scores.
 
     A group's score is the sum of its two best biased scores (arXiv 2412.19437, section 2.1.2; Ling 2.0 alike).
@@ -33,6 +46,11 @@ def route(scores_NE: Tensor, expert_bias_E: Tensor | None, config: ModelConfig) 
         scores_NE: sigmoid or softmax scores, float32.
         expert_bias_E: float32, added for the selection only; None where the family has none.
         config: gives the groups, the number of active experts and the scaling factor.
+        replayed_expert_ids_NA: int64, experts to take instead (Rollout Routing Replay, arXiv 2510.11370); their
+            weights come from the present scores, so the router still learns. A row of -1 chooses for itself.
+
+    Returns:
+        The experts, int64 [N, A], and their weights, float32 [N, A].
     """
     with torch.no_grad():
         biased_NE = scores_NE if expert_bias_E is None else scores_NE + expert_bias_E
@@ -43,10 +61,12 @@ def route(scores_NE: Tensor, expert_bias_E: Tensor | None, config: ModelConfig) 
             closed = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, chosen, False)
             biased_NE = grouped.masked_fill(closed.unsqueeze(-1), -torch.inf).view_as(biased_NE)
         expert_ids_NA = biased_NE.topk(config.num_experts_per_tok, dim=-1).indices
+        if replayed_expert_ids_NA is not None:
+            expert_ids_NA = torch.where(replayed_expert_ids_NA < 0, expert_ids_NA, replayed_expert_ids_NA)
     weights_NA = scores_NE.gather(1, expert_ids_NA)
     if config.norm_topk_prob:
         weights_NA = weights_NA / (weights_NA.sum(-1, keepdim=True) + 1e-20)
-    return Routing(expert_ids_NA, weights_NA * config.routed_scaling_factor)
+    return expert_ids_NA, weights_NA * config.routed_scaling_factor
 
 
 class Router(nn.Module):
@@ -67,10 +87,44 @@ class Router(nn.Module):
         if self.expert_bias is not None:
             self.expert_bias.zero_()
 
-    def forward(self, x_ND: Tensor) -> Routing:
+    def forward(self, x_ND: Tensor, replayed_expert_ids_NA: Tensor | None = None) -> Routing:
         logits_NE = F.linear(x_ND.float(), self.weight.float())
         scores_NE = logits_NE.sigmoid() if self.config.score_function == "sigmoid" else logits_NE.softmax(-1)
-        return route(scores_NE, None if self.expert_bias is None else self.expert_bias.float(), self.config)
+        bias_E = None if self.expert_bias is None else self.expert_bias.float()
+        expert_ids_NA, weights_NA = route(scores_NE, bias_E, self.config, replayed_expert_ids_NA)
+        return Routing(expert_ids_NA, weights_NA, scores_NE, logits_NE)
+
+
+def check_replay(
+    replayed_expert_ids: Sequence[Tensor] | None, num_tokens: int, routers: Sequence[Router]
+) -> Sequence[Tensor]:
+    """The experts to replay, layer by layer, checked; none where there are none.
+
+    Raises:
+        TrainingError: another number of layers, another shape, an expert that is not there, or a row that names
+            experts in part.
+    """
+    if replayed_expert_ids is None:
+        return ()
+    if len(replayed_expert_ids) != len(routers):
+        raise TrainingError(
+            f"replayed experts of {len(replayed_expert_ids)} layers", expected=f"those of {len(routers)} MoE layers"
+        )
+    for layer, (ids_NA, router) in enumerate(zip(replayed_expert_ids, routers, strict=True)):
+        config, where = router.config, f"MoE layer {layer}"
+        shape = [num_tokens, config.num_experts_per_tok]
+        if list(ids_NA.shape) != shape or ids_NA.dtype != torch.int64:
+            raise TrainingError(
+                f"replayed experts are {ids_NA.dtype} {list(ids_NA.shape)}", where=where, expected=f"int64 {shape}"
+            )
+        unknown_NA = ids_NA < 0
+        if bool((ids_NA >= config.num_experts).any()) or bool((unknown_NA != unknown_NA[:, :1]).any()):
+            raise TrainingError(
+                "replayed experts are out of range",
+                where=where,
+                expected=f"0 to {config.num_experts - 1}, or a whole row of -1 where none were recorded",
+            )
+    return replayed_expert_ids
 
 
 def balanced_bias(expert_bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:
