@@ -14,6 +14,8 @@ from tafkir.models.attention import VarlenCausal
 from tafkir.models.decoder import Decoder, DecoderOutput
 from tafkir.ops.loss import next_token_loss
 from tafkir.train.loop import StepOutput, Trainer, add_loads, router_metrics
+from tafkir.train.mtp import MtpLoss
+from tafkir.train.ranks import OneProcess, Ranks
 
 __all__ = ["DocumentBatch", "language_loss", "language_step", "split_evenly", "validation_loss"]
 
@@ -31,30 +33,41 @@ def split_evenly(items: Sequence[Item], pieces: int) -> list[Sequence[Item]]:
 
 def language_loss(decoder: Decoder, batch: PackedBatch) -> tuple[Tensor, DecoderOutput]:
     """Summed cross entropy of the batch's targets, and the forward that gave it."""
-    out = decoder(batch.input_ids_N, batch.positions_N, VarlenCausal(batch.cu_seqlens))
-    return next_token_loss(out.hidden_ND, decoder.head_weight, batch.labels_N), out
+    device = decoder.embed_tokens.weight.device
+    state = VarlenCausal(batch.cu_seqlens, device)
+    out = decoder(batch.input_ids_N.to(device), batch.positions_N.to(device), state)
+    return next_token_loss(out.hidden_ND, decoder.head_weight, batch.labels_N.to(device)), out
 
 
 def language_step(trainer: Trainer, documents: DocumentBatch, *, label: str) -> Callable[[int], StepOutput]:
-    """A step function: mean next-token loss over all targets of the step, whatever the micro-batches."""
+    """A step function: mean next-token loss over all targets of the step, whatever the micro-batches and the ranks."""
+    ranks = trainer.ranks
 
     def step(step: int) -> StepOutput:
-        pieces = [pack_documents(part) for part in split_evenly(documents(step), trainer.config.micro_batches)]
-        targets = sum(piece.num_targets for piece in pieces)
+        parts = split_evenly(documents(step), trainer.config.micro_batches * ranks.sizes.data_shards)
+        pieces = [pack_documents(part) for part in ranks.own(parts)]
+        targets = ranks.sum(sum(piece.num_targets for piece in pieces))
+        mtp = MtpLoss.of_step(trainer.decoder, trainer.config, step, pieces)
         total = 0.0
         loads: list[Tensor] = []
-        for piece in pieces:
+        for i, piece in enumerate(pieces):
             loss, out = language_loss(trainer.decoder, piece)
-            (loss / targets).backward()
+            objective = loss / targets
+            if mtp is not None:
+                objective = objective + mtp.of_piece(i, out)
+            objective.backward()
             total += loss.item()
             loads = add_loads(loads, out.expert_load)
+        total, loads = ranks.sum(total), ranks.sum_loads(loads)
         norm = trainer.update(loads, where=f"{label} step {step + 1}")
-        tokens = sum(piece.input_ids_N.numel() for piece in pieces)
+        extra = mtp.finish(trainer.config.expert_bias_update_rate) if mtp is not None else {}
+        tokens = int(ranks.sum(sum(piece.input_ids_N.numel() for piece in pieces)))
         return StepOutput(
             metrics={
                 "train/loss": total / targets,
                 "train/grad_norm": norm,
                 "train/tokens": tokens,
+                **extra,
                 **router_metrics(loads),
             },
             tokens=tokens,
@@ -65,11 +78,20 @@ def language_step(trainer: Trainer, documents: DocumentBatch, *, label: str) -> 
 
 
 @torch.no_grad()
-def validation_loss(decoder: Decoder, documents: Sequence[Document], *, batch_size: int = 64) -> float:
+def validation_loss(
+    decoder: Decoder, documents: Sequence[Document], *, batch_size: int = 64, ranks: Ranks | None = None
+) -> float:
     """Mean next-token loss over the targets of all documents, in nats per token."""
+    ranks = ranks or OneProcess()
     total, targets = 0.0, 0
-    for start in range(0, len(documents), batch_size):
-        batch = pack_documents(documents[start : start + batch_size])
-        total += float(language_loss(decoder, batch)[0])
-        targets += batch.num_targets
-    return total / max(1, targets)
+    stride = batch_size * ranks.sizes.data_shards
+    for start in range(0, len(documents), stride):
+        parts = split_evenly(documents[start : start + stride], ranks.sizes.data_shards)
+        mine = ranks.own(parts)
+        # Sharded weights are gathered by all ranks at once, so one without documents computes and does not count.
+        batch = pack_documents((mine or parts)[0])
+        loss = float(language_loss(decoder, batch)[0])
+        if mine:
+            total += loss
+            targets += batch.num_targets
+    return ranks.sum(total) / max(1, ranks.sum(targets))

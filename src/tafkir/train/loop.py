@@ -19,8 +19,8 @@ from tafkir.runlog.progress import Progress
 from tafkir.runlog.rundir import StageDir
 from tafkir.train.ema import WeightAverage
 from tafkir.train.optim import build_optimizers
+from tafkir.train.ranks import OneProcess, Ranks
 from tafkir.train.schedule import scheduled_share
-from tafkir.train.state import latest_state, load_state, load_totals, save_state
 
 __all__ = ["FitResult", "StepOutput", "Trainer", "add_loads", "fit", "peak_rss_bytes", "router_metrics"]
 
@@ -38,10 +38,12 @@ class StepOutput:
 class Trainer:
     """A decoder with its optimisers, and the average of its weights where one is asked for: what a step changes."""
 
-    def __init__(self, decoder: Decoder, config: TrainTable) -> None:
+    def __init__(self, decoder: Decoder, config: TrainTable, ranks: Ranks | None = None) -> None:
         self.decoder = decoder
         self.config = config
-        self.optimizers = build_optimizers(decoder, config)
+        self.ranks: Ranks = ranks or OneProcess()
+        self.ranks.shard(decoder)
+        self.optimizers = self.ranks.adapt(build_optimizers(decoder, config))
         self.average = WeightAverage(decoder, config.ema.decay, warmup=config.ema.warmup) if config.ema else None
 
     def set_step(self, step: int) -> float:
@@ -56,10 +58,11 @@ class Trainer:
         """Clip, step the optimiser, balance the routers, average; returns the gradient norm before clipping.
 
         Args:
-            loads: tokens per expert, one tensor (E,) per MoE layer, counted over the whole optimiser step.
+            loads: tokens per expert, one tensor (E,) per MoE layer, counted over the whole optimiser step; none
+                leaves the decoder's routers as they are.
             where: named in the error when the gradient is not finite.
         """
-        norm = float(torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), self.config.max_grad_norm))
+        norm = self.ranks.clip_gradients(self.decoder, self.config.max_grad_norm)
         if not math.isfinite(norm):
             raise TrainingError(
                 f"the gradient norm is {norm}", where=where, fix="lower the learning rate, then run the command again"
@@ -67,7 +70,7 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if self.config.expert_bias_update_rate > 0:
+        if loads and self.config.expert_bias_update_rate > 0:
             update_expert_bias(self.decoder, loads, self.config.expert_bias_update_rate)
         if self.average is not None:
             self.average.update()
@@ -104,7 +107,7 @@ def router_metrics(loads: list[Tensor]) -> dict[str, Metric]:
     metrics: dict[str, Metric] = {}
     entropies, peaks = [], []
     for layer, load in enumerate(loads):
-        share = load.double() / load.sum().clamp(min=1)
+        share = load.cpu().double() / load.sum().clamp(min=1)
         metrics[f"router/load/{layer}"] = [round(float(x), 6) for x in share]
         entropies.append(float(torch.special.entr(share).sum() / math.log(load.numel())))
         peaks.append(float(share.max() * load.numel()))
@@ -131,14 +134,13 @@ def fit(
     `train_step(step)` must be a function of the step number, the decoder and the optimiser alone. `keep(done)` puts
     the decoder away every `config.checkpoint_every` steps.
     """
-    config = trainer.config
-    state = latest_state(stage.state_dir)
-    start = load_state(state, trainer.decoder, trainer.optimizers, trainer.average) if state else 0
-    earlier = FitResult(**load_totals(state)) if state else FitResult()  # type: ignore[arg-type]  # ints stay ints
-    metrics = stage.metrics()
-    timings = stage.timings()
-    metrics.truncate_to(start)
-    timings.truncate_to(start)
+    config, ranks = trainer.config, trainer.ranks
+    start, before = ranks.load_state(stage.state_dir, trainer.decoder, trainer.optimizers, trainer.average)
+    earlier = FitResult(**before)  # type: ignore[arg-type]  # ints stay ints
+    if ranks.is_main:
+        metrics, timings = stage.metrics(), stage.timings()
+        metrics.truncate_to(start)
+        timings.truncate_to(start)
     tokens = 0
     began, began_cpu = time.perf_counter(), time.process_time()
 
@@ -164,7 +166,7 @@ def fit(
             if validate and (done == config.steps or (config.validate_every and done % config.validate_every == 0)):
                 row |= validate()
             step_s = time.perf_counter() - step_began
-            if row:
+            if row and ranks.is_main:
                 metrics.write(done, row)
                 timings.write(
                     done,
@@ -181,7 +183,7 @@ def fit(
             if keep and config.checkpoint_every and done % config.checkpoint_every == 0:
                 keep(done)
             if done % config.save_every == 0 or done == config.steps:
-                save_state(
-                    stage.state_dir, trainer.decoder, trainer.optimizers, done, asdict(totals(done)), trainer.average
+                ranks.save_state(
+                    stage.state_dir, trainer.decoder, trainer.optimizers, trainer.average, done, asdict(totals(done))
                 )
     return totals(config.steps)

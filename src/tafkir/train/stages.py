@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,19 @@ from tafkir.data.loader import (
 from tafkir.data.packing import Document
 from tafkir.data.stories import make_story
 from tafkir.data.tokenizer import Tokenizer
-from tafkir.errors import CheckpointError
-from tafkir.models.build import build_decoder
+from tafkir.errors import CheckpointError, RecipeError
+from tafkir.models.build import add_mtp, build_decoder
 from tafkir.models.decoder import Decoder
 from tafkir.recipe.model import ModelConfig
-from tafkir.recipe.schema import TrainTable
+from tafkir.recipe.schema import PretrainConfig, SftConfig, TrainTable
 from tafkir.recipe.seeds import derive_seed
 from tafkir.recipe.stage import StageContext
 from tafkir.tasks.math import WordProblems
 from tafkir.train.language import DocumentBatch, language_step, validation_loss
 from tafkir.train.loop import FitResult, Trainer, fit
+from tafkir.train.mtp import measure_mtp
+from tafkir.train.mtp_distill import distill_step, freeze_all_but_mtp
+from tafkir.train.ranks import open_ranks
 from tafkir.train.rlvr import RlvrStep
 
 __all__ = ["run_pretrain", "run_rlvr", "run_sft", "run_tokenizer"]
@@ -80,7 +84,7 @@ def run_pretrain(ctx: StageContext) -> dict[str, Any]:
 
 
 def run_sft(ctx: StageContext) -> dict[str, Any]:
-    """Supervised fine-tuning on chains of thought in the chat format."""
+    """Supervised fine-tuning on chains of thought in the chat format, of the model or of its MTP layers alone."""
     config = ctx.recipe.sft
     assert config is not None
     corpus, decoder, tokenizer = _start(ctx)
@@ -94,6 +98,8 @@ def run_sft(ctx: StageContext) -> dict[str, Any]:
         seed=derive_seed(ctx.seed, "sft"),
     )
     heldout: list[Document] = list(heldout_conversations(corpus.validation, tokenizer))
+    if config.method == "mtp_distill":
+        freeze_all_but_mtp(decoder)
     return _fit_language(ctx, config, decoder, tokenizer, stream.batch_at, heldout, corpus)
 
 
@@ -111,7 +117,7 @@ def run_rlvr(ctx: StageContext) -> dict[str, Any]:
         prompts_per_step=config.prompts_per_step,
         seed=derive_seed(ctx.seed, "rlvr"),
     )
-    trainer = Trainer(decoder, config)
+    trainer = Trainer(decoder, config, open_ranks(ctx.recipe.parallel, ctx.recipe.model))
     step = RlvrStep(
         trainer,
         ctx.build_completer(ctx.previous),
@@ -122,7 +128,7 @@ def run_rlvr(ctx: StageContext) -> dict[str, Any]:
         reference=copy.deepcopy(decoder).requires_grad_(False) if config.kl_coef > 0 else None,
         seed=derive_seed(ctx.seed, "rlvr"),
     )
-    result = fit(trainer, ctx.stage, step, keep=_keeper(ctx, config, decoder, tokenizer), label="rlvr")
+    result = fit(trainer, ctx.stage, step, keep=_keeper(ctx, trainer, tokenizer), label="rlvr")
     return _finish(ctx, config, trainer, tokenizer, result, corpus)
 
 
@@ -141,8 +147,14 @@ def _start(ctx: StageContext) -> tuple[Corpus, Decoder, Tokenizer]:
     if ctx.previous == ctx.run.stage("tokenizer").checkpoint_dir:
         _check_vocabulary(ctx.recipe.model, tokenizer, ctx.previous)
         return corpus, build_decoder(ctx.recipe.model, derive_seed(ctx.seed, "weights")), tokenizer
-    _check_shape(load_config(ctx.previous), ctx.recipe.model, ctx.previous)
-    return corpus, load_checkpoint(ctx.previous).decoder, tokenizer
+    wanted = ctx.recipe.model
+    found = load_config(ctx.previous)
+    _check_shape(found, wanted if found.mtp else wanted.model_copy(update={"mtp": None}), ctx.previous)
+    decoder = load_checkpoint(ctx.previous).decoder
+    if wanted.mtp is not None and found.mtp is None:
+        # Chat models are published without these layers.
+        add_mtp(decoder, wanted.mtp, derive_seed(ctx.seed, "mtp"))
+    return corpus, decoder, tokenizer
 
 
 def _check_vocabulary(model: ModelConfig, tokenizer: Tokenizer, where: Path) -> None:
@@ -173,63 +185,83 @@ def _check_shape(found: ModelConfig, wanted: ModelConfig, where: Path) -> None:
 
 def _fit_language(
     ctx: StageContext,
-    config: TrainTable,
+    config: PretrainConfig | SftConfig,
     decoder: Decoder,
     tokenizer: Tokenizer,
     documents: DocumentBatch,
     heldout: list[Document],
     corpus: Corpus,
 ) -> dict[str, Any]:
-    trainer = Trainer(decoder, config)
+    trainer = Trainer(decoder, config, open_ranks(ctx.recipe.parallel, ctx.recipe.model))
+    distills = isinstance(config, SftConfig) and config.method == "mtp_distill"
+    trains_mtp = distills or bool(config.mtp_loss_weight or config.mtp_final_loss_weight)
+    if trains_mtp and trainer.ranks.sizes.world > 1:
+        raise RecipeError(
+            "multi-token prediction trains in one process only",
+            where=f"stage {ctx.stage.kind}",
+            fix="start it without torchrun, or set mtp_loss_weight to 0",
+        )
 
     def validate() -> Mapping[str, float]:
-        row = {"validation/loss": validation_loss(decoder, heldout)}
+        row = {"validation/loss": validation_loss(decoder, heldout, ranks=trainer.ranks)}
+        if trains_mtp:
+            row |= {f"validation/{name}": value for name, value in measure_mtp(decoder, heldout).items()}
         if trainer.average is not None:
             with trainer.average.applied():
-                row["validation/average_loss"] = validation_loss(decoder, heldout)
+                row["validation/average_loss"] = validation_loss(decoder, heldout, ranks=trainer.ranks)
         return row
 
-    step = language_step(trainer, documents, label=ctx.stage.kind)
+    build_step = distill_step if distills else language_step
+    step = build_step(trainer, documents, label=ctx.stage.kind)
     result = fit(
         trainer,
         ctx.stage,
         step,
         validate=validate if heldout else None,
-        keep=_keeper(ctx, config, decoder, tokenizer),
+        keep=_keeper(ctx, trainer, tokenizer),
         label=ctx.stage.kind,
     )
-    return _finish(ctx, config, trainer, tokenizer, result, corpus)
+    finished = _finish(ctx, config, trainer, tokenizer, result, corpus)
+    if trains_mtp and heldout:
+        with _as_written(trainer, config):
+            finished["mtp"] = measure_mtp(decoder, heldout)
+    return finished
 
 
-def _save(
-    ctx: StageContext, config: TrainTable, path: Path, decoder: Decoder, tokenizer: Tokenizer, **lineage: Any
-) -> None:
+def _save(ctx: StageContext, trainer: Trainer, path: Path, tokenizer: Tokenizer, **lineage: Any) -> None:
+    """Write a checkpoint; many ranks gather their parts, and one of them writes."""
+    decoder = trainer.ranks.whole(trainer.decoder)
+    if decoder is None:
+        return
     lineage = {"recipe": ctx.recipe.name, "stage": ctx.stage.kind, **lineage, "seed": ctx.seed}
-    dtype = getattr(torch, config.checkpoint_dtype)
+    dtype = getattr(torch, trainer.config.checkpoint_dtype)
     save_checkpoint(path, decoder, tokenizer=tokenizer, extra=lineage, dtype=dtype)
 
 
-def _keeper(ctx: StageContext, config: TrainTable, decoder: Decoder, tokenizer: Tokenizer) -> Callable[[int], None]:
+def _keeper(ctx: StageContext, trainer: Trainer, tokenizer: Tokenizer) -> Callable[[int], None]:
     """Writes `checkpoints/step-<n>`, as the weights are after n steps: what `tafkir merge` takes."""
 
     def keep(done: int) -> None:
         path = ctx.stage.path / "checkpoints" / f"step-{done:08d}"
-        _save(ctx, config, path, decoder, tokenizer, steps=done)
+        _save(ctx, trainer, path, tokenizer, steps=done)
 
     return keep
+
+
+def _as_written(trainer: Trainer, config: TrainTable) -> AbstractContextManager[None]:
+    """The decoder with the weights that its checkpoint holds: their average, or the last ones."""
+    if trainer.average is not None and config.ema is not None and config.ema.checkpoint:
+        return trainer.average.applied()
+    return nullcontext()
 
 
 def _finish(
     ctx: StageContext, config: TrainTable, trainer: Trainer, tokenizer: Tokenizer, result: FitResult, corpus: Corpus
 ) -> dict[str, Any]:
     """Write the checkpoint, from the weights or from their average, and say what the stage did."""
-    path, decoder = ctx.stage.checkpoint_dir, trainer.decoder
-    if config.ema is not None and config.ema.checkpoint:
-        assert trainer.average is not None
-        with trainer.average.applied():
-            _save(ctx, config, path, decoder, tokenizer, steps=result.steps, ema_decay=config.ema.decay)
-    else:
-        _save(ctx, config, path, decoder, tokenizer, steps=result.steps)
+    averaged = {"ema_decay": config.ema.decay} if config.ema is not None and config.ema.checkpoint else {}
+    with _as_written(trainer, config):
+        _save(ctx, trainer, ctx.stage.checkpoint_dir, tokenizer, steps=result.steps, **averaged)
     return {
         "steps": result.steps,
         "tokens": result.tokens,

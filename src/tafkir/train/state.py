@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,14 +16,25 @@ from tafkir.errors import CheckpointError
 from tafkir.runlog.atomic import guard_disk, write_bytes
 from tafkir.train.ema import WeightAverage
 
-__all__ = ["latest_state", "load_state", "load_totals", "save_state"]
+__all__ = ["MOMENTS", "latest_state", "load_state", "load_totals", "remove_older_states", "save_state"]
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What an optimiser keeps per weight, by torch's names."""
 
 
 def latest_state(folder: Path) -> Path | None:
-    """The newest complete state file in `folder`, or None."""
-    return max(folder.glob("step-*.safetensors"), default=None)
+    """The newest complete state in `folder`, or None: a file, or a folder that many ranks wrote."""
+    return max(folder.glob("step-*"), default=None)
+
+
+def remove_older_states(newest: Path) -> None:
+    """Remove every other state beside the newest one."""
+    with guard_disk(newest.parent):
+        for other in newest.parent.glob("step-*"):
+            if other.is_dir() and other != newest:
+                shutil.rmtree(other)
+            elif other != newest:
+                other.unlink()
 
 
 def save_state(
@@ -45,7 +57,7 @@ def save_state(
         found = (optimizer.state[param] for optimizer in optimizers if param in optimizer.state)
         state: dict[str, Tensor] = next(found, {})
         updates = int(state.get("step", updates))
-        tensors |= {f"{moment}.{name}": state[moment] for moment in _MOMENTS if moment in state}
+        tensors |= {f"{moment}.{name}": state[moment] for moment in MOMENTS if moment in state}
     if average is not None:
         tensors |= {f"average.{name}": value for name, value in average.tensors.items()}
     path = folder / f"step-{step:08d}.safetensors"
@@ -53,10 +65,7 @@ def save_state(
     if average is not None:
         metadata["average_updates"] = str(average.num_updates)
     write_bytes(path, save({name: value.detach().contiguous() for name, value in tensors.items()}, metadata))
-    with guard_disk(folder):
-        for other in folder.glob("step-*.safetensors"):
-            if other != path:
-                other.unlink()
+    remove_older_states(path)
     return path
 
 
@@ -83,7 +92,7 @@ def load_state(
     module.load_state_dict(weights, strict=True)
     owner = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for name, param in module.named_parameters():
-        state = {moment: tensors[f"{moment}.{name}"] for moment in _MOMENTS if f"{moment}.{name}" in tensors}
+        state = {moment: tensors[f"{moment}.{name}"] for moment in MOMENTS if f"{moment}.{name}" in tensors}
         if "exp_avg_sq" in state:
             state["step"] = torch.tensor(float(metadata["updates"]))
         if state:

@@ -1,0 +1,151 @@
+"""How many processes share a training stage, and in which way; checked before any of them starts to work."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import gcd
+
+from tafkir.errors import RecipeError
+from tafkir.recipe.model import ModelConfig
+from tafkir.recipe.schema import ParallelConfig, Recipe, TrainTable
+
+__all__ = ["ParallelSizes", "check_parallel", "check_shapes", "resolve_sizes", "world_size"]
+
+# What many processes do of keys that they do not do in full.
+_IN_ONE_PROCESS: dict[str, tuple[str | float | None, ...]] = {
+    "optimizer": ("adamw",),
+    "method": ("next_token",),
+    "mtp_loss_weight": (0,),
+    "mtp_final_loss_weight": (None, 0),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelSizes:
+    """Ranks along each dim; rank r is (data, expert, tensor) in row-major order.
+
+    Data is split over `data * expert` ranks; the ranks of one tensor group see the same tokens.
+    """
+
+    data: int = 1
+    expert: int = 1
+    tensor: int = 1
+
+    @property
+    def world(self) -> int:
+        return self.data * self.expert * self.tensor
+
+    @property
+    def data_shards(self) -> int:
+        """Parts into which the documents of a step are cut."""
+        return self.data * self.expert
+
+
+def world_size(environ: Mapping[str, str] = os.environ) -> int:
+    """Processes that `torchrun` started together; 1 without it."""
+    return int(environ.get("WORLD_SIZE", "1"))
+
+
+def resolve_sizes(config: ParallelConfig, world: int) -> ParallelSizes:
+    """Fill in `data_parallel = -1` and check that the product is the number of processes.
+
+    Raises:
+        RecipeError: it is not; says how to launch.
+    """
+    rest = config.expert_parallel * config.tensor_parallel
+    data = config.data_parallel if config.data_parallel > 0 else max(1, world // rest)
+    sizes = ParallelSizes(data, config.expert_parallel, config.tensor_parallel)
+    if sizes.world != world:
+        open_ended = config.data_parallel < 0 and world > 1
+        count = rest * max(1, world // rest) if open_ended else sizes.world
+        raise RecipeError(
+            f"data {sizes.data} x expert {sizes.expert} x tensor {sizes.tensor} is {sizes.world} processes, "
+            f"but WORLD_SIZE is {world}",
+            where="parallel",
+            fix=f"start it with `torchrun --nproc-per-node {count} -m tafkir.cli.main run RECIPE`, "
+            "or change the sizes with --set parallel.<name>=<n>",
+        )
+    return sizes
+
+
+def check_shapes(model: ModelConfig, sizes: ParallelSizes) -> None:
+    """Refuse sizes that do not divide what they have to cut.
+
+    Raises:
+        RecipeError: names the size and the model's key.
+    """
+    if sizes.expert > 1:
+        _divides("expert_parallel", sizes.expert, num_experts=model.num_experts)
+        if not model.num_experts:
+            raise RecipeError("there are no experts to share out", where="parallel.expert_parallel", fix="set it to 1")
+    if sizes.tensor > 1:
+        if model.attention_type != "gqa" or model.attention_bias:
+            raise RecipeError(
+                "tensor parallelism splits grouped-query attention without biases only",
+                where="parallel.tensor_parallel",
+                fix="set it to 1, and use data_parallel and expert_parallel",
+            )
+        _divides(
+            "tensor_parallel",
+            sizes.tensor,
+            num_attention_heads=model.num_attention_heads,
+            num_key_value_heads=model.num_key_value_heads,
+            intermediate_size=model.intermediate_size,
+            moe_intermediate_size=model.moe_intermediate_size,
+        )
+        # Rows belong to the tensor ranks, so the others cut the columns.
+        _divides("data_parallel x expert_parallel", sizes.data_shards, hidden_size=model.hidden_size)
+
+
+def check_parallel(recipe: Recipe, sizes: ParallelSizes) -> None:
+    """Refuse what many processes cannot do yet, before the first stage starts.
+
+    Raises:
+        RecipeError: names the key, and what to set instead.
+    """
+    if recipe.parallel.device != "cpu" and recipe.rlvr is not None:
+        raise RecipeError(
+            "rlvr samples on the processor",
+            where="parallel.device",
+            fix="set it to cpu, or leave the [rlvr] table to another run",
+        )
+    if sizes.world == 1:
+        return
+    check_shapes(recipe.model, sizes)
+    if recipe.rlvr is not None:
+        raise RecipeError(
+            "rlvr runs in one process",
+            where="parallel",
+            fix="run pretrain and sft with torchrun from a recipe without [rlvr], then rlvr with it as base",
+        )
+    for name in ("pretrain", "sft"):
+        table: TrainTable | None = getattr(recipe, name)
+        if table is None:
+            continue
+        for key, value in table.model_dump(include=set(_IN_ONE_PROCESS)).items():
+            supported = _IN_ONE_PROCESS[key]
+            if value not in supported:
+                raise RecipeError(
+                    f"{value} runs in one process only", where=f"{name}.{key}", fix=f"set it to {supported[0]}"
+                )
+        pieces = sizes.data_shards * table.micro_batches
+        documents: int = getattr(table, "batch_problems", pieces)
+        if documents < pieces:
+            raise RecipeError(
+                f"{documents} are too few for {sizes.data_shards} ranks x {table.micro_batches} micro-batches",
+                where=f"{name}.batch_problems",
+                expected=f"at least {pieces}",
+                fix="make the batch larger or start fewer processes",
+            )
+
+
+def _divides(key: str, size: int, **counts: int) -> None:
+    for name, count in counts.items():
+        if count % size:
+            raise RecipeError(
+                f"{size} does not divide model.{name} = {count}",
+                where=f"parallel.{key}",
+                fix=f"take a divisor, such as {gcd(size, count)}",
+            )

@@ -1,0 +1,139 @@
+"""Tensor parallelism (arXiv 1909.08053) with DTensor: heads and MLP widths are split, activations stay whole.
+
+A fused weight is put in an order in which each rank's rows lie together: `[Q | K | V]` becomes
+`[Q0 | K0 | V0 | Q1 | K1 | V1 ...]`, `[gate | up]` becomes `[gate0 | up0 | gate1 | up1 ...]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
+
+from tafkir.models.attention import Attention
+from tafkir.models.decoder import Decoder
+from tafkir.models.experts import Experts
+from tafkir.models.layers import SwiGLU
+
+__all__ = ["Order", "copy_to_ranks", "order_fused", "place_parameter", "split_heads_and_widths", "sum_over_ranks"]
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Entry i along `dim` of a weight in memory is entry `index[i]` of the weight in a checkpoint."""
+
+    dim: int
+    index: Tensor
+
+    def apply(self, stored: Tensor) -> Tensor:
+        """From a checkpoint's order to the order in memory."""
+        return stored.index_select(self.dim, self.index.to(stored.device))
+
+    def undo(self, held: Tensor) -> Tensor:
+        """From the order in memory to a checkpoint's."""
+        return held.index_select(self.dim, self.index.argsort().to(held.device))
+
+
+def _split_order(parts: Sequence[int], ranks: int) -> Tensor:
+    """Indices that put rank r's share of every part together, for the ranks one after the other."""
+    chunks = [rows.chunk(ranks) for rows in torch.arange(sum(parts)).split(list(parts))]
+    return torch.cat([chunk[rank] for rank in range(ranks) for chunk in chunks])
+
+
+def place_parameter(module: nn.Module, name: str, mesh: DeviceMesh, placements: Sequence[Placement]) -> None:
+    """Replace a parameter, equal on all ranks, by this rank's part of it; nothing is sent."""
+    param = cast(nn.Parameter, getattr(module, name))
+    placed = distribute_tensor(param.detach(), mesh, placements, src_data_rank=None)
+    setattr(module, name, nn.Parameter(placed, requires_grad=param.requires_grad))
+
+
+def copy_to_ranks(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The same tensor; its gradient is the sum of what the ranks' parts send back."""
+    whole = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
+    return cast(Tensor, whole.to_local(grad_placements=[Partial()]))
+
+
+def sum_over_ranks(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The sum of the ranks' parts; each part gets the sum's gradient."""
+    parts = DTensor.from_local(x, mesh, [Partial()], run_check=False)
+    return cast(Tensor, parts.redistribute(placements=[Replicate()]).to_local())
+
+
+class _SplitRows(ParallelStyle):
+    """Each rank computes its share of the output features."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        place_parameter(module, "weight", device_mesh, [Shard(0)])
+
+        def enter(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (DTensor.from_local(inputs[0], device_mesh, [Replicate()], run_check=False), *inputs[1:])
+
+        def leave(_: nn.Module, __: Any, output: DTensor) -> Tensor:
+            return cast(Tensor, output.to_local())
+
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+        return module
+
+
+class _SplitColumns(ParallelStyle):
+    """Each rank holds its share of the input features; the outputs are summed."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        place_parameter(module, "weight", device_mesh, [Shard(1)])
+
+        def enter(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (DTensor.from_local(inputs[0], device_mesh, [Shard(-1)], run_check=False), *inputs[1:])
+
+        def leave(_: nn.Module, __: Any, output: DTensor) -> Tensor:
+            return cast(Tensor, output.redistribute(placements=[Replicate()]).to_local())
+
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+        return module
+
+
+def order_fused(decoder: Decoder, ranks: int) -> dict[str, Order]:
+    """Put the rows of the fused weights in the order of the ranks, in place; returns the orders by parameter name."""
+    orders: dict[str, Order] = {}
+    for name, module in decoder.named_modules():
+        if isinstance(module, Attention):
+            heads, kv_heads = module.num_heads, module.num_kv_heads
+            parts = [count * module.head_dim for count in (heads, kv_heads, kv_heads)]
+            orders[f"{name}.qkv_proj.weight"] = Order(0, _split_order(parts, ranks))
+        elif isinstance(module, SwiGLU):
+            width = module.down_proj.weight.shape[1]
+            orders[f"{name}.gate_up_proj.weight"] = Order(0, _split_order([width, width], ranks))
+        elif isinstance(module, Experts):
+            width = module.down_proj.shape[2]
+            orders[f"{name}.gate_up_proj"] = Order(1, _split_order([width, width], ranks))
+    with torch.no_grad():
+        for name, order in orders.items():
+            param = decoder.get_parameter(name)
+            if not param.is_meta:
+                param.copy_(order.apply(param))
+    return orders
+
+
+def split_heads_and_widths(decoder: Decoder, mesh: DeviceMesh) -> list[nn.Parameter]:
+    """Split attention and dense MLPs over the ranks of a 1-D mesh, in place, after `order_fused`.
+
+    Returns:
+        Parameters that every rank holds but sees only its own heads' gradient of: to be summed over the ranks.
+    """
+    partial: list[nn.Parameter] = []
+    for module in list(decoder.modules()):
+        if isinstance(module, Attention):
+            parallelize_module(module, mesh, {"qkv_proj": _SplitRows(), "o_proj": _SplitColumns()})
+            module.num_heads //= mesh.size()
+            module.num_kv_heads //= mesh.size()
+            partial += [norm.weight for norm in (module.q_norm, module.k_norm) if norm is not None]
+        elif isinstance(module, SwiGLU):
+            parallelize_module(module, mesh, {"gate_up_proj": _SplitRows(), "down_proj": _SplitColumns()})
+    return partial

@@ -1,0 +1,81 @@
+"""What the test processes do: the same tiny training, whatever the number of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+from tafkir.data.packing import Document
+from tafkir.models.build import build_decoder
+from tafkir.recipe.model import ModelConfig
+from tafkir.recipe.schema import ParallelConfig, PretrainConfig
+from tafkir.runlog.metrics import read_jsonl
+from tafkir.runlog.rundir import StageDir
+from tafkir.train.language import language_step, validation_loss
+from tafkir.train.loop import Trainer, fit
+from tafkir.train.ranks import open_ranks
+
+MODEL = ModelConfig(
+    vocab_size=64,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    intermediate_size=48,
+    moe_intermediate_size=16,
+    num_experts=8,
+    n_group=4,
+    topk_group=2,
+)
+
+
+def documents(step: int) -> list[Document]:
+    """Nine documents of unequal length, some with masked targets; a function of the step."""
+    draw = Random(step)
+    made: list[Document] = []
+    for index in range(9):
+        ids = [draw.randrange(MODEL.vocab_size) for _ in range(draw.randrange(3, 20))]
+        made.append((ids, [draw.random() < 0.7 for _ in ids] if index % 3 == 0 else None))
+    return made
+
+
+def train(folder: Path, parallel: dict[str, int], table: dict[str, Any], model: ModelConfig = MODEL) -> dict[str, Any]:
+    """Train, resuming from `folder`; returns the metric rows, the totals and (on rank 0) the weights that came out."""
+    config = PretrainConfig.model_validate(
+        {
+            "steps": 4,
+            "warmup_steps": 1,
+            "learning_rate": 1e-2,
+            "micro_batches": 2,
+            "log_every": 1,
+            "validate_every": 2,
+            "save_every": 2,
+            **table,
+        }
+    )
+    ranks = open_ranks(ParallelConfig.model_validate(parallel), model)
+    trainer = Trainer(build_decoder(model, seed=3), config, ranks)
+    heldout = documents(1000)[:5]
+    stage = StageDir(folder, "pretrain")
+    result = fit(
+        trainer,
+        stage,
+        language_step(trainer, documents, label="pretrain"),
+        validate=lambda: {"validation/loss": validation_loss(trainer.decoder, heldout, batch_size=2, ranks=ranks)},
+        label="pretrain",
+    )
+    whole = ranks.whole(trainer.decoder)
+    return {
+        "rows": list(read_jsonl(stage.metrics_path)) if ranks.is_main else None,
+        "tokens": result.tokens,
+        "weights": {k: v.detach().clone() for k, v in whole.state_dict().items()} if whole is not None else None,
+        "held": sum(p.numel() if not hasattr(p, "to_local") else p.to_local().numel() for p in _parameters(trainer)),
+    }
+
+
+def _parameters(trainer: Trainer) -> list[torch.nn.Parameter]:
+    return list(trainer.decoder.parameters())

@@ -1,0 +1,59 @@
+"""Many ranks train as one process does: the same losses, gradient norms, loads and weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.parallel.jobs import train
+from tests.parallel.ranks import run_ranks
+
+TOLERANCE = 1e-5
+
+
+def assert_same_rows(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
+    assert [row["step"] for row in found] == [row["step"] for row in wanted]
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert ours[key] == pytest.approx(value, rel=TOLERANCE, abs=TOLERANCE), (ours["step"], key)
+
+
+def assert_same_weights(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(
+            found[name], value, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return train(tmp_path_factory.mktemp("alone"), {}, {})
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"data_parallel": 2},
+        {"expert_parallel": 2},
+        {"tensor_parallel": 2},
+        {"data_parallel": 4},
+        {"data_parallel": 2, "expert_parallel": 2},
+        {"data_parallel": 2, "tensor_parallel": 2},
+        {"expert_parallel": 2, "tensor_parallel": 2},
+    ],
+    ids=lambda sizes: "-".join(f"{name.split('_')[0]}{size}" for name, size in sizes.items()),
+)
+def test_many_ranks_follow_the_trajectory_of_one(sizes: dict[str, int], alone: dict[str, Any], tmp_path: Path) -> None:
+    world = 1
+    for size in sizes.values():
+        world *= size
+    found = run_ranks(world, train, tmp_path, sizes, {})
+    assert_same_rows(found[0]["rows"], alone["rows"])
+    assert_same_weights(found[0]["weights"], alone["weights"])
+    assert [r["weights"] for r in found[1:]] == [None] * (world - 1)
+    assert found[0]["tokens"] == alone["tokens"]
