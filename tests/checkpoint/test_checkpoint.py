@@ -189,10 +189,10 @@ def test_a_flipped_bit_is_refused_by_name(folder: Path) -> None:
 
 
 def test_another_architecture_is_named_beside_the_supported_ones(folder: Path) -> None:
-    set_config(folder, architectures=["Qwen3ForCausalLM"])
+    set_config(folder, architectures=["LlamaForCausalLM"])
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(folder)
-    assert "Qwen3ForCausalLM is not supported" in str(caught.value)
+    assert "LlamaForCausalLM is not supported" in str(caught.value)
     assert "BailingMoeV2ForCausalLM" in str(caught.value)
     assert str(folder / "config.json") in str(caught.value)
 

@@ -11,7 +11,7 @@ import torch
 from tafkir.errors import CheckpointError
 from tafkir.models.build import build_decoder
 from tafkir.models.decoder import Decoder
-from tafkir.models.hf_names import config_from_hf, config_to_hf, read_hf_tensors, resolve_names, write_hf_tensors
+from tafkir.models.hf import config_from_hf, config_to_hf, read_hf_tensors, resolve_names, write_hf_tensors
 from tafkir.recipe.model import ModelConfig
 
 CONFIG = ModelConfig(
@@ -144,8 +144,8 @@ def test_parts_land_where_the_architecture_says() -> None:
 def test_every_tensor_of_ours_has_its_own_name(config: ModelConfig) -> None:
     decoder = build_decoder(config, 0)
     resolved = resolve_names(decoder)
-    assert [name for name, _, _ in resolved] == list(decoder.state_dict())
-    theirs = [name for _, parts, _ in resolved for names in parts for name in names]
+    assert [names.name for names in resolved] == list(decoder.state_dict())
+    theirs = [name for names in resolved for parts in names.parts for name in parts]
     assert len(theirs) == len(set(theirs))
 
 
@@ -179,8 +179,23 @@ def test_rope_parameters_of_transformers_5_are_read() -> None:
         ({"model_type": "llama"}, "model_type is 'llama'"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported.*'silu'"),
         ({"use_bias": True}, "use_bias = True"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling"),
-        ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers = 1"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+            r"rope_scaling\.original_max_position_embeddings is missing.*before stretching",
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling of type 'linear'.*'yarn'"),
+        ({"rope_scaling": 4.0}, "rope_scaling is not a table"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 64, "attn_factor": 1}},
+            r"unknown keys: rope_scaling\.attn_factor",
+        ),
+        ({"moe_shared_expert_intermediate_size": 4}, "moe_shared_expert_intermediate_size = 4.*expected 3"),
+        ({"tafkir": {"residual": {}}}, "model_type is 'bailing_moe'"),
+        (
+            {"tafkir": {"residual": {"kind": "mhc"}}, "model_type": "tafkir_bailing_moe_v2"},
+            "'tafkir' describes parts.*expected architecture TafkirBailingMoeV2ForCausalLM",
+        ),
+        ({"head_dim": None}, "head_dim"),
         ({"score_function": "softmax"}, "score_function"),
         ({"sliding_window": 4096}, "unknown keys: sliding_window"),
         ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads=3"),

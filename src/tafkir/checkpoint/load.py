@@ -17,7 +17,7 @@ from tafkir.checkpoint.manifest import MANIFEST_NAME, Manifest
 from tafkir.checkpoint.read import WeightFiles, fp8_block_size, open_weights, read_json
 from tafkir.errors import CheckpointError
 from tafkir.models.decoder import Decoder
-from tafkir.models.hf_names import architecture_of, config_from_hf, read_hf_tensors
+from tafkir.models.hf import architecture_of, config_from_hf, read_hf_tensors
 from tafkir.models.router import Router
 from tafkir.recipe.bundled import find_checkpoint as resolve_checkpoint
 from tafkir.recipe.model import ModelConfig

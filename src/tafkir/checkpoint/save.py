@@ -17,7 +17,7 @@ from tafkir.checkpoint.read import read_json
 from tafkir.checkpoint.write import describe_tensors, write_weights
 from tafkir.errors import CheckpointError
 from tafkir.models.decoder import Decoder
-from tafkir.models.hf_names import config_to_hf, write_hf_tensors
+from tafkir.models.hf import config_to_hf, write_hf_tensors
 
 __all__ = ["MAX_SHARD_BYTES", "TOKENIZER_FILES", "SavesTokenizer", "save_checkpoint"]
 
