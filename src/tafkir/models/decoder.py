@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,29 +61,32 @@ class DecoderLayer(nn.Module):
         self.mlp: MoE | SwiGLU = (
             MoE(config) if spec.ffn == "moe" else SwiGLU(config.hidden_size, config.intermediate_size)
         )
-        self.attention_residual = build_residual(config)
-        self.mlp_residual = build_residual(config)
+        self.attention_residual = build_residual(config, 2 * layer_idx)
+        self.mlp_residual = build_residual(config, 2 * layer_idx + 1)
 
     def forward(
         self,
-        state: Tensor,
+        state: Any,
         cos: Tensor,
         sin: Tensor,
         attention: AttentionState,
         replayed_expert_ids_NA: Tensor | None = None,
-    ) -> tuple[Tensor, Routing | None]:
+    ) -> tuple[Any, Routing | None]:
         """Returns the new state of the residual stream and, in a MoE layer, where each token went."""
-        u_ND, ctx = self.attention_residual.read(state)
-        y_ND = self.attention(self.input_layernorm(u_ND), cos, sin, attention)
-        state = self.attention_residual.write(state, ctx, y_ND)
-        u_ND, ctx = self.mlp_residual.read(state)
-        normed_ND = self.post_attention_layernorm(u_ND)
-        routing = None
-        if isinstance(self.mlp, MoE):
-            y_ND, routing = self.mlp(normed_ND, replayed_expert_ids_NA)
-        else:
-            y_ND = self.mlp(normed_ND)
-        return self.mlp_residual.write(state, ctx, y_ND), routing
+        residual = self.attention_residual
+        with residual.saving(state):
+            u_ND, ctx = residual.read(state)
+            normed_ND = residual.normed(state, u_ND, self.input_layernorm)
+            state = residual.write(state, ctx, self.attention(normed_ND, cos, sin, attention))
+        residual, routing = self.mlp_residual, None
+        with residual.saving(state):
+            u_ND, ctx = residual.read(state)
+            normed_ND = residual.normed(state, u_ND, self.post_attention_layernorm)
+            if isinstance(self.mlp, MoE):
+                y_ND, routing = self.mlp(normed_ND, replayed_expert_ids_NA)
+            else:
+                y_ND = self.mlp(normed_ND)
+            return residual.write(state, ctx, y_ND), routing
 
 
 def build_mtp(config: ModelConfig) -> MultiTokenPredictor | None:
