@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tafkir.ops.router_losses import (
@@ -22,6 +22,7 @@ def bounds(lengths: list[int]) -> list[int]:
     return out
 
 
+@settings(max_examples=25)
 @given(
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5),
     num_experts=st.sampled_from([4, 6, 16]),

@@ -123,6 +123,12 @@ class TrainTable(OptimConfig):
 class LanguageTable(TrainTable):
     """What the stages with a next-token loss have in common."""
 
+    sequence_balance_coef: float = Field(
+        0.0, ge=0, description="Weight of the routers' sequence-wise balance loss (DeepSeek-V3: 1e-4); 0 is off."
+    )
+    router_z_coef: float = Field(
+        0.0, ge=0, description="Weight of the squared log-sum-exp of the routers' logits (Ling: 3.5e-6); 0 is off."
+    )
     mtp_loss_weight: float = Field(
         0.0, ge=0, description="λ of the multi-token-prediction loss (Ling: 0.1, DeepSeek-V3: 0.3 at first); 0 is off."
     )

@@ -16,6 +16,7 @@ from tafkir.ops.loss import next_token_loss
 from tafkir.train.loop import StepOutput, Trainer, add_loads, router_metrics
 from tafkir.train.mtp import MtpLoss
 from tafkir.train.ranks import OneProcess, Ranks
+from tafkir.train.router_losses import RouterLosses
 
 __all__ = ["DocumentBatch", "language_loss", "language_step", "split_evenly", "validation_loss"]
 
@@ -48,6 +49,7 @@ def language_step(trainer: Trainer, documents: DocumentBatch, *, label: str) -> 
         pieces = [pack_documents(part) for part in ranks.own(parts)]
         targets = ranks.sum(sum(piece.num_targets for piece in pieces))
         mtp = MtpLoss.of_step(trainer.decoder, trainer.config, step, pieces)
+        routers = RouterLosses.of_step(trainer.decoder, trainer.config, pieces, ranks.sum)
         total = 0.0
         loads: list[Tensor] = []
         for i, piece in enumerate(pieces):
@@ -55,6 +57,8 @@ def language_step(trainer: Trainer, documents: DocumentBatch, *, label: str) -> 
             objective = loss / targets
             if mtp is not None:
                 objective = objective + mtp.of_piece(i, out)
+            if routers is not None:
+                objective = objective + routers.of_piece(piece, out)
             objective.backward()
             total += loss.item()
             loads = add_loads(loads, out.expert_load)
@@ -69,6 +73,7 @@ def language_step(trainer: Trainer, documents: DocumentBatch, *, label: str) -> 
                 "train/tokens": tokens,
                 **extra,
                 **router_metrics(loads),
+                **(routers.metrics() if routers is not None else {}),
             },
             tokens=tokens,
             shown={"loss": total / targets},
