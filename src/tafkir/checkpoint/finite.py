@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["all_finite"]
+__all__ = ["all_finite", "as_bits", "bits_finite"]
 
-_SIGNED: Mapping[int, tuple[torch.dtype, type[np.unsignedinteger]]] = {
-    2: (torch.int16, np.uint16),
-    4: (torch.int32, np.uint32),
-}
+Bits: TypeAlias = npt.NDArray[np.signedinteger[Any]]
+
+_SIGNED: Mapping[int, torch.dtype] = {2: torch.int16, 4: torch.int32}
 _INFINITY_BITS: Mapping[torch.dtype, int] = {
     torch.float32: 0x7F80_0000,
     torch.bfloat16: 0x7F80,
@@ -21,19 +22,31 @@ _INFINITY_BITS: Mapping[torch.dtype, int] = {
 }
 
 
-def all_finite(values: Tensor) -> bool:
-    """Whether a CPU tensor holds neither NaN nor infinity.
+def as_bits(values: Tensor) -> Bits:
+    """The bits of a contiguous CPU tensor as signed integers, in the same memory."""
+    return values.detach().view(_SIGNED[values.dtype.itemsize]).numpy()
+
+
+def bits_finite(bits: Bits, dtype: torch.dtype) -> bool:
+    """Whether the bits of numbers of a dtype hold neither NaN nor infinity.
 
     Infinity and NaN have the largest exponent, so they are the largest of the positive numbers when the bits are
     read as signed integers, and the largest of the negative ones, and of all, when they are read as unsigned ones.
+    """
+    if bits.size == 0:
+        return True
+    infinity = _INFINITY_BITS[dtype]
+    sign = 1 << (8 * dtype.itemsize - 1)
+    unsigned = bits.view(np.uint16 if dtype.itemsize == 2 else np.uint32)
+    return bool(
+        np.maximum.reduce(bits, axis=None) < infinity and np.maximum.reduce(unsigned, axis=None) < sign | infinity
+    )
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether a CPU tensor holds neither NaN nor infinity.
 
     Args:
-        values: any shape; float32, bfloat16 or float16.
+        values: any shape and strides; float32, bfloat16 or float16.
     """
-    if values.numel() == 0:
-        return True
-    infinity = _INFINITY_BITS[values.dtype]
-    signed, unsigned = _SIGNED[values.dtype.itemsize]
-    bits = values.detach().contiguous().view(signed).numpy()
-    sign = 1 << (8 * values.dtype.itemsize - 1)
-    return bool(bits.max() < infinity and bits.view(unsigned).max() < sign | infinity)
+    return bits_finite(as_bits(values.contiguous()), values.dtype)

@@ -22,7 +22,15 @@ from tafkir.models.router import Router
 from tafkir.recipe.bundled import find_checkpoint as resolve_checkpoint
 from tafkir.recipe.model import ModelConfig
 
-__all__ = ["Checkpoint", "load_checkpoint", "load_config", "resolve_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "advise_huge_pages",
+    "empty_decoder",
+    "load_checkpoint",
+    "load_config",
+    "read_manifest",
+    "resolve_checkpoint",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +80,10 @@ def load_checkpoint(name: Path | str, *, dtype: torch.dtype = torch.float32, ver
     where = str(path / "config.json")
     hf_config = read_json(path / "config.json")
     config = _read_config(hf_config, where)
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     block_size = fp8_block_size(hf_config, where)
     with open_weights(path, block_size=block_size, manifest=manifest, verify_hashes=verify_hashes) as files:
-        decoder = _empty_decoder(config, dtype)
+        decoder = empty_decoder(config, dtype)
         table = architecture_of(hf_config, where)
         try:
             read_hf_tensors(decoder, files.names, files.read, table, read_into=files.read_into)
@@ -93,32 +101,29 @@ def _read_config(hf_config: Mapping[str, Any], where: str) -> ModelConfig:
     return config_from_hf({key: value for key, value in hf_config.items() if key != "quantization_config"}, where)
 
 
-def _empty_decoder(config: ModelConfig, dtype: torch.dtype) -> Decoder:
+def empty_decoder(config: ModelConfig, dtype: torch.dtype) -> Decoder:
+    """A decoder on the CPU whose weights are still to be filled; expert biases are float32."""
     with torch.device("meta"):
         decoder = Decoder(config)
     decoder = decoder.to(dtype).to_empty(device="cpu")
     for module in decoder.modules():
         if isinstance(module, Router) and module.expert_bias is not None:
             module.expert_bias = module.expert_bias.float()
-    _advise_huge_pages(decoder)
+    for parameter in decoder.parameters():
+        advise_huge_pages(parameter)
     return decoder
 
 
-def _advise_huge_pages(decoder: Decoder) -> None:
+def advise_huge_pages(tensor: torch.Tensor) -> None:
     """Ask Linux for large pages: filling fresh memory costs more in page faults than in copying otherwise.
 
     Only advice: where the system gives none, nothing changes but the speed.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    page = mmap.PAGESIZE
-    madvise = ctypes.CDLL(None).madvise
-    for parameter in decoder.parameters():
-        storage = parameter.untyped_storage()
-        start = -(-storage.data_ptr() // page) * page
-        length = (storage.data_ptr() + storage.nbytes() - start) // page * page
-        if length >= 1 << 22:
-            madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
+    storage = tensor.untyped_storage()
+    start = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (storage.data_ptr() + storage.nbytes() - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    if length >= 1 << 22 and sys.platform.startswith("linux"):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
 
 
 def _place(files: WeightFiles, where: str | None) -> str:
@@ -130,7 +135,8 @@ def _place(files: WeightFiles, where: str | None) -> str:
     return f"{files.tensors[where].file if where in files.tensors else files.listing}: {where}"
 
 
-def _read_manifest(path: Path) -> Manifest | None:
+def read_manifest(path: Path) -> Manifest | None:
+    """The manifest of a checkpoint folder; None for a folder that Tafkir did not write."""
     file = path / MANIFEST_NAME
     if not file.exists():
         return None

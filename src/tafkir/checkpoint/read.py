@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tafkir.checkpoint.finite import all_finite
+from tafkir.checkpoint.finite import all_finite, as_bits, bits_finite
 from tafkir.checkpoint.header import STORED_DTYPES, StoredTensor, read_header
 from tafkir.checkpoint.manifest import DTYPE_NAMES, MANIFEST_NAME, Manifest
 from tafkir.errors import CheckpointError
@@ -282,16 +282,28 @@ class WeightFiles:
         return STORED_DTYPES[stored.dtype]
 
     def _fill(self, name: str, flat: Tensor) -> None:
-        """Read chunk by chunk, straight into place where the dtype is the same; check what is in the cache."""
+        """Read a chunk at a time, and check it while it is in the cache."""
         dtype = self._dtype(name)
+        if flat.dtype != dtype:
+            self._cast(name, flat, dtype)
+            return
+        # Slices of numpy arrays cost less than those of tensors, and a large model has thousands of small chunks.
+        content, bits = flat.view(torch.uint8).numpy(), as_bits(flat)
         step = CHUNK_BYTES // dtype.itemsize
-        scratch = None if flat.dtype == dtype else torch.empty(min(step, flat.numel()), dtype=dtype)
         with self._stream(name) as read:
-            for place in flat.split(step) if flat.numel() else ():
-                source = place if scratch is None else scratch[: place.numel()]
-                read(source)
-                if scratch is not None:
-                    place.copy_(source)
+            for start in range(0, flat.numel(), step):
+                read(content[start * dtype.itemsize : (start + step) * dtype.itemsize].data)
+                if not bits_finite(bits[start : start + step], dtype):
+                    raise self._not_finite(name, False, dtype)
+
+    def _cast(self, name: str, flat: Tensor, dtype: torch.dtype) -> None:
+        """Like `_fill`, by way of one chunk in the stored dtype."""
+        scratch = torch.empty(min(CHUNK_BYTES // dtype.itemsize, flat.numel()), dtype=dtype)
+        with self._stream(name) as read:
+            for place in flat.split(len(scratch)) if len(scratch) else ():
+                source = scratch[: len(place)]
+                read(_content(source))
+                place.copy_(source)
                 # A cast can overflow but not repair, so the narrower side tells all.
                 if not all_finite(place if place.dtype.itemsize <= dtype.itemsize else source):
                     raise self._not_finite(name, all_finite(source), place.dtype)
@@ -300,7 +312,7 @@ class WeightFiles:
         assert self.block_size is not None  # `_check_pairs` refuses FP8 without it
         scale = torch.empty(self.tensors[name + SCALE_SUFFIX].shape, dtype=self._dtype(name + SCALE_SUFFIX))
         with self._stream(name + SCALE_SUFFIX) as read:
-            read(scale.view(-1))
+            read(_content(scale.view(-1)))
         scale = scale.float()
         if not (all_finite(scale) and (scale >= 0).all()):
             raise self._not_finite(name + SCALE_SUFFIX, False, scale.dtype)
@@ -311,23 +323,21 @@ class WeightFiles:
                 start = block_row * self.block_size[0]
                 part = place[start : start + scratch.shape[0]]
                 codes = scratch[: part.shape[0]]
-                read(codes.view(-1))
+                read(_content(codes.view(-1)))
                 dequantize_fp8_blocks(codes, scale[block_row : block_row + height], self.block_size, out=part)
                 if not all_finite(part):
                     raise self._not_finite(name, bool(codes.float().isfinite().all()), place.dtype)
 
     @contextmanager
-    def _stream(self, name: str) -> Iterator[Callable[[Tensor], None]]:
-        """A function that fills one tensor after the other with the next bytes; the hash is checked at the end."""
+    def _stream(self, name: str) -> Iterator[Callable[[memoryview], None]]:
+        """A function that fills one buffer after the other with the next bytes; the hash is checked at the end."""
         stored = self.tensors[name]
         entry = self._check_entry(name)
         digest = hashlib.sha256() if entry is not None and self.verify_hashes else None
         descriptor, offset = self.descriptors[stored.file], stored.offset
 
-        def read(place: Tensor) -> None:
+        def read(content: memoryview) -> None:
             nonlocal offset
-            # numpy knows neither bfloat16 nor FP8, but their bytes.
-            content = place.view(torch.uint8).numpy().data
             done = 0
             while done < len(content):
                 try:
@@ -372,3 +382,8 @@ class WeightFiles:
         if name.endswith(SCALE_SUFFIX):
             return CheckpointError("the scales are not finite and positive", where=where, fix=_AGAIN)
         return CheckpointError("the weights are not finite", where=where, fix="use an earlier checkpoint")
+
+
+def _content(flat: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, in place; numpy knows neither bfloat16 nor FP8."""
+    return flat.view(torch.uint8).numpy().data

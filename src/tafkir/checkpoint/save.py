@@ -6,7 +6,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ from tafkir.errors import CheckpointError
 from tafkir.models.decoder import Decoder
 from tafkir.models.hf import config_to_hf, write_hf_tensors
 
-__all__ = ["MAX_SHARD_BYTES", "TOKENIZER_FILES", "SavesTokenizer", "save_checkpoint"]
+__all__ = ["MAX_SHARD_BYTES", "TOKENIZER_FILES", "SavesTokenizer", "save_checkpoint", "write_folder"]
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -94,25 +95,36 @@ def save_checkpoint(
         lineage=dict(extra or {}),
         tensors=dict(sorted(entries.items())),
     )
+    with write_folder(path) as staging:
+        ids = _write_tokenizer(staging, tokenizer, tokenizer_dir)
+        _write_json(staging / "config.json", hf_config | ids)
+        if not (staging / "generation_config.json").exists():
+            _write_json(staging / "generation_config.json", ids)
+        write_weights(staging, entries, lambda: write_hf_tensors(decoder, dtype), max_shard_bytes)
+        _write_json(staging / MANIFEST_NAME, manifest.model_dump())
+    return manifest
+
+
+@contextmanager
+def write_folder(path: Path) -> Iterator[Path]:
+    """A new folder to fill; it gets its name, in place of an older one, when the block ends well.
+
+    Raises:
+        CheckpointError: the place is not writable, or the disk is full; an older folder stays as it is.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         staging = path.parent / f".{path.name}.tmp"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         try:
-            ids = _write_tokenizer(staging, tokenizer, tokenizer_dir)
-            _write_json(staging / "config.json", hf_config | ids)
-            if not (staging / "generation_config.json").exists():
-                _write_json(staging / "generation_config.json", ids)
-            write_weights(staging, entries, lambda: write_hf_tensors(decoder, dtype), max_shard_bytes)
-            _write_json(staging / MANIFEST_NAME, manifest.model_dump())
+            yield staging
             _sync(staging)
             _replace(staging, path)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
         raise _write_error(path, error) from error
-    return manifest
 
 
 def _write_tokenizer(
