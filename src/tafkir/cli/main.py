@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import tafkir
-from tafkir.cli import doctor, evaluate, recipes, report, run, serve
+from tafkir.cli import doctor, evaluate, merge, recipes, report, run, serve
 from tafkir.errors import TafkirError
 
 __all__ = ["app", "main"]
@@ -42,6 +42,7 @@ app.command("chat")(serve.chat)
 app.command("eval")(evaluate.evaluate)
 app.command("compare")(evaluate.compare)
 app.command("report")(report.report)
+app.command("merge")(merge.merge)
 
 
 def _show_version(wanted: bool) -> None:
