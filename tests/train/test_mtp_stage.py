@@ -16,7 +16,16 @@ from tafkir.recipe.resolve import resolve_recipe
 from tafkir.runlog.rundir import RunDir
 from tests.e2e.conftest import rows_of_sums, write_jsonl
 
-SHORT = ("threads=1", "data.max_steps=2", "rlvr=", "eval=", "report=", "sft.steps=2", "sft.batch_problems=2", "sft.story_share=0")
+SHORT = (
+    "threads=1",
+    "data.max_steps=2",
+    "rlvr=",
+    "eval=",
+    "report=",
+    "sft.steps=2",
+    "sft.batch_problems=2",
+    "sft.story_share=0",
+)
 
 
 @pytest.fixture

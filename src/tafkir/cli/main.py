@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import tafkir
-from tafkir.cli import doctor, evaluate, merge, recipes, report, run, serve
+from tafkir.cli import doctor, evaluate, merge, model, recipes, report, run, serve
 from tafkir.errors import TafkirError
 
 __all__ = ["app", "main"]
@@ -36,6 +36,7 @@ app = typer.Typer(
 )
 app.command("run")(run.run)
 app.add_typer(recipes.app, name="recipe")
+app.add_typer(model.app, name="model")
 app.command("doctor")(doctor.doctor)
 app.command("serve")(serve.serve)
 app.command("chat")(serve.chat)
