@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,68 @@ def test_every_parameter_has_one_owner_and_norms_do_not_decay() -> None:
     named = {name for name, p in decoder.named_parameters() if id(p) in ours}
     assert "layers.1.mlp.experts.gate_up_proj" in named
     assert not any("router" in name or "embed" in name or "lm_head" in name for name in named)
+
+
+def frozen_muon_step(param: torch.Tensor, average: torch.Tensor, grad: torch.Tensor, lr: float, decay: float) -> None:
+    """The update that the shipped base was trained with, operation by operation, in place."""
+    average.lerp_(grad, 1 - 0.95)
+    x = grad.lerp(average, 0.95).bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    update = (x.mT if tall else x).to(grad.dtype)
+    param.mul_(1 - lr * decay)
+    param.add_(update, alpha=-lr * (0.2 * math.sqrt(max(param.shape[-2:]))))
+
+
+@pytest.mark.parametrize("shape", [(8, 20), (20, 8), (3, 12, 5)])
+def test_muon_keeps_the_bits_of_trained_checkpoints(shape: tuple[int, ...]) -> None:
+    draw = torch.Generator().manual_seed(0)
+    param = torch.nn.Parameter(torch.randn(shape, generator=draw))
+    expected, average = param.detach().clone(), torch.zeros(shape)
+    optimizer = Muon([param], lr=0.02, weight_decay=0.1)
+    for _ in range(3):
+        grad = torch.randn(shape, generator=draw)
+        param.grad = grad.clone()
+        optimizer.step()
+        frozen_muon_step(expected, average, grad, 0.02, 0.1)
+        assert torch.equal(param, expected)
+
+
+def test_muon_takes_the_matrices_of_every_kind_of_layer() -> None:
+    """AdamW keeps tables, router rows, norms, and the residual maps' biases and gates."""
+    config = ModelConfig.model_validate(
+        CONFIG.model_dump()
+        | {
+            "attention_type": "mla",
+            "num_key_value_heads": 2,
+            "use_qk_norm": False,
+            "q_lora_rank": 8,
+            "kv_lora_rank": 8,
+            "qk_nope_head_dim": 4,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 4,
+            "residual": {"kind": "mhc"},
+            "mtp": {"depth": 1},
+        }
+    )
+    decoder = build_decoder(config, seed=0)
+    adamw, muon = build_optimizers(decoder, OptimConfig(optimizer="muon"))
+    taken = {id(p) for group in muon.param_groups for p in group["params"]}
+    names = {
+        name.rpartition(".")[2] if "residual" in name else name: id(p) in taken
+        for name, p in decoder.named_parameters()
+    }
+    assert {part: names[part] for part in ("phi", "bias", "alpha")} == {"phi": True, "bias": False, "alpha": False}
+    assert names["mtp.layers.0.eh_proj.weight"]
+    assert all(mine for name, mine in names.items() if "_proj" in name)
+    assert not any(mine for name, mine in names.items() if "norm" in name or "router" in name or "embed" in name)
+    decays = {id(p): group["weight_decay"] for group in adamw.param_groups for p in group["params"]}
+    assert {decays[id(p)] for name, p in decoder.named_parameters() if name.endswith((".bias", ".alpha"))} == {0.0}
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
