@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
+from tafkir.checkpoint.load import load_checkpoint
+from tafkir.checkpoint.save import save_checkpoint
+from tafkir.errors import CheckpointError
 from tafkir.models.attention import VarlenCausal
 from tafkir.models.build import build_decoder
 from tafkir.models.decoder import Decoder
@@ -132,6 +137,74 @@ def test_two_chained_depths_equal_transformers() -> None:
                 k - 1, state[:, :rows], torch.arange(rows)[None], None, input_ids=ids[None, k : rows + k]
             )
             torch.testing.assert_close(logits, mtp.shared_head(state)[0], rtol=0, atol=1e-5)
+
+
+def test_deepseek_layer_equals_transformers_under_its_names(tmp_path: Path) -> None:
+    """What we write as `model.layers.2.*` is loaded by transformers as a block of its own: MLA, YaRN, MoE."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_layers import MtpModel
+
+    yarn = {"factor": 4.0, "original_max_position_embeddings": 64, "mscale": 1.0, "mscale_all_dim": 0.7}
+    decoder = build(
+        9,
+        model_type="deepseek_v3",
+        attention_type="mla",
+        num_key_value_heads=4,
+        head_dim=20,
+        q_lora_rank=20,
+        kv_lora_rank=24,
+        qk_nope_head_dim=12,
+        qk_rope_head_dim=8,
+        v_head_dim=10,
+        use_qk_norm=False,
+        rope_interleave=True,
+        rope_scaling=yarn,
+    )
+    save_checkpoint(tmp_path / "v3", decoder)
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "v3")
+    main = transformers.DeepseekV3ForCausalLM.from_pretrained(tmp_path / "v3", config=config).float()
+    config.num_hidden_layers = 3
+    deeper = transformers.DeepseekV3ForCausalLM.from_pretrained(tmp_path / "v3", config=config).float()
+    tensors = load_file(tmp_path / "v3" / "model.safetensors")
+    assert torch.equal(tensors["model.layers.2.embed_tokens.weight"], tensors["model.embed_tokens.weight"])
+    assert torch.equal(tensors["model.layers.2.shared_head.head.weight"], tensors["lm_head.weight"])
+    main.config.num_hidden_layers = 2
+    config_mtp = main.config.get_mtp_config()
+    config_mtp.first_k_dense_replace = 0
+    main.config.get_mtp_config = lambda: config_mtp
+    mtp = MtpModel(main, 1).float()
+    layer = mtp.layers[0]
+    layer.mtp_block.load_state_dict(deeper.model.layers[2].state_dict(), strict=True)
+    with torch.no_grad():
+        for ours, theirs in (("enorm", layer.enorm), ("hnorm", layer.hnorm), ("shared_head.norm", layer.post_norm)):
+            theirs.weight.copy_(tensors[f"model.layers.2.{ours}.weight"])
+        layer.eh_proj.weight.copy_(tensors["model.layers.2.eh_proj.weight"])
+        ids = tokens(13)
+        hidden = main(ids[None], output_hidden_states=True).hidden_states[-1]
+        theirs = mtp.forward_layer(0, hidden[:, :11], torch.arange(11)[None], None, input_ids=ids[None, 1:12])
+        oracle = mtp.shared_head(theirs)[0]
+    ((_, logits),) = predict(decoder, [ids])
+    assert oracle.abs().max() > 1
+    torch.testing.assert_close(logits, oracle, rtol=0, atol=1e-5)
+
+
+def test_a_checkpoint_whose_config_hides_its_mtp_layer_is_refused(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "ling", build())
+    path = tmp_path / "ling" / "config.json"
+    path.write_text(path.read_text().replace('"num_nextn_predict_layers": 1', '"num_nextn_predict_layers": 0'))
+    with pytest.raises(CheckpointError, match=r"not in the model: model\.layers\.2\.attention"):
+        load_checkpoint(tmp_path / "ling")
+
+
+@pytest.mark.parametrize("kind", ["mhc", "hc", "deepseek_v4"])
+def test_layers_have_a_residual_of_their_own(kind: str) -> None:
+    decoder = build(3, residual={"kind": kind}, shape={"depth": 2})
+    documents = [tokens(length, seed=length) for length in (7, 5)]
+    packed, alone = predict(decoder, documents), [predict(decoder, [document]) for document in documents]
+    error = (packed[1][1] - torch.cat([found[1][1] for found in alone])).abs().max()
+    assert error <= 1e-5 * packed[1][1].abs().max()
+    config = decoder.config
+    assert sum(p.numel() for p in decoder.parameters()) == config.num_parameters(mtp=True)
 
 
 def test_shift_by_hand_on_five_tokens() -> None:

@@ -270,7 +270,8 @@ class ModelConfig(_Table):
             return 0
         hidden = self.hidden_size
         layer = self._layer_parameters(self.mtp_layer_spec, active=active)
-        return self.mtp.depth * (layer + 2 * hidden * hidden + 3 * hidden)
+        residual = self.residual.num_parameters(hidden, 2)
+        return self.mtp.depth * (layer + residual + 2 * hidden * hidden + 3 * hidden)
 
     def parameter_counts(self) -> ParameterCounts:
         """How many parameters the decoder has, by what they are for."""

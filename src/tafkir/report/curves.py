@@ -62,10 +62,20 @@ _ROUTER = Curve(
     share=True,
     y_max=1.0,
 )
+_ACCEPTANCE = Curve(
+    "Drafts that would be accepted",
+    "a rise: the more often the extra layers foresee the model's own next choice, the more tokens a step of "
+    "speculative decoding yields. The second layer looks one token further and is right less often.",
+    {f"validation/mtp_acceptance/{depth}": f"layer {depth}" for depth in (1, 2, 3)},
+    unit="share of held-out tokens where multi-token prediction and model agree",
+    share=True,
+    y_min=0.0,
+    y_max=1.0,
+)
 
 CURVES: Mapping[str, Sequence[Curve]] = {
-    "pretrain": (_LOSS, _GRAD_NORM, _ROUTER),
-    "sft": (_LOSS, _GRAD_NORM, _ROUTER),
+    "pretrain": (_LOSS, _ACCEPTANCE, _GRAD_NORM, _ROUTER),
+    "sft": (_LOSS, _ACCEPTANCE, _GRAD_NORM, _ROUTER),
     "rlvr": (
         Curve(
             "Reward",
