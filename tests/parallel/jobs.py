@@ -6,8 +6,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import torch
-
 from tafkir.data.packing import Document
 from tafkir.models.build import build_decoder
 from tafkir.recipe.model import ModelConfig
@@ -15,9 +13,10 @@ from tafkir.recipe.schema import ParallelConfig, PretrainConfig
 from tafkir.runlog.metrics import read_jsonl
 from tafkir.runlog.rundir import StageDir
 from tafkir.train.language import language_step, validation_loss
-from tafkir.train.loop import Trainer, fit
+from tafkir.train.loop import StepOutput, Trainer, fit
 from tafkir.train.ranks import open_ranks
 
+LEARNING_RATE = 1e-2
 MODEL = ModelConfig(
     vocab_size=64,
     hidden_size=32,
@@ -43,13 +42,28 @@ def documents(step: int) -> list[Document]:
     return made
 
 
-def train(folder: Path, parallel: dict[str, int], table: dict[str, Any], model: ModelConfig = MODEL) -> dict[str, Any]:
-    """Train, resuming from `folder`; returns the metric rows, the totals and (on rank 0) the weights that came out."""
+class _Stop(Exception):
+    """Ends a training as a kill would, without the wait."""
+
+
+def train(
+    folder: Path,
+    parallel: dict[str, int],
+    table: dict[str, Any],
+    *,
+    stop: int | None = None,
+    model: ModelConfig = MODEL,
+) -> dict[str, Any]:
+    """Train, resuming from `folder`; returns the metric rows, the totals and (on rank 0) the weights that came out.
+
+    Args:
+        stop: end before this step, counted from 0, and return nothing.
+    """
     config = PretrainConfig.model_validate(
         {
             "steps": 4,
             "warmup_steps": 1,
-            "learning_rate": 1e-2,
+            "learning_rate": LEARNING_RATE,
             "micro_batches": 2,
             "log_every": 1,
             "validate_every": 2,
@@ -61,21 +75,23 @@ def train(folder: Path, parallel: dict[str, int], table: dict[str, Any], model: 
     trainer = Trainer(build_decoder(model, seed=3), config, ranks)
     heldout = documents(1000)[:5]
     stage = StageDir(folder, "pretrain")
-    result = fit(
-        trainer,
-        stage,
-        language_step(trainer, documents, label="pretrain"),
-        validate=lambda: {"validation/loss": validation_loss(trainer.decoder, heldout, batch_size=2, ranks=ranks)},
-        label="pretrain",
-    )
+    one_step = language_step(trainer, documents, label="pretrain")
+
+    def step(number: int) -> StepOutput:
+        if number == stop:
+            raise _Stop
+        return one_step(number)
+
+    def validate() -> dict[str, float]:
+        return {"validation/loss": validation_loss(trainer.decoder, heldout, batch_size=2, ranks=ranks)}
+
+    try:
+        result = fit(trainer, stage, step, validate=validate, label="pretrain")
+    except _Stop:
+        return {}
     whole = ranks.whole(trainer.decoder)
     return {
         "rows": list(read_jsonl(stage.metrics_path)) if ranks.is_main else None,
         "tokens": result.tokens,
         "weights": {k: v.detach().clone() for k, v in whole.state_dict().items()} if whole is not None else None,
-        "held": sum(p.numel() if not hasattr(p, "to_local") else p.to_local().numel() for p in _parameters(trainer)),
     }
-
-
-def _parameters(trainer: Trainer) -> list[torch.nn.Parameter]:
-    return list(trainer.decoder.parameters())

@@ -8,10 +8,11 @@ import pickle
 import socket
 import traceback
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.queues import Queue
 from typing import Any
 
-_TIMEOUT_S = 100
+_TIMEOUT_S = 300
 
 
 def free_port() -> int:
@@ -20,7 +21,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _enter(function: Callable[..., Any], args: tuple[Any, ...], rank: int, world: int, port: int, out: Queue) -> None:
+def _enter(function: Callable[[], Any], rank: int, world: int, port: int, out: Queue) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -33,7 +34,7 @@ def _enter(function: Callable[..., Any], args: tuple[Any, ...], rank: int, world
 
     torch.set_num_threads(1)
     try:
-        result = function(*args)
+        result = function()
     except BaseException:
         out.put((rank, None, traceback.format_exc()))
         raise SystemExit(1) from None
@@ -44,14 +45,17 @@ def _enter(function: Callable[..., Any], args: tuple[Any, ...], rank: int, world
     out.put((rank, pickle.dumps(result), None))
 
 
-def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """What `function(*args)` returns on each rank; it has to be importable. Fails with the first traceback."""
+def run_ranks(world: int, function: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
+    """What `function(*args, **options)` returns on each rank, which imports it. Fails with the first traceback."""
     context = multiprocessing.get_context("forkserver")
     # The imports are paid once: every process is a fork of one that has them.
     context.set_forkserver_preload(["torch", "tafkir.train.parallel.ranks", "tafkir.train.stages"])
     out = context.Queue()
     port = free_port()
-    processes = [context.Process(target=_enter, args=(function, args, rank, world, port, out)) for rank in range(world)]
+    processes = [
+        context.Process(target=_enter, args=(partial(function, *args, **options), rank, world, port, out))
+        for rank in range(world)
+    ]
     try:
         for process in processes:
             process.start()

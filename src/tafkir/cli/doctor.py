@@ -19,10 +19,13 @@ __all__ = ["doctor", "examine", "show"]
 _EXTRAS = ("dev", "bench")
 # Asked in a process of its own: a broken torch build must not take the doctor down with it.
 _ASK_TORCH = """
-import json, torch
+import importlib.util, json, torch
 devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 if torch.backends.mps.is_available():
     devices.append("Apple MPS")
+if importlib.util.find_spec("torch_npu"):
+    import torch_npu
+    devices += [torch.npu.get_device_name(i) for i in range(torch.npu.device_count())]
 print(json.dumps({
     "version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip,
     "threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability(),

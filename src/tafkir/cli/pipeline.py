@@ -7,21 +7,25 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tafkir.cli.completer import build_completer
 from tafkir.errors import RecipeError, RunDirError
 from tafkir.recipe.bundled import find_checkpoint
 from tafkir.recipe.fingerprint import fingerprint_stages
 from tafkir.recipe.load import LoadedRecipe
+from tafkir.recipe.parallel import check_parallel, resolve_sizes, world_size
 from tafkir.recipe.schema import Recipe
 from tafkir.recipe.show import dump_toml
 from tafkir.recipe.stage import StageContext, StageFunction
 from tafkir.records import STAGES, StageName
 from tafkir.runlog.atomic import read_json, write_json, write_text
-from tafkir.runlog.logging import log_to
+from tafkir.runlog.logging import is_main_rank, log_to
 from tafkir.runlog.progress import format_duration
 from tafkir.runlog.rundir import RunDir, StageDir
+
+if TYPE_CHECKING:
+    from tafkir.train.parallel.world import Followers
 
 __all__ = ["Selection", "run_recipe", "select_stages", "stage_function"]
 
@@ -30,6 +34,8 @@ _logger = logging.getLogger(__name__)
 # What a stage was started on, written before it runs; its result repeats the fingerprint.
 _INPUTS = "inputs.json"
 _FORCED = "forced.json"
+# What all processes of torchrun do together; the other stages are rank 0's.
+_SHARED: tuple[StageName, ...] = ("pretrain", "sft")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +105,50 @@ def run_recipe(
     Raises:
         RunDirError: another process writes this run, or an earlier stage that is needed is not finished.
         CheckpointError: the recipe's base is not there.
+        RecipeError: the recipe and the number of processes do not fit.
     """
+    recipe = loaded.recipe
+    sizes = resolve_sizes(recipe.parallel, world_size())
+    check_parallel(recipe, sizes)
+    if sizes.world == 1:
+        return _lead(loaded, run, selection, find_function, None)
+    from tafkir.train.parallel.world import Followers, leave_world
+
+    followers = Followers(recipe.parallel.device)
+    try:
+        if is_main_rank():
+            return _lead(loaded, run, selection, find_function, followers)
+        return _follow(loaded, run, selection, find_function, followers)
+    finally:
+        leave_world()
+
+
+def _follow(
+    loaded: LoadedRecipe,
+    run: RunDir,
+    selection: Selection,
+    find_function: Callable[[StageName], StageFunction],
+    followers: Followers,
+) -> dict[StageName, dict[str, Any]]:
+    """What ranks other than 0 do: their part of the shared stages, when rank 0 says so; they write nothing else."""
+    recipe = loaded.recipe
+    base = find_checkpoint(recipe.base) if recipe.base else None
+    present = [kind for kind in STAGES if getattr(recipe, kind) is not None]
+    for kind in selection.run:
+        if followers.hear():
+            previous = _previous_checkpoint(run, kind, present, base)
+            context = StageContext(recipe, run, run.stage(kind), previous, recipe.seed, build_completer)
+            find_function(kind)(context)
+    return {}
+
+
+def _lead(
+    loaded: LoadedRecipe,
+    run: RunDir,
+    selection: Selection,
+    find_function: Callable[[StageName], StageFunction],
+    followers: Followers | None,
+) -> dict[StageName, dict[str, Any]]:
     recipe = loaded.recipe
     base = find_checkpoint(recipe.base) if recipe.base else None
     fingerprints = fingerprint_stages(recipe, base)
@@ -114,7 +163,7 @@ def run_recipe(
         for kind in selection.run:
             previous = _previous_checkpoint(run, kind, list(fingerprints), base)
             context = StageContext(recipe, run, run.stage(kind), previous, recipe.seed, build_completer)
-            results[kind] = _run_stage(context, fingerprints[kind], find_function)
+            results[kind] = _run_stage(context, fingerprints[kind], find_function, followers)
         (run.path / _FORCED).unlink(missing_ok=True)
     return results
 
@@ -155,16 +204,24 @@ def _set_aside(run: RunDir, fingerprints: dict[StageName, str], selection: Selec
 
 
 def _run_stage(
-    context: StageContext, fingerprint: str, find_function: Callable[[StageName], StageFunction]
+    context: StageContext,
+    fingerprint: str,
+    find_function: Callable[[StageName], StageFunction],
+    followers: Followers | None,
 ) -> dict[str, Any]:
     stage, kind = context.stage, context.stage.kind
-    if _is_finished(stage, fingerprint):
+    finished = _is_finished(stage, fingerprint)
+    if followers is not None and (finished or kind not in _SHARED):
+        followers.tell(False)
+    if finished:
         _logger.info("%s: already finished", kind)
         return stage.read_result() or {}
     _logger.info("%s: %s", kind, "goes on" if stage.path.exists() else "starts")
     stage.make()
     stage.write_json(_INPUTS, {"stage": kind, "fingerprint": fingerprint})
     _reset_peak_memory()
+    if followers is not None and kind in _SHARED:
+        followers.tell(True)
     began = time.monotonic()
     returned = find_function(kind)(context)
     result = {"stage": kind, "finished": True, "fingerprint": fingerprint, **returned}

@@ -51,20 +51,24 @@ def run(
     from tafkir.cli.pipeline import run_recipe, select_stages
     from tafkir.recipe.load import load_recipe
     from tafkir.recipe.resolve import resolve_recipe
+    from tafkir.runlog.logging import is_main_rank
     from tafkir.runlog.rundir import RunDir
 
     loaded = load_recipe(recipes, overrides or [])
     directory = RunDir(runs_dir / (name or loaded.recipe.name))
     loaded = resolve_recipe(loaded, threads=_threads_of(directory))
     selection = select_stages(loaded.recipe, only=only, start=start)
-    if dry_run:
+    if dry_run and is_main_rank():
         _show_plan(loaded, directory, as_json)
+    if dry_run:
         return
     try:
         results = run_recipe(loaded, directory, selection)
     except KeyboardInterrupt:
         print("\nerror: interrupted. Fix: the same command goes on where it stopped", file=sys.stderr)
         raise typer.Exit(130) from None
+    if not is_main_rank():
+        return
     if as_json:
         print(json.dumps({"run": str(directory.path), "stages": results}, indent=2))
     else:

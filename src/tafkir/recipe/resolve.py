@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 from tafkir.recipe.load import LoadedRecipe
@@ -14,7 +15,7 @@ MAX_AUTO_THREADS = 8
 
 
 def resolve_recipe(loaded: LoadedRecipe, *, threads: int | None = None) -> LoadedRecipe:
-    """Replace `threads = 0` by the physical cores (at most `MAX_AUTO_THREADS`).
+    """Replace `threads = 0` by the physical cores (at most `MAX_AUTO_THREADS`), shared by a machine's processes.
 
     Args:
         loaded: a valid recipe.
@@ -23,7 +24,8 @@ def resolve_recipe(loaded: LoadedRecipe, *, threads: int | None = None) -> Loade
     """
     if loaded.recipe.threads:
         return loaded
-    chosen = threads or min(physical_cores(), MAX_AUTO_THREADS)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    chosen = threads or max(1, min(physical_cores(), MAX_AUTO_THREADS) // processes)
     return replace(
         loaded,
         recipe=loaded.recipe.model_copy(update={"threads": chosen}),

@@ -109,6 +109,10 @@ def place_experts(experts: Experts, meshes: Meshes) -> None:
             else:
                 num_local = experts.gate_up_proj.shape[0]
                 out_ND = _run_shared_out(inner, group, num_local, x_ND, expert_ids_NA, weights_NA)
-        return out_ND if tensor is None else sum_over_ranks(out_ND, tensor)
+        if tensor is None:
+            return out_ND
+        out_ND = sum_over_ranks(out_ND, tensor)
+        # FSDP hangs its hooks on what the module returns, and warns of a view.
+        return out_ND if group is None else out_ND.clone()
 
     experts.forward = forward  # type: ignore[method-assign]

@@ -13,10 +13,12 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from tafkir.errors import CheckpointError
@@ -69,7 +71,7 @@ def save_sharded(
         header["average_updates"] = average.num_updates
     stored = {name: _to_stored(value, _order_of(name, orders)) for name, value in tensors.items()}
     with guard_disk(folder):
-        dcp.save(stored, storage_writer=dcp.FileSystemWriter(staging, sync_files=True))
+        save(stored, storage_writer=FileSystemWriter(staging, sync_files=True))
         if main:
             write_json(staging / _HEADER, header)
             shutil.rmtree(path, ignore_errors=True)
@@ -101,11 +103,11 @@ def load_sharded(
     alone = not dist.is_initialized()
     try:
         header: dict[str, Any] = read_json(path / _HEADER)
-        names = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        names = FileSystemReader(path).read_metadata().state_dict_metadata
         targets = _targets(decoder, optimizers, average, names, header)
         # What lies in another order in memory is read beside it; the rest is read in place.
         stored = {name: torch.empty_like(t) if _order_of(name, orders) else t.detach() for name, t in targets.items()}
-        dcp.load(stored, storage_reader=dcp.FileSystemReader(path), no_dist=alone)
+        load(stored, storage_reader=FileSystemReader(path), no_dist=alone)
     except (OSError, CheckpointException, RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"cannot read the training state ({' '.join(str(error).split())[:200]})", where=str(path), fix=_REDO
@@ -195,7 +197,7 @@ def _to_stored(value: Tensor, order: Order | None) -> Tensor:
 def _reorder(value: DTensor, order: Order, change: Callable[[Tensor], Tensor]) -> DTensor:
     """Change the order of entries along a sharded dim: the ranks that split it see all of it for a moment."""
     whole = [Replicate() if isinstance(p, Shard) and p.dim == order.dim else p for p in value.placements]
-    opened = value.detach().redistribute(placements=whole)
+    opened = cast(DTensor, value.detach()).redistribute(placements=whole)
     changed = DTensor.from_local(
         change(opened.to_local()), value.device_mesh, whole, run_check=False, shape=value.shape, stride=value.stride()
     )

@@ -56,13 +56,13 @@ def place_parameter(module: nn.Module, name: str, mesh: DeviceMesh, placements: 
 def copy_to_ranks(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """The same tensor; its gradient is the sum of what the ranks' parts send back."""
     whole = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
-    return cast(Tensor, whole.to_local(grad_placements=[Partial()]))
+    return whole.to_local(grad_placements=[Partial()])
 
 
 def sum_over_ranks(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """The sum of the ranks' parts; each part gets the sum's gradient."""
     parts = DTensor.from_local(x, mesh, [Partial()], run_check=False)
-    return cast(Tensor, parts.redistribute(placements=[Replicate()]).to_local())
+    return parts.redistribute(placements=[Replicate()]).to_local()
 
 
 class _SplitRows(ParallelStyle):
@@ -75,7 +75,7 @@ class _SplitRows(ParallelStyle):
             return (DTensor.from_local(inputs[0], device_mesh, [Replicate()], run_check=False), *inputs[1:])
 
         def leave(_: nn.Module, __: Any, output: DTensor) -> Tensor:
-            return cast(Tensor, output.to_local())
+            return output.to_local()
 
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave)
@@ -92,7 +92,7 @@ class _SplitColumns(ParallelStyle):
             return (DTensor.from_local(inputs[0], device_mesh, [Shard(-1)], run_check=False), *inputs[1:])
 
         def leave(_: nn.Module, __: Any, output: DTensor) -> Tensor:
-            return cast(Tensor, output.redistribute(placements=[Replicate()]).to_local())
+            return output.redistribute(placements=[Replicate()]).to_local()
 
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave)

@@ -8,6 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from tafkir.errors import TrainingError
 from tafkir.ops.device import choose_device, collective_backend
@@ -23,7 +24,11 @@ def join_world(device: str) -> torch.device:
     """Join the default process group, once per process; returns this process's device."""
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
-        dist.init_process_group(collective_backend(chosen))
+        store, rank, world = next(rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # On one machine, torchrun's default rendezvous keeps its store over restarts, dead addresses included.
+            store = dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        dist.init_process_group(collective_backend(chosen), store=store, rank=rank, world_size=world)
     return chosen
 
 
