@@ -17,7 +17,7 @@ from tafkir.checkpoint.manifest import MANIFEST_NAME, Manifest
 from tafkir.checkpoint.read import WeightFiles, fp8_block_size, open_weights, read_json
 from tafkir.errors import CheckpointError
 from tafkir.models.decoder import Decoder
-from tafkir.models.hf import architecture_of, config_from_hf, read_hf_tensors
+from tafkir.models.hf import architecture_of, config_from_hf, drop_absent_mtp, read_hf_tensors
 from tafkir.models.router import Router
 from tafkir.recipe.bundled import find_checkpoint as resolve_checkpoint
 from tafkir.recipe.model import ModelConfig
@@ -39,7 +39,7 @@ class Checkpoint:
 
     Attributes:
         path: the folder.
-        config: the decoder's shape.
+        config: the decoder's shape; without multi-token-prediction layers where the files hold none of them.
         decoder: on the CPU, in the dtype asked for.
         tokenizer_path: the folder, where it holds a tokenizer.json; else None.
         manifest: None for a folder that Tafkir did not write.
@@ -83,6 +83,7 @@ def load_checkpoint(name: Path | str, *, dtype: torch.dtype = torch.float32, ver
     manifest = read_manifest(path)
     block_size = fp8_block_size(hf_config, where)
     with open_weights(path, block_size=block_size, manifest=manifest, verify_hashes=verify_hashes) as files:
+        config = drop_absent_mtp(config, files.names)
         decoder = empty_decoder(config, dtype)
         table = architecture_of(hf_config, where)
         try:
