@@ -27,7 +27,8 @@ def join_world(device: str) -> torch.device:
         store, rank, world = next(rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             # On one machine, torchrun's default rendezvous keeps its store over restarts, dead addresses included.
-            store = dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+            attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+            store = dist.PrefixStore(f"attempt-{attempt}", store)  # type: ignore[attr-defined]  # public all the same
         dist.init_process_group(collective_backend(chosen), store=store, rank=rank, world_size=world)
     return chosen
 
