@@ -120,6 +120,16 @@ def router_metrics(loads: list[Tensor]) -> dict[str, Metric]:
     return metrics
 
 
+def _timings_row(output: StepOutput, step_s: float, cpu_s: float) -> dict[str, float]:
+    return {
+        "time/step_s": step_s,
+        "time/cpu_s": cpu_s,
+        "time/tokens_per_s": output.tokens / step_s,
+        "memory/peak_rss_bytes": peak_rss_bytes(),
+        **output.timings,
+    }
+
+
 def fit(
     trainer: Trainer,
     stage: StageDir,
@@ -168,16 +178,7 @@ def fit(
             step_s = time.perf_counter() - step_began
             if row and ranks.is_main:
                 metrics.write(done, row)
-                timings.write(
-                    done,
-                    {
-                        "time/step_s": step_s,
-                        "time/cpu_s": time.process_time() - step_cpu,
-                        "time/tokens_per_s": output.tokens / step_s,
-                        "memory/peak_rss_bytes": peak_rss_bytes(),
-                        **output.timings,
-                    },
-                )
+                timings.write(done, _timings_row(output, step_s, time.process_time() - step_cpu))
             progress.update(done, tokens=output.tokens, **output.shown)
             # Before the state: a kill in between repeats these steps, and so what is kept of them.
             if keep and config.checkpoint_every and done % config.checkpoint_every == 0:
