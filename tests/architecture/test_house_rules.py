@@ -127,9 +127,10 @@ def test_every_recipe_key_does_something(key: str, attributes_read: set[str]) ->
     through_a_property = {
         "rotary_dim": "rotary_size",
         "partial_rotary_factor": "rotary_size",
-        "first_k_dense_replace": "is_moe_layer",
-        "decoder_sparse_step": "is_moe_layer",
-        "mlp_only_layers": "is_moe_layer",
+        "attention_type": "layer_specs",
+        "first_k_dense_replace": "layer_specs",
+        "decoder_sparse_step": "layer_specs",
+        "mlp_only_layers": "layer_specs",
     }
     name = key.rpartition(".")[2]
     assert name in by_type or through_a_property.get(name, name) in attributes_read
