@@ -22,7 +22,7 @@ from tafkir.plan.params import block_matrices, describe_layers, summarize_model,
 from tafkir.recipe.bundled import bundled_checkpoints
 from tafkir.recipe.model import ModelConfig
 from tafkir.recipe.presets import list_presets, load_preset
-from tests.conftest import Cli
+from tests.conftest import ROOT, Cli
 
 PUBLISHED = {
     # billions in all, per token, per token without embeddings; bfloat16 cache per token; blocks
@@ -247,6 +247,12 @@ def test_the_help_teaches(here: Cli) -> None:
     text = here("model", "show", "--help").stdout
     for word in ("tafkir model show ring-flash-2.0", "active", "KV cache", "prefill", "nvfp4"):
         assert word in text
+
+
+def test_the_table_in_the_docs_is_up_to_date(cli_env: dict[str, str]) -> None:
+    command = [sys.executable, str(ROOT / "tools" / "write_models.py"), "--check"]
+    done = subprocess.run(command, env=cli_env, check=False)
+    assert done.returncode == 0, "run `PYTHONPATH=src python tools/write_models.py` and commit docs/models.md"
 
 
 def test_every_preset_has_a_summary() -> None:
