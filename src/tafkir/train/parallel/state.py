@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +22,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from tafkir.errors import CheckpointError
+from tafkir.errors import CheckpointError, RunDirError
 from tafkir.models.decoder import Decoder
 from tafkir.runlog.atomic import fsync_dir, guard_disk, read_json, write_json
 from tafkir.train.ema import WeightAverage
@@ -107,8 +108,11 @@ def load_sharded(
         targets = _targets(decoder, optimizers, average, names, header)
         # What lies in another order in memory is read beside it; the rest is read in place.
         stored = {name: torch.empty_like(t) if _order_of(name, orders) else t.detach() for name, t in targets.items()}
-        load(stored, storage_reader=FileSystemReader(path), no_dist=alone)
-    except (OSError, CheckpointException, RuntimeError, ValueError, KeyError) as error:
+        with warnings.catch_warnings():
+            # torch says that it loads in a single process, as it was asked to.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            load(stored, storage_reader=FileSystemReader(path), no_dist=alone)
+    except (OSError, RunDirError, CheckpointException, RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"cannot read the training state ({' '.join(str(error).split())[:200]})", where=str(path), fix=_REDO
         ) from error
