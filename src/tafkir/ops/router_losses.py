@@ -75,7 +75,7 @@ def router_z_loss_reference(logits_NE: Tensor) -> Tensor:
 
 
 def router_z_loss(logits_NE: Tensor) -> Tensor:
-    """Sum over tokens of (log sum_j exp x_j)^2 (ST-MoE, arXiv 2202.08906, equation 5), without the factor.
+    """Sum over tokens of (log sum_j exp x_j)^2 (ST-MoE, arXiv 2202.08906), without the factor.
 
     Args:
         logits_NE: the router's outputs before sigmoid or softmax, float32.

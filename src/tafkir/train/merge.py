@@ -29,7 +29,7 @@ def decay_weights(shape: DecayShape, num_updates: int) -> list[float]:
 
 
 def merge_coefficients(weights: Sequence[float]) -> list[float]:
-    """c_0 ... c_k, which sum to one, for the decay weights w_1 ... w_k (arXiv 2507.17634, theorem 3.1).
+    """c_0 ... c_k, which sum to one, for the decay weights w_1 ... w_k (arXiv 2507.17634).
 
     With theta_j = theta_{j-1} - g_j, the merge sum_j c_j theta_j is theta_0 - sum_i w_i g_i: the weights that the
     same updates would give with the learning rate decayed by w. c_k = w_k, c_j = w_j - w_{j+1}, c_0 = 1 - w_1. A
