@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -278,3 +280,27 @@ def test_a_shard_may_be_as_small_as_one_tensor(tmp_path: Path) -> None:
     manifest = save_checkpoint(tmp_path / "model", decoder, max_shard_bytes=1)
     assert len(shards_of(tmp_path / "model")) == len(manifest.tensors)
     assert torch.equal(load_checkpoint(tmp_path / "model").decoder.head_weight, decoder.head_weight)
+
+
+@pytest.mark.parametrize("after", [0, 5, 20])
+def test_a_kill_while_shards_are_written_leaves_the_old_ones(folder: Path, after: int) -> None:
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    decoder = build_decoder(CONFIG, seed=1)
+    pid = os.fork()
+    if pid == 0:
+        calls, pwrite = iter(range(after)), os.pwrite
+
+        def die_after(*args: Any) -> int:
+            if next(calls, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return pwrite(*args)
+
+        os.pwrite = die_after
+        save_checkpoint(folder, decoder, max_shard_bytes=8000)
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    # What the kill left under another name does not stand in the way of the next save, and goes with it.
+    save_checkpoint(folder, decoder, max_shard_bytes=8000)
+    assert torch.equal(load_checkpoint(folder).decoder.head_weight, decoder.head_weight)
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
