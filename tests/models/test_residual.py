@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
 
@@ -9,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tafkir.errors import BackendUnavailable
 from tafkir.models.attention import VarlenCausal
 from tafkir.models.build import build_decoder
 from tafkir.models.decoder import Decoder
 from tafkir.models.residual import (
+    TORCH_KERNELS,
     DeepseekV4Connection,
     ManifoldConnection,
     PlainResidual,
@@ -20,7 +23,9 @@ from tafkir.models.residual import (
     composed_gains,
     observe_res_maps,
     single_gains,
+    use_kernels,
 )
+from tafkir.ops.hyper_connections import write_streams
 from tafkir.ops.loss import next_token_loss
 from tafkir.recipe.model import ModelConfig
 from tafkir.recipe.residual import ResidualConfig
@@ -266,6 +271,28 @@ def test_mhc_bounds_the_composed_gain_and_hc_does_not() -> None:
     assert gains["hc"].forward[0] > 10
     assert max(gains["mhc"].forward + gains["mhc"].backward) < 1.6
     assert min(gains["mhc"].attenuation) > 0.5
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is not None, reason="triton is installed here")
+def test_triton_that_is_not_installed_is_an_error() -> None:
+    with pytest.raises(BackendUnavailable, match="the triton package is not installed"):
+        use_kernels(build_decoder(config_of(kind="mhc"), 0), "triton")
+
+
+def test_kernels_reach_every_sublayer_and_can_be_taken_back() -> None:
+    decoder = build_decoder(config_of(kind="mhc"), 0)
+    seen: list[int] = []
+
+    def write(x: Tensor, y: Tensor, post: Tensor, res: Tensor) -> Tensor:
+        seen.append(1)
+        return write_streams(x, y, post, res)
+
+    expected, _ = run(decoder)
+    use_kernels(decoder, TORCH_KERNELS._replace(write_streams=write))
+    assert torch.equal(run(decoder)[0], expected) and len(seen) == 6
+    use_kernels(decoder, "torch")
+    run(decoder)
+    assert len(seen) == 6
 
 
 def test_observing_ends_with_its_block() -> None:

@@ -9,14 +9,16 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from tafkir.errors import BackendUnavailable
 from tafkir.models.recompute import Recorder
 from tafkir.ops.hyper_connections import (
     Maps,
+    Reading,
     deepseek_v4_exit,
     deepseek_v4_res,
     gated_maps,
@@ -30,10 +32,12 @@ from tafkir.recipe.model import ModelConfig
 from tafkir.recipe.residual import ResidualConfig
 
 __all__ = [
+    "TORCH_KERNELS",
     "DeepseekV4Connection",
     "DeepseekV4Ends",
     "Gains",
     "HyperConnection",
+    "Kernels",
     "ManifoldConnection",
     "PlainResidual",
     "ResidualStream",
@@ -42,6 +46,7 @@ __all__ = [
     "composed_gains",
     "observe_res_maps",
     "single_gains",
+    "use_kernels",
 ]
 
 
@@ -170,6 +175,17 @@ def _share_bias(num_streams: int) -> float:
     return -math.log(num_streams - 1) if num_streams > 1 else 20.0
 
 
+class Kernels(NamedTuple):
+    """The ops that meet whole streams; every set has the same signatures and numbers."""
+
+    project_and_read: Callable[[Tensor, Tensor, Tensor, Tensor, float, float], Reading]
+    write_streams: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    sinkhorn: Callable[[Tensor, int], Tensor]
+
+
+TORCH_KERNELS = Kernels(project_and_read, write_streams, sinkhorn)
+
+
 class _Connection(_Float32Module):
     """What the three kinds of n streams share: the maps' parameters, and the writing.
 
@@ -187,6 +203,7 @@ class _Connection(_Float32Module):
         self.bias = nn.Parameter(torch.empty(num * num + 2 * num))
         self.alpha = nn.Parameter(torch.empty(3))
         self.observer: Callable[[Tensor], None] | None = None
+        self.kernels = TORCH_KERNELS
 
     def _read(self, x_NnD: Tensor) -> tuple[Tensor, _Context]:
         raise NotImplementedError
@@ -200,7 +217,8 @@ class _Connection(_Float32Module):
     def write(self, state: StreamState, ctx: _Context, y_ND: Tensor) -> StreamState:
         if state.recorder is not None:
             state.recorder.end_sublayer(ctx.maps, y_ND)
-        return StreamState(write_streams(ctx.x_NnD, y_ND, ctx.maps.post_Nn, ctx.maps.res_Nij), state.recorder)
+        x_NnD = self.kernels.write_streams(ctx.x_NnD, y_ND, ctx.maps.post_Nn, ctx.maps.res_Nij)
+        return StreamState(x_NnD, state.recorder)
 
     def saving(self, state: StreamState) -> AbstractContextManager[None]:
         return nullcontext() if state.recorder is None else state.recorder.sublayer(state.x_NnD)
@@ -256,9 +274,9 @@ class ManifoldConnection(_Connection):
 
     def _read(self, x_NnD: Tensor) -> tuple[Tensor, _Context]:
         num, config = self.config.num_streams, self.config
-        got = project_and_read(x_NnD, self.phi, self.bias[:num], self.alpha[0], config.eps, 0.0)
+        got = self.kernels.project_and_read(x_NnD, self.phi, self.bias[:num], self.alpha[0], config.eps, 0.0)
         raw = gated_maps(got.z_NM, self.bias, self.alpha, num)
-        res_Nij = sinkhorn(raw.res_Nij, config.sinkhorn_iters)
+        res_Nij = self.kernels.sinkhorn(raw.res_Nij, config.sinkhorn_iters)
         return got.u_ND, _Context(got.x_NnD, Maps(got.pre_Nn, 2 * torch.sigmoid(raw.post_Nn), res_Nij))
 
 
@@ -276,7 +294,8 @@ class DeepseekV4Connection(_Connection):
 
     def _read(self, x_NnD: Tensor) -> tuple[Tensor, _Context]:
         num, eps = self.config.num_streams, self.config.eps
-        got = project_and_read(x_NnD, self.phi, self.bias[:num], self.alpha[0], self.norm_eps, eps)
+        read = self.kernels.project_and_read
+        got = read(x_NnD, self.phi, self.bias[:num], self.alpha[0], self.norm_eps, eps)
         raw = gated_maps(got.z_NM, self.bias, self.alpha, num)
         res_Nij = deepseek_v4_res(raw.res_Nij, self.config.sinkhorn_iters, eps)
         return got.u_ND, _Context(got.x_NnD, Maps(got.pre_Nn, 2 * torch.sigmoid(raw.post_Nn), res_Nij))
@@ -297,6 +316,27 @@ def build_residual(config: ModelConfig, sublayer_idx: int | None = None) -> Resi
     if residual.kind == "mhc":
         return ManifoldConnection(residual, hidden)
     return DeepseekV4Connection(residual, hidden, config.rms_norm_eps)
+
+
+def use_kernels(decoder: nn.Module, kernels: Literal["torch", "triton"] | Kernels) -> None:
+    """Choose what mixes the streams of every sublayer; a fresh decoder uses torch.
+
+    Recomputing in blocks always uses torch, so with other kernels it is exact up to their rounding only.
+
+    Raises:
+        BackendUnavailable: Triton is not installed.
+    """
+    if kernels == "triton":
+        try:
+            from tafkir.ops.triton import stream_mixing as triton
+        except ModuleNotFoundError as error:
+            raise BackendUnavailable(
+                "the triton package is not installed", where="use_kernels", fix="pip install triton, or use torch"
+            ) from error
+        kernels = Kernels(triton.project_and_read, triton.write_streams, triton.sinkhorn)
+    for module in decoder.modules():
+        if isinstance(module, _Connection):
+            module.kernels = TORCH_KERNELS if isinstance(kernels, str) else kernels
 
 
 @contextmanager
