@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +18,6 @@ from tafkir.models.residual import build_residual
 from tafkir.models.router import Router
 from tafkir.ops.rope import rope_table
 from tafkir.recipe.model import ModelConfig
-
-if TYPE_CHECKING:
-    from tafkir.models.decoder import DecoderLayer
 
 __all__ = ["MtpLayer", "MtpOutput", "MultiTokenPredictor", "ShiftedBatch", "shift_documents"]
 
@@ -105,7 +101,7 @@ class MtpOutput:
 class MtpLayer(nn.Module):
     """h' = M [RMSNorm(Emb(t_{i+k})); RMSNorm(h)], then one decoder block and a norm of its own (equations 21, 22)."""
 
-    def __init__(self, config: ModelConfig, block: DecoderLayer) -> None:
+    def __init__(self, config: ModelConfig, block: nn.Module) -> None:
         super().__init__()
         assert config.mtp is not None
         self.hidden_first = config.mtp.concat_order == "hidden_first"
@@ -138,10 +134,10 @@ class MultiTokenPredictor(nn.Module):
 
     Args:
         config: with `mtp` set.
-        blocks: one decoder block per depth.
+        blocks: one `DecoderLayer` per depth, given from outside: the decoder holds this module, not the other way.
     """
 
-    def __init__(self, config: ModelConfig, blocks: Iterable[DecoderLayer]) -> None:
+    def __init__(self, config: ModelConfig, blocks: Iterable[nn.Module]) -> None:
         super().__init__()
         assert config.mtp is not None
         self.config = config
