@@ -65,5 +65,7 @@ def test_a_chat_checkpoint_without_mtp_gets_one_and_keeps_every_other_byte(tmp_p
     assert all(name.startswith(layer) for name in added)
     assert {f"{layer}{name}.weight" for name in ("enorm", "hnorm", "eh_proj", "final_layernorm")} <= added
 
-    with pytest.raises(CheckpointError, match=r"mtp="):
+    with pytest.raises(CheckpointError, match=r"mtp=None \(recipe: \{'depth': 1"):
+        run(tmp_path / "rl", *from_base, "sft=", "rlvr.steps=1", "model.mtp.depth=1")
+    with pytest.raises(CheckpointError, match=r"mtp=\{'depth': 1.*\(recipe: None\)"):
         run(tmp_path / "other", sums, f"base={json.dumps(str(stage.checkpoint_dir))}", "tokenizer=", "pretrain=")

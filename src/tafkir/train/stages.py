@@ -25,7 +25,7 @@ from tafkir.data.packing import Document
 from tafkir.data.stories import make_story
 from tafkir.data.tokenizer import Tokenizer
 from tafkir.errors import CheckpointError, RecipeError
-from tafkir.models.build import add_mtp, build_decoder
+from tafkir.models.build import add_mtp, build_decoder, stretch_context
 from tafkir.models.decoder import Decoder
 from tafkir.recipe.model import ModelConfig
 from tafkir.recipe.schema import PretrainConfig, SftConfig, TrainTable
@@ -149,10 +149,11 @@ def _start(ctx: StageContext) -> tuple[Corpus, Decoder, Tokenizer]:
         return corpus, build_decoder(ctx.recipe.model, derive_seed(ctx.seed, "weights")), tokenizer
     wanted = ctx.recipe.model
     found = load_config(ctx.previous)
-    _check_shape(found, wanted if found.mtp else wanted.model_copy(update={"mtp": None}), ctx.previous)
+    # Chat models are published without these layers; reinforcement learning, which does not train them, adds none.
+    adds_mtp = wanted.mtp is not None and found.mtp is None and ctx.stage.kind != "rlvr"
+    _check_shape(found, wanted.model_copy(update={"mtp": None}) if adds_mtp else wanted, ctx.previous)
     decoder = load_checkpoint(ctx.previous).decoder
-    if wanted.mtp is not None and found.mtp is None:
-        # Chat models are published without these layers.
+    if adds_mtp and wanted.mtp is not None:
         add_mtp(decoder, wanted.mtp, derive_seed(ctx.seed, "mtp"))
     return corpus, decoder, tokenizer
 
