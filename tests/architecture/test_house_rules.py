@@ -131,6 +131,9 @@ def test_every_recipe_key_does_something(key: str, attributes_read: set[str]) ->
         "first_k_dense_replace": "layer_specs",
         "decoder_sparse_step": "layer_specs",
         "mlp_only_layers": "layer_specs",
+        "data_parallel": "data_shards",
+        "expert_parallel": "expert",
+        "tensor_parallel": "tensor",
     }
     name = key.rpartition(".")[2]
     assert name in by_type or through_a_property.get(name, name) in attributes_read

@@ -26,6 +26,7 @@ def write(weights: dict[str, torch.Tensor], folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.slow
 def test_a_state_of_four_resumes_on_two_on_one_and_on_four_again(tmp_path: Path) -> None:
     run = tmp_path / "run"
     wanted = train(tmp_path / "alone", {}, EVERY)

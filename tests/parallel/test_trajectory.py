@@ -38,13 +38,13 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"data_parallel": 2},
-        {"expert_parallel": 2},
+        pytest.param({"data_parallel": 2}, marks=pytest.mark.slow),
+        pytest.param({"expert_parallel": 2}, marks=pytest.mark.slow),
         {"tensor_parallel": 2},
-        {"data_parallel": 4},
+        pytest.param({"data_parallel": 4}, marks=pytest.mark.slow),
         {"data_parallel": 2, "expert_parallel": 2},
-        {"data_parallel": 2, "tensor_parallel": 2},
-        {"expert_parallel": 2, "tensor_parallel": 2},
+        pytest.param({"data_parallel": 2, "tensor_parallel": 2}, marks=pytest.mark.slow),
+        pytest.param({"expert_parallel": 2, "tensor_parallel": 2}, marks=pytest.mark.slow),
     ],
     ids=lambda sizes: "-".join(f"{name.split('_')[0]}{size}" for name, size in sizes.items()),
 )
