@@ -72,6 +72,17 @@ def test_without_phi_the_fresh_model_is_the_plain_one(kind: str, tol: float, str
         torch.testing.assert_close(grads[name], grad, rtol=0, atol=tol)
 
 
+def test_streams_may_start_apart_and_the_fresh_model_stays_the_plain_one() -> None:
+    plain, _ = run(build_decoder(DENSE, 0))
+    decoder = build_decoder(config_of(kind="mhc", phi_std=0.0, res_diagonal=3.0), 0)
+    with observe_res_maps(decoder) as res_maps:
+        hidden, _ = run(decoder)
+    torch.testing.assert_close(hidden, plain, rtol=0, atol=1e-5)
+    kept = math.exp(3) / (math.exp(3) + 3)
+    for res in res_maps:
+        torch.testing.assert_close(res.diagonal(dim1=-2, dim2=-1), torch.full((48, 4), kept))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_phi_the_fresh_model_is_near_the_plain_one(kind: str) -> None:
     plain, _ = run(build_decoder(DENSE, 0))

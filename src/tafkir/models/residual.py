@@ -235,7 +235,7 @@ class _Connection(_Float32Module):
         """Fill the three parts such that equal streams meet the plain residual."""
         pre_n.fill_(_share_bias(self.config.num_streams))
         post_n.zero_()
-        res_nn.zero_()
+        res_nn.copy_((self.config.res_diagonal * torch.eye(self.config.num_streams)).flatten())
 
 
 class HyperConnection(_Connection):
@@ -265,7 +265,8 @@ class ManifoldConnection(_Connection):
 
     `phi` is [M, n D]. Fresh maps: b_pre = -ln(n - 1) and b_post = 0 make a sublayer read the mean of the streams and
     add its output to each, so equal streams stay the plain residual under any doubly stochastic H_res; phi, not zero,
-    tells the streams apart (with phi = 0 they would get equal gradients for ever).
+    tells the streams apart (with phi = 0 they would get equal gradients for ever). `res_diagonal` says how far H_res
+    starts from the average of all streams towards the identity.
     """
 
     def __init__(self, config: ResidualConfig, hidden_size: int) -> None:

@@ -21,6 +21,9 @@ class ResidualConfig(BaseModel):
     sinkhorn_iters: int = Field(20, ge=1, description="Sinkhorn iterations t_max of mHC.")
     alpha_init: float = Field(0.01, ge=0, description="Fresh gates on the input-dependent part of the maps.")
     phi_std: float = Field(0.02, ge=0, description="Standard deviation of the maps' fresh weights; zero never mixes.")
+    res_diagonal: float = Field(
+        0.0, description="Fresh logits on the diagonal of mHC's H_res: 0 averages the streams, more keeps them apart."
+    )
     eps: float = Field(1e-6, gt=0, description="Epsilon of the maps' RMSNorm; in DeepSeek-V4's form, of the maps.")
     recompute: bool = Field(False, description="Keep the streams of one sublayer in a few and recompute the others.")
 
