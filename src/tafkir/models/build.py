@@ -1,4 +1,4 @@
-"""From a config to a decoder with fresh weights."""
+"""From a config to a decoder with fresh weights, and what a finished decoder can be given later."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 
 from tafkir.models.decoder import Decoder, build_mtp
 from tafkir.models.init import init_weights
-from tafkir.recipe.model import ModelConfig, MtpConfig
+from tafkir.recipe.model import ModelConfig, MtpConfig, YarnConfig
 
-__all__ = ["add_mtp", "build_decoder"]
+__all__ = ["add_mtp", "build_decoder", "stretch_context"]
 
 
 def build_decoder(config: ModelConfig, seed: int) -> Decoder:
@@ -33,3 +33,17 @@ def add_mtp(decoder: Decoder, shape: MtpConfig, seed: int) -> None:
     for router, bias in biases:
         if bias is not None:
             router.expert_bias = bias.to(table.device)
+
+
+def stretch_context(decoder: Decoder, scaling: YarnConfig, max_position_embeddings: int) -> Decoder:
+    """A decoder of the same weights, shared and not copied, whose positions turn as YaRN says.
+
+    Args:
+        scaling: its `original_max_position_embeddings` is the context that the weights were trained on.
+        max_position_embeddings: the longest context from now on.
+    """
+    changes = {"rope_scaling": scaling, "max_position_embeddings": max_position_embeddings}
+    with torch.device("meta"):
+        stretched = Decoder(decoder.config.model_copy(update=changes))
+    stretched.load_state_dict(decoder.state_dict(keep_vars=True), assign=True)
+    return stretched

@@ -151,8 +151,13 @@ def _start(ctx: StageContext) -> tuple[Corpus, Decoder, Tokenizer]:
     found = load_config(ctx.previous)
     # Chat models are published without these layers; reinforcement learning, which does not train them, adds none.
     adds_mtp = wanted.mtp is not None and found.mtp is None and ctx.stage.kind != "rlvr"
-    _check_shape(found, wanted.model_copy(update={"mtp": None}) if adds_mtp else wanted, ctx.previous)
+    # A context is stretched once; a stretched checkpoint says itself that it is.
+    scaling = wanted.rope_scaling if found.rope_scaling is None else None
+    given = ({"mtp": None} if adds_mtp else {}) | ({"rope_scaling": None} if scaling else {})
+    _check_shape(found, wanted.model_copy(update=given), ctx.previous)
     decoder = load_checkpoint(ctx.previous).decoder
+    if scaling is not None:
+        decoder = stretch_context(decoder, scaling, wanted.max_position_embeddings)
     if adds_mtp and wanted.mtp is not None:
         add_mtp(decoder, wanted.mtp, derive_seed(ctx.seed, "mtp"))
     return corpus, decoder, tokenizer
