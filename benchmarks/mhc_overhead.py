@@ -18,11 +18,9 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -33,7 +31,7 @@ from tafkir.models.attention import VarlenCausal
 from tafkir.models.build import build_decoder
 from tafkir.ops import hyper_connections as hc
 from tafkir.ops.loss import next_token_loss
-from tafkir.ops.sinkhorn import sinkhorn_reference
+from tafkir.ops.sinkhorn import sinkhorn, sinkhorn_reference
 from tafkir.recipe.model import ModelConfig
 from tafkir.recipe.residual import ResidualConfig
 
@@ -72,22 +70,19 @@ def stacked_write(x: Tensor, y: Tensor, post: Tensor, res: Tensor) -> Tensor:
     return torch.stack(rows, 1)
 
 
-@contextmanager
-def mixing(version: str) -> Iterator[None]:
-    """Lets the decoder mix its streams in the way that `version` names."""
-    kernels: dict[str, Callable[..., Any]] = {}
+def kernels_of(version: str) -> residual.Kernels:
+    """The ops by which the decoder mixes its streams in the version of that name."""
     if version == "reference":
-        kernels = {"project_and_read": reference_read, "write_streams": hc.write_streams_reference}
-        kernels["sinkhorn"] = sinkhorn_reference
-    elif version == "compiled":
-        kernels = {"project_and_read": torch.compile(reference_read), "write_streams": torch.compile(stacked_write)}
-    with mock.patch.multiple(residual, **kernels) if kernels else mock.patch.object(residual, "mixing", 0, create=True):
-        yield
+        return residual.Kernels(reference_read, hc.write_streams_reference, sinkhorn_reference)
+    if version == "compiled":
+        return residual.Kernels(torch.compile(reference_read), torch.compile(stacked_write), sinkhorn)
+    return residual.TORCH_KERNELS
 
 
-def build_step(config: ModelConfig, tokens: int, device: torch.device) -> Callable[[], float]:
+def build_step(config: ModelConfig, version: str, tokens: int, device: torch.device) -> Callable[[], float]:
     """A training step on documents of 128 tokens."""
     decoder = build_decoder(config, seed=0).to(device)
+    residual.use_kernels(decoder, kernels_of(version))
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-3, fused=True)
     ids = torch.randint(0, config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(0)).to(device)
     positions = torch.arange(tokens, device=device) % 128
@@ -133,7 +128,8 @@ def mixing_bytes(version: str, hidden: int, tokens: int = 256) -> float:
     x = torch.randn(tokens, STREAMS, hidden, requires_grad=True)
     y = torch.randn(tokens, hidden, requires_grad=True)
     state = residual.StreamState(x, None)
-    with mixing(version), CountBytes() as count:
+    residual.use_kernels(connection, kernels_of(version))
+    with CountBytes() as count:
         u, ctx = connection.read(state)
         out = connection.write(state, ctx, y).x_NnD
         torch.autograd.backward([u, out], [torch.ones_like(u), torch.ones_like(out)])
@@ -161,15 +157,14 @@ def measure(step: Callable[[], float], device: torch.device) -> float:
 def compare(hidden: int, args: argparse.Namespace) -> dict[str, Any]:
     """Plain against every version, in turn."""
     device = torch.device(args.device)
-    steps = {"plain": build_step(config_of(hidden, args.layers, ResidualConfig()), args.tokens, device)}
+    steps = {"plain": build_step(config_of(hidden, args.layers, ResidualConfig()), "plain", args.tokens, device)}
     for version in args.versions:
         config = ResidualConfig(kind="mhc", num_streams=STREAMS, recompute=version == "recompute")
-        steps[version] = build_step(config_of(hidden, args.layers, config), args.tokens, device)
+        steps[version] = build_step(config_of(hidden, args.layers, config), version, args.tokens, device)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(args.repeats + 1):
         for name, step in steps.items():
-            with mixing(name):
-                taken = measure(step, device)
+            taken = measure(step, device)
             if repeat:
                 seconds[name].append(taken)
     row: dict[str, Any] = {"hidden_size": hidden, "plain_step_s": statistics.median(seconds["plain"]), "versions": {}}
