@@ -9,9 +9,9 @@ from typing import Any, Literal
 FinishReason = Literal["stop", "length", "cancelled"]
 Outcome = Literal["correct", "wrong", "no_answer", "length", "error"]
 Split = Literal["train", "validation", "test"]
-StageName = Literal["tokenizer", "pretrain", "sft", "rlvr", "eval", "report"]
+StageName = Literal["tokenizer", "pretrain", "sft", "rlvr", "eval", "lab", "report"]
 
-STAGES: tuple[StageName, ...] = ("tokenizer", "pretrain", "sft", "rlvr", "eval", "report")
+STAGES: tuple[StageName, ...] = ("tokenizer", "pretrain", "sft", "rlvr", "eval", "lab", "report")
 
 
 @dataclass(frozen=True, slots=True)

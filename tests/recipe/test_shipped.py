@@ -26,6 +26,7 @@ TWO_STEPS = {
         "rlvr.micro_batches=1",
         "rlvr.max_completion_tokens=8",
     ),
+    "lab": ("lab.steps=2", "lab.depths=[1,2]", "lab.batch_sequences=2", "lab.validation_sequences=4"),
     "eval": ("eval.max_problems=2", "eval.samples=1", "eval.max_tokens=8"),
 }
 
@@ -74,5 +75,8 @@ def test_a_shipped_recipe_runs_for_two_steps(name: str, base: Path, tmp_path: Pa
             result = run.stage(kind).read_result()
             assert result is not None and result["steps"] == 2
             assert (run.stage(kind).checkpoint_dir / "model.safetensors").exists()
+    if recipe.lab:
+        result = run.stage("lab").read_result()
+        assert result is not None and [variant["steps"] for variant in result["variants"]] == [2] * 6
     if recipe.report:
         assert run.report_html.stat().st_size > 1000

@@ -24,7 +24,8 @@ def test_stages_are_numbered_by_their_place(tmp_path: Path) -> None:
         "03-sft",
         "04-rlvr",
         "05-eval",
-        "06-report",
+        "06-lab",
+        "07-report",
     ]
     assert not run.path.exists()
 

@@ -34,6 +34,8 @@ _logger = logging.getLogger(__name__)
 # What a stage was started on, written before it runs; its result repeats the fingerprint.
 _INPUTS = "inputs.json"
 _FORCED = "forced.json"
+# Stages that look at what is there and leave no weights.
+_WITHOUT_CHECKPOINT: tuple[StageName, ...] = ("eval", "lab", "report")
 # What all processes of torchrun do together; the other stages are rank 0's.
 _SHARED: tuple[StageName, ...] = ("pretrain", "sft")
 
@@ -77,6 +79,10 @@ def stage_function(kind: StageName) -> StageFunction:
         from tafkir.report.stage import run_report
 
         return run_report
+    if kind == "lab":
+        from tafkir.train.residual_lab import run_lab
+
+        return run_lab
     from tafkir.train import stages
 
     return {
@@ -232,7 +238,7 @@ def _run_stage(
 
 def _previous_checkpoint(run: RunDir, kind: StageName, present: Sequence[StageName], base: Path | None) -> Path | None:
     """The checkpoint of the nearest earlier stage that makes one, else the base."""
-    earlier = [name for name in present[: present.index(kind)] if name not in ("eval", "report")]
+    earlier = [name for name in present[: present.index(kind)] if name not in _WITHOUT_CHECKPOINT]
     return run.stage(earlier[-1]).checkpoint_dir if earlier else base
 
 

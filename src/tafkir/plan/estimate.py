@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tafkir.recipe.model import ModelConfig
-from tafkir.recipe.schema import Recipe
+from tafkir.recipe.schema import LabConfig, Recipe
 from tafkir.records import STAGES, StageName
 
 __all__ = ["ASSUMPTIONS", "Rates", "StageEstimate", "estimate_stages"]
@@ -19,6 +19,10 @@ _PROCESS_BYTES = 450 << 20
 _SMALL_STAGE_S = 5.0
 # Floats that a block keeps for the backward pass, per token and per unit of hidden size.
 _ACTIVATIONS_PER_HIDDEN = 40
+# The same for residual streams, per sublayer and stream.
+_ACTIVATIONS_PER_STREAM = 3
+# Narrow models and streams move bytes more than they multiply: time over that of the multiplications (measured).
+_LAB_SLOWDOWN = {"plain": 2.0, "hc": 5.0, "mhc": 6.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,8 @@ def estimate_stages(recipe: Recipe, *, rates: Rates | None = None) -> list[Stage
 
 
 def _estimate(kind: StageName, recipe: Recipe, rates: Rates) -> StageEstimate:
+    if kind == "lab" and recipe.lab:
+        return _estimate_lab(recipe, recipe.lab, rates)
     work = _work(kind, recipe)
     if not work.trained and not work.sampled:
         return StageEstimate(kind, 0, 0.0, _SMALL_STAGE_S, _PROCESS_BYTES)
@@ -78,6 +84,24 @@ def _estimate(kind: StageName, recipe: Recipe, rates: Rates) -> StageEstimate:
     seconds = (train / rates.train + decode / rates.decode) / max(1, recipe.threads)
     memory = _memory_bytes(recipe.model, work.batch)
     return StageEstimate(kind, work.trained or work.sampled, train + decode, seconds, memory)
+
+
+def _estimate_lab(recipe: Recipe, config: LabConfig, rates: Rates) -> StageEstimate:
+    """Every variant by its own depth and kind; the largest one decides on memory."""
+    batch = config.batch_sequences * config.sequence_length
+    tokens = config.seeds * config.steps * batch
+    flops = seconds = 0.0
+    memory = 0
+    for depth in config.depths:
+        for kind in config.kinds:
+            residual = recipe.model.residual.model_copy(update={"kind": kind})
+            model = recipe.model.model_copy(update={"num_hidden_layers": depth, "residual": residual})
+            own = 3.0 * model.flops_per_token(config.sequence_length // 2) * tokens
+            flops += own
+            seconds += _LAB_SLOWDOWN[kind] * own / rates.train / max(1, recipe.threads)
+            streams = residual.num_streams * _ACTIVATIONS_PER_STREAM if kind != "plain" else 0
+            memory = max(memory, _memory_bytes(model, batch) + 4 * batch * 2 * depth * streams * model.hidden_size)
+    return StageEstimate("lab", tokens * len(config.depths) * len(config.kinds), flops, seconds, memory)
 
 
 def _work(kind: StageName, recipe: Recipe) -> _Work:

@@ -40,6 +40,8 @@ def fingerprint_stages(recipe: Recipe, base: Path | None) -> dict[StageName, str
         table = getattr(recipe, kind)
         if table is not None:
             previous = _hash([previous, kind, table.model_dump(mode="json", exclude=_WITHOUT_EFFECT)])
+            if kind == "lab" and recipe.lab and Path(recipe.lab.text).is_file():
+                previous = _hash([previous, _hash_file(Path(recipe.lab.text))])
             fingerprints[kind] = previous
     return fingerprints
 

@@ -23,6 +23,7 @@ __all__ = ["DEFAULT", "LoadedRecipe", "describe_keys", "flatten", "load_recipe",
 
 DEFAULT = "default"
 _SET = "--set"
+_BYTES = 256
 
 Tree = dict[str, Any]
 
@@ -70,13 +71,15 @@ def load_recipe(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> L
 
 def _check_stages(recipe: Recipe, where: str) -> None:
     """A recipe must have stages, and the first that trains must have a tokenizer that fits the model."""
-    if all(getattr(recipe, kind) is None for kind in STAGES):
+    present = {kind for kind in STAGES if getattr(recipe, kind) is not None}
+    if not present:
         raise RecipeError("the recipe has no stage", where=where, fix=f"add a table: {', '.join(STAGES)}")
     if recipe.base and recipe.tokenizer:
         raise RecipeError(
             "a recipe with a base has no [tokenizer] of its own", where=where, fix="remove one; the base brings one"
         )
-    if not recipe.base and not recipe.tokenizer:
+    # The lab reads bytes.
+    if present - {"report"} != {"lab"} and not recipe.base and not recipe.tokenizer:
         raise RecipeError("the recipe has neither a base nor a [tokenizer]", where=where, fix="add one of them")
     if recipe.tokenizer and recipe.tokenizer.vocab_size > recipe.model.vocab_size:
         raise RecipeError(
@@ -85,6 +88,12 @@ def _check_stages(recipe: Recipe, where: str) -> None:
             fix="make the model's at least as large",
         )
     _check_mtp(recipe, where)
+    if recipe.lab is not None and recipe.model.vocab_size < _BYTES:
+        raise RecipeError(
+            f"model.vocab_size={recipe.model.vocab_size} does not hold the bytes that [lab] reads",
+            where=where,
+            fix=f"set it to {_BYTES} or more",
+        )
 
 
 def _check_mtp(recipe: Recipe, where: str) -> None:

@@ -135,7 +135,7 @@ def fit(
     stage: StageDir,
     train_step: Callable[[int], StepOutput],
     *,
-    validate: Callable[[], Mapping[str, float]] | None = None,
+    validate: Callable[[], Mapping[str, Metric]] | None = None,
     keep: Callable[[int], None] | None = None,
     label: str,
 ) -> FitResult:
