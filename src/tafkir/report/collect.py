@@ -15,7 +15,7 @@ from tafkir.runlog.atomic import read_json
 from tafkir.runlog.metrics import read_jsonl
 from tafkir.runlog.rundir import RunDir, StageDir
 
-__all__ = ["Chain", "RunRecord", "StageRecord", "collect", "series"]
+__all__ = ["Chain", "RunRecord", "StageRecord", "VariantRecord", "collect", "series"]
 
 StageState = Literal["finished", "unfinished", "not started"]
 Rows = Sequence[Mapping[str, Any]]
@@ -30,6 +30,17 @@ class StageRecord:
     result: Mapping[str, Any]
     metrics: Rows
     timings: Rows
+
+
+@dataclass(frozen=True, slots=True)
+class VariantRecord:
+    """What one variant of the lab left behind; the result is empty while it is not finished."""
+
+    kind: str
+    depth: int
+    seed: int
+    result: Mapping[str, Any]
+    metrics: Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +73,7 @@ class RunRecord:
     chain_stage: str | None
     chain_pool: int
     notes: Sequence[str] = field(default_factory=tuple)
+    variants: Sequence[VariantRecord] = field(default_factory=tuple)
 
     def result(self, kind: StageName) -> Mapping[str, Any]:
         """The result of a stage; empty where it is not finished."""
@@ -89,6 +101,7 @@ def collect(run: RunDir, *, num_chains: int = 10) -> RunRecord:
         recipe=recipe,
         recipe_text=recipe_text,
         environment=_read_environment(run, notes),
+        variants=_read_variants(run.stage("lab"), run, notes),
         stages=stages,
         chains=chains,
         chain_stage=chain_stage,
@@ -144,6 +157,17 @@ def _read_stage(stage: StageDir, notes: list[str]) -> StageRecord:
     elif trains and metrics is None:
         notes.append(f"{_relative(stage.metrics_path, run)} is missing: the curves of {stage.kind} cannot be drawn.")
     return StageRecord(stage.kind, state, result or {}, metrics or [], timings or [])
+
+
+def _read_variants(stage: StageDir, run: RunDir, notes: list[str]) -> list[VariantRecord]:
+    """The lab's variants, by the names of their folders: `<kind>-<depth>-seed<n>`."""
+    variants = []
+    for folder in sorted(stage.path.glob("variants/*-*-seed*")):
+        kind, depth, seed = folder.name.split("-")
+        own = StageDir(folder, stage.kind)
+        result, rows = _read_object(own.result_path, run, notes), _read_rows(own.metrics_path, run, notes)
+        variants.append(VariantRecord(kind, int(depth), int(seed.removeprefix("seed")), result or {}, rows or []))
+    return variants
 
 
 def _read_object(path: Path, run: RunDir, notes: list[str]) -> dict[str, Any] | None:

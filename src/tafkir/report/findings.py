@@ -9,6 +9,7 @@ from typing import Any, Literal
 from tafkir.recipe.model import ModelConfig
 from tafkir.report.charts import Bar, number, percent, signed_points
 from tafkir.report.collect import RunRecord, StageRecord, series
+from tafkir.report.lab import lab_beside, lab_sentence
 
 __all__ = [
     "STAGE_TITLES",
@@ -40,6 +41,7 @@ STAGE_TITLES: Mapping[str, str] = {
     "sft": "SFT",
     "rlvr": "RLVR",
     "eval": "Evaluation",
+    "lab": "Laboratory",
     "base": "Base",
 }
 STAGE_WORDS: Mapping[str, str] = {
@@ -48,6 +50,7 @@ STAGE_WORDS: Mapping[str, str] = {
     "sft": "learns to write out its steps, from worked solutions (supervised fine-tuning)",
     "rlvr": "tries problems itself and is rewarded for right answers (reinforcement learning, GRPO with IcePop)",
     "eval": "answers problems that no stage was trained on",
+    "lab": "trains twins that differ in their residual alone, at growing depth",
 }
 _BASELINES: Mapping[str, str] = {
     "best_operator": "Best single operator",
@@ -161,6 +164,8 @@ def _headline_without_eval(record: RunRecord) -> Headline:
     if done < len(record.stages):
         sentence = f"This run is not finished: {done} of {len(record.stages)} stages are."
         return Headline(sentence, [], "plain")
+    if measured := lab_sentence(record.variants):
+        return Headline(measured, lab_beside(record.variants), "plain")
     trained = [stage for stage in record.stages.values() if stage.kind in ("pretrain", "sft", "rlvr")]
     beside = ["This recipe has no evaluation, so nothing is said about held-out answers."]
     for name, words in (("validation/loss", "validation loss"), ("train/loss", "training loss")):

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 
 from tafkir.report import findings
 from tafkir.report.chains import OUTCOME_WORDS
-from tafkir.report.charts import Point
+from tafkir.report.charts import Point, number
 from tafkir.report.collect import Chain, RunRecord, StageRecord
 from tafkir.report.curves import CURVES, SPEED_CURVES, curve_lines, final_loads, value_words
+from tafkir.report.lab import LAB_HEAD, lab_figures, lab_rows
 from tafkir.report.words import ACCURACY_HEAD, COST_HEAD, DIFFERENCE_HEAD, WORDS
 
 __all__ = ["render_markdown"]
@@ -30,6 +31,7 @@ def render_markdown(record: RunRecord) -> str:
         parts.append("What this report cannot show:\n\n" + "\n".join(f"- {_plain(note)}" for note in record.notes))
     parts += _scores(record)
     parts += _curves(record)
+    parts += _lab(record)
     parts += _chains(record)
     parts += _background(record)
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -65,6 +67,20 @@ def _curves(record: RunRecord) -> list[str]:
         "Curves",
         _table(("Stage", "Curve", "Over the steps", "First", "Last", "Least", "Most"), rows, escaped=(2,)),
         *(_loads(stage) for stage in record.stages.values()),
+    )
+
+
+def _lab(record: RunRecord) -> list[str]:
+    rows = []
+    for figure in lab_figures(record.variants):
+        for line in figure.lines:
+            values = [value for _, value in line.points if value is not None]
+            ends = [number(value, 4) for value in (values[0], values[-1], min(values), max(values))]
+            rows.append([figure.title, line.name, f"`{sparkline(line.points)}`", *ends])
+    return _section(
+        "The laboratory of residuals",
+        _table(LAB_HEAD, lab_rows(record.variants)),
+        _table(("Figure", "Residual", "Left to right", "First", "Last", "Least", "Most"), rows, escaped=(2,)),
     )
 
 

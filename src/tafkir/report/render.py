@@ -12,6 +12,7 @@ from tafkir.report.chains import OUTCOME_WORDS, read_chain
 from tafkir.report.charts import Line, heat_strip, interval_plot
 from tafkir.report.collect import Chain, RunRecord, StageRecord
 from tafkir.report.curves import CURVES, SPEED_CURVES, Curve, curve_lines, draw_lines, final_loads, speed_lines
+from tafkir.report.lab import LAB_HEAD, LabFigure, lab_figures, lab_rows
 from tafkir.report.words import ACCURACY_HEAD, COST_HEAD, DIFFERENCE_HEAD, WORDS
 
 __all__ = ["render_html"]
@@ -180,7 +181,7 @@ def _stage_figure(curve: Curve, stage: StageRecord, record: RunRecord) -> str:
     return _figure(curve, lines, draw_lines(curve, lines, guide=guide))
 
 
-def _figure(curve: Curve, lines: Sequence[Line], chart: str) -> str:
+def _figure(curve: Curve | LabFigure, lines: Sequence[Line], chart: str) -> str:
     if not chart:
         return ""
     keys = "".join(
@@ -196,6 +197,18 @@ def _figure(curve: Curve, lines: Sequence[Line], chart: str) -> str:
         f'{chart}<div class="legend">{keys if len(lines) > 1 else ""}</div>'
         f"<figcaption><b>Look for</b> {escape(curve.look)}{warning}</figcaption></figure>"
     )
+
+
+def _lab(record: RunRecord) -> str:
+    if not record.variants:
+        return ""
+    figures = "".join(_figure(figure, figure.lines, figure.chart) for figure in lab_figures(record.variants))
+    lead = (
+        "Twins that differ in their residual alone: the same weights, text and steps. A gain is the largest absolute "
+        "sum of a row (forward) or a column (backward) of the matrix that mixes the residual streams, or of the "
+        "product of all such matrices up to the end. Where it is 1, neither signal nor gradient grows on its way."
+    )
+    return _lead(lead) + _table(LAB_HEAD, lab_rows(record.variants)) + f'<div class="cards spaced">{figures}</div>'
 
 
 def _experts(record: RunRecord) -> str:
@@ -341,6 +354,7 @@ _SECTIONS: Sequence[tuple[str, str, Callable[[RunRecord], str]]] = (
             "Faint: each step; bold: smoothed.",
         ),
     ),
+    ("lab", "The laboratory of residuals", _lab),
     ("experts", "Work of the experts", _experts),
     ("cost", "Time, speed and memory", _cost),
     ("contamination", "Was the test kept apart?", _contamination),
