@@ -20,7 +20,7 @@ LAB_HEAD: Sequence[str] = (
     "Largest gradient norm",
     "Single gain",
     "Composed gain",
-    "|ln column sum|",
+    "Column sum, max ln",
     "CPU time",
 )
 
@@ -92,7 +92,8 @@ def _profile(variants: Variants, kind: str, depth: int, metric: str) -> list[Poi
     for variant in _of(variants, kind, depth):
         own = [row[metric] for row in variant.metrics if isinstance(row.get(metric), list)]
         rows += own[-1:]
-    return _mean_lines([[(float(i + 1), value) for i, value in enumerate(row)] for row in rows])
+    # Rounded, so that what is one up to float32 does not open another decade of a logarithmic axis.
+    return _mean_lines([[(float(i + 1), round(value, 5)) for i, value in enumerate(row) if value] for row in rows])
 
 
 # ---- figures -----------------------------------------------------------------------------------------------------
@@ -220,13 +221,13 @@ def _by_sublayer(variants: Variants, depth: int) -> list[LabFigure]:
         (
             "single",
             "Single mappings",
-            "largest absolute row sum (forward) or column sum (backward), log scale",
+            "by sublayer: max |row sum| (forward), |column sum| (backward)",
             "values near 1: what one sublayer adds looks harmless in either kind.",
         ),
         (
             "composed",
             "Composed mappings",
-            "the same of the product from a sublayer to the end, log scale",
+            "by sublayer: the same of the product from it to the end",
             "how HC's small gains multiply towards the first sublayers, and mHC's do not.",
         ),
     ):
@@ -237,7 +238,7 @@ def _by_sublayer(variants: Variants, depth: int) -> list[LabFigure]:
             lines.append(Line(f"{KIND_TITLES[kind]} forward", forward, _COLORS[kind]))
             lines.append(Line(f"{KIND_TITLES[kind]} backward", backward, _BACKWARD_COLORS[kind]))
         words = (f"{title}, {depth} layers", unit, look)
-        figures.append(_figure(f"{name}-by-sublayer", words, lines, "sublayer", log=True))
+        figures.append(_figure(f"{name}-by-sublayer", words, lines, "no.", log=True))
     return figures
 
 
