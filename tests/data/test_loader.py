@@ -49,6 +49,16 @@ def test_a_batch_depends_on_seed_and_step_alone(corpus: Corpus, tokenizer: Token
         assert batches[0] != batches[1]
 
 
+def test_prompts_mix_made_up_problems_of_the_length_asked_for(corpus: Corpus, tokenizer: Tokenizer) -> None:
+    stream = PromptStream(corpus.train, tokenizer, CONFIG, prompts_per_step=100, story_share=0.5, max_steps=1, seed=0)
+    examples = [example for example, _ in stream.batch_at(0)]
+    stories = [example for example in examples if example.source == "stories"]
+    assert 35 <= len(stories) <= 65
+    assert [example for example, _ in stream.batch_at(0)] == examples
+    answers = {example.answer for example in stories}
+    assert len(answers) > 20
+
+
 def test_pretraining_mixes_problems_stories_and_drills_in_the_shares_asked_for(
     corpus: Corpus, tokenizer: Tokenizer
 ) -> None:

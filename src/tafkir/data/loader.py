@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import count
 from random import Random
 
 from tafkir.data.augment import augment
@@ -169,7 +170,16 @@ class SftStream:
 
 
 class PromptStream:
-    """Problems for reinforcement learning, with their prompts. `config=None` asks the problems as they are."""
+    """Problems for reinforcement learning, with their prompts.
+
+    Args:
+        problems: training problems.
+        config: how problems are varied; None asks them as they are.
+        prompts_per_step: problems a step.
+        story_share: the share of the problems that are made up.
+        max_steps: made-up problems take at most this many steps to solve; 0 takes all.
+        seed: seed of order, variants and stories.
+    """
 
     def __init__(
         self,
@@ -178,18 +188,27 @@ class PromptStream:
         config: AugmentConfig | None,
         *,
         prompts_per_step: int,
+        story_share: float = 0.0,
+        max_steps: int = 0,
         seed: int,
     ) -> None:
         if not problems:
             raise DataError("there are no problems to train on", where="data.sources")
         self.variants = _Variants(problems, config, seed)
         self.tokenizer, self.prompts_per_step = tokenizer, prompts_per_step
+        self.story_share, self.max_steps, self.seed = story_share, max_steps, seed
 
     def batch_at(self, step: int) -> list[tuple[Example, Ids]]:
         """The problems of a step, counted from 0, each with the tokens of its prompt."""
         first = step * self.prompts_per_step
-        problems = (self.variants[position] for position in range(first, first + self.prompts_per_step))
+        problems = [self._problem(position) for position in range(first, first + self.prompts_per_step)]
         return [(problem.as_example(), encode_prompt(self.tokenizer, problem.question)) for problem in problems]
+
+    def _problem(self, position: int) -> Problem:
+        if Random(derive_seed(self.seed, "kind", position)).random() >= self.story_share:
+            return self.variants[position]
+        stories = (make_story(derive_seed(self.seed, "story", position, attempt)) for attempt in count())
+        return next(story for story in stories if not self.max_steps or len(story.steps) <= self.max_steps)
 
 
 def heldout_documents(problems: Sequence[Problem], tokenizer: Tokenizer) -> list[tuple[Ids, Mask]]:

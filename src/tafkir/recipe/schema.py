@@ -186,6 +186,7 @@ class RlvrConfig(TrainTable):
     max_steps: int = Field(
         0, ge=0, description="Only problems whose solution has at most this many steps; 0 takes all."
     )
+    story_share: float = Field(0.0, ge=0, le=1, description="Share of the problems that are made up.")
     updates_per_rollout: Positive = Field(1, description="Optimiser steps on each batch of rollouts.")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature of the rollouts.")
     max_completion_tokens: Positive = Field(96, description="Length limit of a rollout.")

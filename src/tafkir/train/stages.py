@@ -115,6 +115,8 @@ def run_rlvr(ctx: StageContext) -> dict[str, Any]:
         tokenizer,
         ctx.recipe.data.augment,
         prompts_per_step=config.prompts_per_step,
+        story_share=config.story_share,
+        max_steps=config.max_steps,
         seed=derive_seed(ctx.seed, "rlvr"),
     )
     trainer = Trainer(decoder, config, open_ranks(ctx.recipe.parallel, ctx.recipe.model))
