@@ -48,8 +48,9 @@ def variant_row(own: Sequence[VariantRecord], plain: Sequence[VariantRecord]) ->
         ends = [line[-1] for line in values(metric) if line]
         return fmean(ends) if ends else None
 
-    twins = {variant.seed: line[-1] for variant, line in zip(plain, values("validation/loss", plain), strict=True)}
-    losses = {variant.seed: line[-1] for variant, line in zip(own, values("validation/loss"), strict=True) if line}
+    twins = {v.seed: line[-1] for v, line in zip(plain, values("validation/loss", plain), strict=True) if line}
+    ended = [variant for variant in own if not variant.result.get("diverged")]
+    losses = {variant.seed: line[-1] for variant, line in zip(ended, values("validation/loss", ended), strict=True)}
     gaps = [loss - twins[seed] for seed, loss in losses.items() if seed in twins]
     peaks = {name: [v for line in values(name) for v in line] for name in ("gain/composed", "train/grad_norm")}
     return {
