@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["all_finite", "as_bits", "bits_finite"]
+__all__ = ["all_finite", "bits_finite"]
 
-Bits: TypeAlias = npt.NDArray[np.signedinteger[Any]]
+Bits: TypeAlias = npt.NDArray[np.generic]
 
 _SIGNED: Mapping[int, torch.dtype] = {2: torch.int16, 4: torch.int32}
 _INFINITY_BITS: Mapping[torch.dtype, int] = {
@@ -22,16 +22,14 @@ _INFINITY_BITS: Mapping[torch.dtype, int] = {
 }
 
 
-def as_bits(values: Tensor) -> Bits:
-    """The bits of a contiguous CPU tensor as signed integers, in the same memory."""
-    return values.detach().view(_SIGNED[values.dtype.itemsize]).numpy()
-
-
 def bits_finite(bits: Bits, dtype: torch.dtype) -> bool:
     """Whether the bits of numbers of a dtype hold neither NaN nor infinity.
 
     Infinity and NaN have the largest exponent, so they are the largest of the positive numbers when the bits are
     read as signed integers, and the largest of the negative ones, and of all, when they are read as unsigned ones.
+
+    Args:
+        bits: int16 or int32, as wide as the dtype.
     """
     if bits.size == 0:
         return True
@@ -49,4 +47,5 @@ def all_finite(values: Tensor) -> bool:
     Args:
         values: any shape and strides; float32, bfloat16 or float16.
     """
-    return bits_finite(as_bits(values.contiguous()), values.dtype)
+    bits = values.detach().contiguous().view(_SIGNED[values.dtype.itemsize]).numpy()
+    return bits_finite(bits, values.dtype)

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tafkir.checkpoint.finite import all_finite, as_bits, bits_finite
+from tafkir.checkpoint.finite import all_finite, bits_finite
 from tafkir.checkpoint.header import STORED_DTYPES, StoredTensor, read_header
 from tafkir.checkpoint.manifest import DTYPE_NAMES, MANIFEST_NAME, Manifest
 from tafkir.errors import CheckpointError
@@ -137,7 +138,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict):
         raise CheckpointError("weight_map is missing", where=str(index))
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+        if not isinstance(file, str) or "/" in file or "\\" in file or not file.endswith(".safetensors"):
             raise CheckpointError(
                 f"{name} is said to be in {file!r}", where=str(index), expected="a file of the folder"
             )
@@ -149,6 +150,7 @@ def _merge_shards(
 ) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for file, descriptor in descriptors.items():
+        file_name = file.name
         for name, stored in read_header(file, descriptor).items():
             if name in tensors:
                 raise CheckpointError(
@@ -156,7 +158,7 @@ def _merge_shards(
                     where=f"{file}: {name}",
                     fix="remove one of them, and correct the index",
                 )
-            if weight_map.get(name) != file.name:
+            if weight_map.get(name) != file_name:
                 raise CheckpointError(
                     f"{index.name} says that the tensor is "
                     + (f"in {weight_map[name]}" if name in weight_map else "in no file"),
@@ -288,7 +290,8 @@ class WeightFiles:
             self._cast(name, flat, dtype)
             return
         # Slices of numpy arrays cost less than those of tensors, and a large model has thousands of small chunks.
-        content, bits = flat.view(torch.uint8).numpy(), as_bits(flat)
+        content = flat.view(torch.uint8).numpy()
+        bits = content.view(np.int16 if dtype.itemsize == 2 else np.int32)
         step = CHUNK_BYTES // dtype.itemsize
         with self._stream(name) as read:
             for start in range(0, flat.numel(), step):
