@@ -1,6 +1,7 @@
 """How fast a sharded bfloat16 checkpoint is loaded, beside plain reads of the same files from the page cache.
 
-Writes a checkpoint (the first layers of Ring-mini-2.0, about 4 GB unless told otherwise) into a temporary folder, warms the page cache, and alternates:
+Writes a checkpoint (the first layers of Ring-mini-2.0, about 4 GB unless told otherwise) into a temporary folder,
+warms the page cache, and alternates:
 
     read into memory    every shard whole, into fresh memory: what anything that wants the bytes has to pay
     read, large pages   the same into memory that Linux was asked to give in large pages, as the loader's is
@@ -177,7 +178,11 @@ def main() -> None:
         rows = summarise(measure(folder, config, args.repeats, args.ways), num_bytes)
     result = {
         "question": "is a checkpoint loaded at 80 % or more of the rate at which its files are read?",
-        "machine": {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count()},
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "cpus": os.cpu_count(),
+            "load": os.getloadavg()[0],
+        },
         "torch": torch.__version__,
         "threads": args.threads,
         "repeats": args.repeats,
