@@ -34,7 +34,8 @@ def rows_of(kind: str, depth: int, seed: int) -> list[dict[str, Any]]:
             row["validation/loss"] = row["train/loss"] + 0.1
             if kind != "plain":
                 profile = [gain ** (1 - i / (2 * depth)) for i in range(2 * depth)]
-                row |= {"gain/single": gain ** (1 / depth), "gain/composed": gain, "gain/log_column": 0.25}
+                peak = 2.0 if (kind, step) == ("hc", 10) else 1.0
+                row |= {"gain/single": gain ** (1 / depth), "gain/composed": peak * gain, "gain/log_column": 0.25}
                 row |= {f"gain/{n}_{w}": profile for n in ("single", "composed") for w in ("forward", "backward")}
         rows.append(row)
     return rows
@@ -68,7 +69,7 @@ def test_the_table_compares_twins_and_averages_repeats(record: RunRecord) -> Non
     assert list(rows) == [f"{kind}, {depth} layers" for depth in (2, 8) for kind in ("plain", "HC", "mHC")]
     assert rows["plain, 8 layers"][:2] == ["3.600\n± 0.707", ""]
     assert rows["HC, 8 layers"][1] == "−0.030\n± 0.014" and rows["mHC, 8 layers"][1] == "−0.020\n± 0.014"
-    assert rows["HC, 8 layers"][2:] == ["9.5", "1.3", "8.157", "0.25", "3 s"]
+    assert rows["HC, 8 layers"][2:] == ["9.5", "1.3", "8.157\npeak 16.31", "0.25", "3 s"]
     assert rows["plain, 2 layers"][2:] == ["0.5", "–", "–", "–", "3 s"]
 
 
@@ -81,6 +82,7 @@ def test_every_figure_is_drawn(record: RunRecord) -> None:
     hc = next(line for line in figures["gap-8"].lines if line.name == "HC")
     assert [step for step, _ in hc.points] == [5, 10, 15, 20]
     assert [gap for _, gap in hc.points] == pytest.approx([-0.03 * step / 20 for step in (5, 10, 15, 20)])
+    assert [gain for _, gain in figures["gain-by-depth"].lines[0].points] == pytest.approx([2 * 1.3**2, 2 * 1.3**8])
     assert [len(line.points) for line in figures["composed-by-sublayer"].lines] == [16] * 4
     assert [line.name for line in figures["grad-norm-2"].lines] == ["plain", "HC", "mHC"]
 
@@ -88,7 +90,7 @@ def test_every_figure_is_drawn(record: RunRecord) -> None:
 def test_the_pages_say_what_was_found(record: RunRecord) -> None:
     head = headline(record)
     assert head.sentence == (
-        "Across 8 layers the residual mappings amplify: hyper-connections up to 8.16 times, mHC up to 1.01 times."
+        "Across 8 layers the residual mappings amplify: hyper-connections up to 16.3 times, mHC up to 1.01 times."
     )
     assert "HC −0.030 ± 0.014, mHC −0.020 ± 0.014" in head.beside[0]
     page, text = render_html(record), render_markdown(record)

@@ -86,6 +86,13 @@ def _last(variants: Variants, kind: str, depth: int, metric: str) -> list[float]
     return [values[-1] for values in found if values]
 
 
+def _peaks(variants: Variants, kind: str, depth: int, metric: str) -> list[float]:
+    """The largest value of a metric in each repeat."""
+    lines = (series(variant.metrics, metric) for variant in _of(variants, kind, depth))
+    found = [[value for _, value in line if value is not None] for line in lines]
+    return [max(values) for values in found if values]
+
+
 def _profile(variants: Variants, kind: str, depth: int, metric: str) -> list[Point]:
     """The last row of a metric that has one number per sublayer, averaged over repeats."""
     rows: list[Sequence[Any]] = []
@@ -143,10 +150,10 @@ def _by_depth(variants: Variants) -> list[LabFigure]:
             "gain-by-depth",
             (
                 "Composed gain by depth",
-                "largest absolute row or column sum after training, log scale",
+                "largest absolute row or column sum during training, log scale",
                 "HC far above 1 and growing with depth; mHC near 1.",
             ),
-            lines(lambda kind, depth: _last(variants, kind, depth, "gain/composed")),
+            lines(lambda kind, depth: _peaks(variants, kind, depth, "gain/composed")),
             "layers",
             log=True,
             guide=_PUBLISHED,
@@ -288,8 +295,12 @@ def _with_spread(values: Sequence[float], form: str) -> str:
 
 
 def _gain(variants: Variants, kind: str, depth: int, metric: str) -> str:
+    """The value after training, and the peak below it where that was clearly higher."""
     values = _last(variants, kind, depth, metric)
-    return number(fmean(values), 4) if values else "–"
+    if not values:
+        return "–"
+    last, peak = fmean(values), fmean(_peaks(variants, kind, depth, metric))
+    return number(last, 4) + (f"\npeak {number(peak, 4)}" if peak > 1.05 * last else "")
 
 
 def lab_sentence(variants: Variants) -> str:
@@ -297,7 +308,7 @@ def lab_sentence(variants: Variants) -> str:
     if not variants:
         return ""
     depth = _depths(variants)[-1]
-    gains = {kind: _last(variants, kind, depth, "gain/composed") for kind in ("hc", "mhc")}
+    gains = {kind: _peaks(variants, kind, depth, "gain/composed") for kind in ("hc", "mhc")}
     words = [
         f"{name} up to {number(fmean(gains[kind]))} times"
         for kind, name in (("hc", "hyper-connections"), ("mhc", "mHC"))
