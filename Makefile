@@ -43,9 +43,9 @@ check: install-dev ## Lint, formatting, types, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-install: $(STAMPS)/runtime ## Create .venv with what Tafkir needs to run
+install: $(STAMPS)/native ## Create .venv with what Tafkir needs to run; compile its kernels if there is a compiler
 
-install-dev: $(STAMPS)/dev ## Create .venv with what the tests need as well
+install-dev: $(STAMPS)/dev $(STAMPS)/native ## Create .venv with what the tests need as well
 
 clean: ## Remove .venv, caches and build products; runs/ stays
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
@@ -72,6 +72,10 @@ $(STAMPS)/torch-$(TORCH): $(STAMPS)/venv constraints.txt
 $(STAMPS)/runtime: $(STAMPS)/torch-$(TORCH) pyproject.toml constraints.txt
 	@echo "Installing Tafkir and what it needs to run into $(VENV) ..."
 	@$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(STAMPS)/native: $(STAMPS)/runtime $(wildcard src/tafkir/native/*)
+	@$(BIN)/python -m tafkir.native.build --optional
 	@touch $@
 
 $(STAMPS)/dev: $(STAMPS)/runtime

@@ -1,4 +1,5 @@
-"""Training step (forward, backward, AdamW) of our decoder against transformers' Glm4MoeForCausalLM, on the CPU.
+"""Training step (forward, backward, and AdamW unless left out) of our decoder against transformers' Glm4MoeForCausalLM,
+on the CPU.
 
 Both hold the same weights and see the same documents, in float32; GLM gets them as a right-padded batch with a
 mask, each of its expert backends that fits --max-backend-gb is tried and the fastest is compared. Runs alternate; the
@@ -6,11 +7,13 @@ ratio is the median of the pairwise ones. "tiny" is the model of recipes/wordmat
 with documents of mixed length GLM also pays for its padding (the share is printed), with equal ones it has none.
 
     python benchmarks/moe_train_step.py --out benchmarks/results/moe_train_step.json
+    python benchmarks/moe_train_step.py --configs tiny 30m 300m --kernels native torch --optimizer with without
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import platform
@@ -28,7 +31,9 @@ from torch import Tensor
 from tafkir.models.attention import VarlenCausal
 from tafkir.models.build import build_decoder
 from tafkir.models.decoder import Decoder
+from tafkir.native.library import KernelChoice
 from tafkir.ops.loss import IGNORE_INDEX, next_token_loss
+from tafkir.ops.native import select_kernels
 from tafkir.recipe.load import load_recipe
 from tafkir.recipe.model import ModelConfig
 
@@ -49,8 +54,22 @@ CONFIGS = {
         n_group=4,
         topk_group=2,
     ),
+    "300m": ModelConfig(
+        vocab_size=16384,
+        hidden_size=512,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        intermediate_size=1536,
+        moe_intermediate_size=256,
+        num_experts=64,
+        num_experts_per_tok=4,
+        n_group=8,
+        topk_group=4,
+    ),
 }
-DOCUMENTS = {"tiny": 48, "30m": 16}
+DOCUMENTS = {"tiny": 48, "30m": 16, "300m": 8}
 
 
 @dataclass(frozen=True)
@@ -71,14 +90,23 @@ def document_batch(config: ModelConfig, num_documents: int, lengths_kind: str, s
     return documents, sum(lengths)
 
 
-def adamw(module: torch.nn.Module) -> torch.optim.Optimizer:
-    """The same optimiser for both, in its fastest CPU form."""
-    return torch.optim.AdamW(module.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+class Update:
+    """AdamW, the same for both, in its fastest CPU form; or nothing but the dropping of gradients."""
+
+    def __init__(self, module: torch.nn.Module, optimizer: bool) -> None:
+        self.module = module
+        settings: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
+        self.adamw = torch.optim.AdamW(module.parameters(), **settings) if optimizer else None
+
+    def __call__(self) -> None:
+        if self.adamw:
+            self.adamw.step()
+        self.module.zero_grad()
 
 
-def our_step(decoder: Decoder, documents: list[Tensor]) -> Callable[[], float]:
+def our_step(decoder: Decoder, documents: list[Tensor], optimizer: bool = True) -> Callable[[], float]:
     """A training step of the decoder on the flat batch, index building included."""
-    optimizer = adamw(decoder)
+    update = Update(decoder, optimizer)
 
     def step() -> float:
         ids = torch.cat(documents)
@@ -90,8 +118,7 @@ def our_step(decoder: Decoder, documents: list[Tensor]) -> Callable[[], float]:
         out = decoder(ids, positions, VarlenCausal(bounds))
         loss = next_token_loss(out.hidden_ND, decoder.head_weight, labels) / (len(ids) - len(documents))
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        update()
         return loss.item()
 
     return step
@@ -101,10 +128,8 @@ def glm_config(config: ModelConfig) -> Any:
     """The GLM config that computes the same function."""
     from transformers import Glm4MoeConfig
 
-    keys = ModelConfig.model_fields.keys() - {
-        "model_type", "rope_theta", "rotary_dim", "partial_rotary_factor", "num_experts", "num_shared_experts",
-        "score_function",
-    }  # fmt: skip
+    keys = ModelConfig.model_fields.keys() & inspect.signature(Glm4MoeConfig).parameters.keys()
+    keys = (keys | {"head_dim"}) - {"model_type", "attention_bias"}
     return Glm4MoeConfig(
         **{key: getattr(config, key) for key in keys},
         n_routed_experts=config.num_experts,
@@ -141,14 +166,14 @@ def copy_weights(decoder: Decoder, model: torch.nn.Module) -> None:
     model.load_state_dict(state, strict=True)
 
 
-def glm_step(decoder: Decoder, documents: list[Tensor], backend: str) -> Callable[[], float]:
+def glm_step(decoder: Decoder, documents: list[Tensor], backend: str, optimizer: bool = True) -> Callable[[], float]:
     """The same training step by transformers, on a right-padded batch."""
     from transformers import Glm4MoeForCausalLM
 
     model = Glm4MoeForCausalLM._from_config(glm_config(decoder.config), experts_implementation=backend)
     copy_weights(decoder, model)
     model.train()
-    optimizer = adamw(model)
+    update = Update(model, optimizer)
     pad = torch.nn.utils.rnn.pad_sequence
 
     def step() -> float:
@@ -157,8 +182,7 @@ def glm_step(decoder: Decoder, documents: list[Tensor], backend: str) -> Callabl
         labels = pad(documents, batch_first=True, padding_value=IGNORE_INDEX)
         loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        update()
         return float(loss.item())
 
     return step
@@ -177,7 +201,9 @@ def batched_mm_bytes(config: ModelConfig, documents: list[Tensor]) -> int:
     return pairs * 3 * config.moe_intermediate_size * config.hidden_size * 4 * moe_layers
 
 
-def fastest_backend(decoder: Decoder, documents: list[Tensor], max_bytes: float) -> tuple[str, dict[str, str]]:
+def fastest_backend(
+    decoder: Decoder, documents: list[Tensor], max_bytes: float, optimizer: bool
+) -> tuple[str, dict[str, str]]:
     """GLM's fastest working expert backend, and what each backend did."""
     notes: dict[str, str] = {}
     best: tuple[float, str] | None = None
@@ -187,7 +213,7 @@ def fastest_backend(decoder: Decoder, documents: list[Tensor], max_bytes: float)
             notes[backend] = f"not run: needs {needed / 1e9:.0f} GB"
             continue
         try:
-            step = glm_step(decoder, documents, backend)
+            step = glm_step(decoder, documents, backend, optimizer)
             step()
             cpu_s = min(measure(step).cpu_s for _ in range(2))
         except (RuntimeError, NotImplementedError, ValueError) as error:
@@ -201,15 +227,18 @@ def fastest_backend(decoder: Decoder, documents: list[Tensor], max_bytes: float)
     return best[1], notes
 
 
-def compare(name: str, lengths_kind: str, repeats: int, max_bytes: float) -> dict[str, Any]:
+def compare(
+    name: str, lengths_kind: str, kernels: KernelChoice, optimizer: bool, repeats: int, max_bytes: float
+) -> dict[str, Any]:
     """Alternate both and summarise."""
+    used = select_kernels(kernels)
     config = CONFIGS[name]
     documents, num_tokens = document_batch(config, DOCUMENTS[name], lengths_kind, seed=0)
     decoder = build_decoder(config, seed=0)
-    backend, notes = fastest_backend(decoder, documents, max_bytes)
+    backend, notes = fastest_backend(decoder, documents, max_bytes, optimizer)
     # A fresh GLM, so that both start from the same weights: equal losses show equal arithmetic.
-    theirs = glm_step(decoder, documents, backend)
-    ours = our_step(decoder, documents)
+    theirs = glm_step(decoder, documents, backend, optimizer)
+    ours = our_step(decoder, documents, optimizer)
     losses = (ours(), theirs())
     pairs = [(measure(ours), measure(theirs)) for _ in range(repeats)]
     median = statistics.median
@@ -218,6 +247,8 @@ def compare(name: str, lengths_kind: str, repeats: int, max_bytes: float) -> dic
         "parameters": config.num_parameters(),
         "active_parameters": config.num_parameters(active=True),
         "lengths": lengths_kind,
+        "kernels": used,
+        "optimizer": optimizer,
         "tokens_per_step": num_tokens,
         "glm_padding_share": 1 - num_tokens / (len(documents) * max(map(len, documents))),
         "first_loss": losses,
@@ -236,14 +267,15 @@ def compare(name: str, lengths_kind: str, repeats: int, max_bytes: float) -> dic
 
 def render(rows: list[dict[str, Any]]) -> str:
     lines = [
-        f"{'config':8}{'lengths':>8}{'padding':>9}{'params':>9}{'active':>9}"
+        f"{'config':8}{'lengths':>8}{'kernels':>9}{'AdamW':>7}{'padding':>9}{'params':>9}{'active':>9}"
         f"{'ours tok/cpu-s':>16}{'GLM tok/cpu-s':>15}{'ratio cpu':>11}"
         f"{'(range)':>14}{'ratio wall':>12}  GLM backends"
     ]
     for row in rows:
         low, high = row["ratio_cpu_range"]
         lines.append(
-            f"{row['config']:8}{row['lengths']:>8}{row['glm_padding_share']:9.0%}"
+            f"{row['config']:8}{row['lengths']:>8}{row['kernels']:>9}{'yes' if row['optimizer'] else 'no':>7}"
+            f"{row['glm_padding_share']:9.0%}"
             f"{row['parameters'] / 1e6:8.2f}M{row['active_parameters'] / 1e6:8.2f}M"
             f"{row['ours_tokens_per_cpu_s']:16.0f}{row['glm_tokens_per_cpu_s']:15.0f}{row['ratio_cpu']:11.2f}"
             f"{f'({low:.2f}-{high:.2f})':>14}{row['ratio_wall']:12.2f}"
@@ -256,6 +288,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", nargs="+", choices=sorted(CONFIGS), default=["tiny", "30m"])
     parser.add_argument("--lengths", nargs="+", choices=("mixed", "equal"), default=["mixed", "equal"])
+    parser.add_argument("--kernels", nargs="+", choices=("auto", "native", "torch"), default=["auto"])
+    parser.add_argument(
+        "--optimizer", nargs="+", choices=("with", "without"), default=["with"], help="without: forward and backward"
+    )
     parser.add_argument("--repeats", type=int, default=7, help="alternating pairs of steps")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--max-backend-gb", type=float, default=4, help="leave out GLM backends that need more memory")
@@ -264,9 +300,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = [
-        compare(name, lengths_kind, args.repeats, args.max_backend_gb * 1e9)
+        compare(name, lengths_kind, kernels, optimizer == "with", args.repeats, args.max_backend_gb * 1e9)
         for name in args.configs
         for lengths_kind in args.lengths
+        for kernels in args.kernels
+        for optimizer in args.optimizer
     ]
     result = {
         "benchmark": "moe_train_step",

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,9 +19,20 @@ settings.load_profile("shared-machine")
 # Read by OpenMP when torch is first imported, so it has to stand here.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Which arithmetic a test sees must not depend on what is built here: tests of the native kernels ask for them
+# (`native_library`, `kernels`). TAFKIR_KERNELS=native runs every test on them.
+os.environ.setdefault("TAFKIR_KERNELS", "torch")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def pytest_sessionstart() -> None:
+    if os.environ["TAFKIR_KERNELS"] == "native":
+        from tafkir.native.build import build
+
+        build()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -37,6 +48,30 @@ def _has_accelerator() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session")
+def native_library() -> Path:
+    """The compiled kernels, built once per machine into the user's cache."""
+    from tafkir.errors import BackendUnavailable
+    from tafkir.native.build import build
+
+    try:
+        return build()
+    except BackendUnavailable as error:
+        pytest.skip(f"no native kernels here: {error}")
+
+
+@pytest.fixture(params=["native", "torch"], scope="module")
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs what uses it twice, with the native kernels and with torch's ops."""
+    from tafkir.ops.native import kernels_in_use, select_kernels
+
+    if request.param == "native":
+        request.getfixturevalue("native_library")
+    before = kernels_in_use()
+    yield select_kernels(request.param)
+    select_kernels(before)
 
 
 @pytest.fixture

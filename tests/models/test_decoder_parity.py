@@ -14,6 +14,8 @@ from tafkir.models.decoder import Decoder
 from tafkir.ops.loss import next_token_loss
 from tafkir.recipe.model import ModelConfig
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 TINY: dict[str, Any] = {
     "vocab_size": 67,
     "hidden_size": 48,

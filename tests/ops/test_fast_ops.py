@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tafkir.ops import attention, loss, moe, norm, qkv, rope
+from tafkir.ops import attention, loss, moe, norm, qkv, rope, routing
+
+pytestmark = pytest.mark.usefixtures("kernels")
 
 quick = settings(max_examples=20, deadline=None)
 
@@ -244,3 +246,15 @@ def test_token_logprobs_of_huge_logits_are_finite() -> None:
     logits = torch.tensor([[1e4, 0.0, -1e4], [0.0, 0.0, 0.0]])
     expected = torch.tensor([-2e4, -torch.log(torch.tensor(3.0))])
     torch.testing.assert_close(loss.token_logprobs(logits, torch.tensor([2, 0])), expected)
+
+
+@quick
+@given(tokens=sizes, groups=st.integers(1, 4), size=st.integers(1, 5), data=st.data(), seed=seeds)
+def test_choose_experts(tokens: int, groups: int, size: int, data: st.DataObject, seed: int) -> None:
+    open_groups = data.draw(st.integers(1, groups))
+    active = data.draw(st.integers(1, open_groups * size))
+    scores = normal(seed, tokens, groups * size)
+    bias = data.draw(st.sampled_from([None, normal(seed + 1, groups * size)]))
+    sizes_ = (groups, open_groups, active)
+    expected = routing.choose_experts_reference(scores, bias, *sizes_)
+    assert torch.equal(routing.choose_experts(scores, bias, *sizes_), expected)

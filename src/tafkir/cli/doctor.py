@@ -47,6 +47,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
 def examine(place: Path) -> dict[str, Any]:
     """What the machine has, and `problems`: one line for each thing that keeps Tafkir from running."""
+    from tafkir.native.library import library_path
     from tafkir.runlog.rundir import available_cores, cpu_model, memory_bytes, physical_cores
 
     torch = _ask_torch()
@@ -64,6 +65,7 @@ def examine(place: Path) -> dict[str, Any]:
         "compiler": shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"),
         "browser": next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None),
         "torch": torch,
+        "kernels": library_path().exists(),
         "missing": {extra: _missing_packages(extra) for extra in _EXTRAS},
         "problems": problems,
     }
@@ -111,6 +113,7 @@ def show(found: dict[str, Any]) -> None:
         build = f"CUDA {torch['cuda']}" if torch["cuda"] else f"ROCm {torch['hip']}" if torch["hip"] else "CPU"
         features = f"{build} build, {torch['cpu_capability']}, {torch['threads']} threads"
         print(f"torch         {torch['version']} ({features})")
+    print(f"kernels       {_kernels_line(found['kernels'])}")
     print(f"accelerators  {', '.join(torch['accelerators']) or 'none; everything runs on the processor'}")
     print(f"compiler      {found['compiler'] or 'none; not needed'}")
     print(f"browser       {found['browser'] or 'none; only the browser tests need one'}")
@@ -120,6 +123,12 @@ def show(found: dict[str, Any]) -> None:
         print(f"problem       {problem}")
     if not found["problems"]:
         print("ready         tafkir run wordmath-tiny")
+
+
+def _kernels_line(built: bool) -> str:
+    from tafkir.native.library import BUILD_COMMAND
+
+    return "native, built for this processor" if built else f"torch's; faster ones need a compiler: {BUILD_COMMAND}"
 
 
 def _extra_line(extra: str, missing: list[str] | None) -> str:

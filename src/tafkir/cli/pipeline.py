@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tafkir.cli.completer import build_completer
 from tafkir.errors import RecipeError, RunDirError
+from tafkir.native.library import library_path
 from tafkir.recipe.bundled import find_checkpoint
 from tafkir.recipe.fingerprint import fingerprint_stages
 from tafkir.recipe.load import LoadedRecipe
@@ -164,7 +165,7 @@ def _lead(
         _set_aside(run, fingerprints, selection)
         write_text(run.recipe_path, dump_toml(recipe, loaded.origins))
         if not all(_is_finished(run.stage(kind), fingerprints[kind]) for kind in selection.run):
-            run.write_env()
+            run.write_env(**_describe_kernels(recipe))
         results = {}
         for kind in selection.run:
             previous = _previous_checkpoint(run, kind, list(fingerprints), base)
@@ -172,6 +173,11 @@ def _lead(
             results[kind] = _run_stage(context, fingerprints[kind], find_function, followers)
         (run.path / _FORCED).unlink(missing_ok=True)
     return results
+
+
+def _describe_kernels(recipe: Recipe) -> dict[str, str | None]:
+    """For `env.json`: which arithmetic the run uses, and the name of the library, which tells source and processor."""
+    return {"kernels": recipe.kernels, "library": library_path().name if recipe.kernels == "native" else None}
 
 
 def _check_earlier(run: RunDir, fingerprints: dict[StageName, str], selection: Selection) -> None:
@@ -230,7 +236,13 @@ def _run_stage(
         followers.tell(True)
     began = time.monotonic()
     returned = find_function(kind)(context)
-    result = {"stage": kind, "finished": True, "fingerprint": fingerprint, **returned}
+    result = {
+        "stage": kind,
+        "finished": True,
+        "fingerprint": fingerprint,
+        "kernels": context.recipe.kernels,
+        **returned,
+    }
     stage.write_result(result)
     _logger.info("%s: finished in %s", kind, format_duration(time.monotonic() - began))
     return result

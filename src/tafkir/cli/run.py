@@ -56,7 +56,7 @@ def run(
 
     loaded = load_recipe(recipes, overrides or [])
     directory = RunDir(runs_dir / (name or loaded.recipe.name))
-    loaded = resolve_recipe(loaded, threads=_threads_of(directory))
+    loaded = resolve_recipe(loaded, **_earlier_choices(directory))
     selection = select_stages(loaded.recipe, only=only, start=start)
     if dry_run and is_main_rank():
         _show_plan(loaded, directory, as_json)
@@ -86,18 +86,19 @@ def program_name() -> str:
     return str(called.relative_to(Path.cwd()) if called.is_relative_to(Path.cwd()) else called)
 
 
-def _threads_of(directory: RunDir) -> int | None:
-    """Threads that an earlier part of this run used, so that it goes on bit for bit on another machine."""
+def _earlier_choices(directory: RunDir) -> dict[str, Any]:
+    """Threads and kernels that an earlier part of this run used, so that it goes on bit for bit on another machine."""
     from tafkir.errors import RecipeError
     from tafkir.recipe.load import load_recipe
 
     if not directory.recipe_path.exists():
-        return None
+        return {}
     try:
-        return load_recipe([directory.recipe_path]).recipe.threads or None
+        earlier = load_recipe([directory.recipe_path]).recipe
     except RecipeError:
         # Written by another version: its stages are redone anyway.
-        return None
+        return {}
+    return {"threads": earlier.threads or None, "kernels": earlier.kernels}
 
 
 def _show_end(directory: RunDir, results: Mapping[StageName, dict[str, Any]]) -> None:

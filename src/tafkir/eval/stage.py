@@ -21,6 +21,7 @@ from tafkir.eval.metrics import accuracy
 from tafkir.eval.records import GREEDY, EvalRecord
 from tafkir.eval.run import evaluate
 from tafkir.eval.summary import ALL, difference_table, score_table, sources_of
+from tafkir.ops.native import select_kernels
 from tafkir.protocols import Task
 from tafkir.recipe.schema import EvalConfig
 from tafkir.recipe.seeds import derive_seed
@@ -55,6 +56,7 @@ def run_eval(ctx: StageContext) -> dict[str, Any]:
     config = ctx.recipe.eval
     assert config is not None
     torch.set_num_threads(ctx.recipe.threads)
+    select_kernels(ctx.recipe.kernels)
     began, began_cpu = time.perf_counter(), time.process_time()
     corpus = load_corpus(ctx.recipe.data)
     task = WordProblems(corpus.part(config.split))

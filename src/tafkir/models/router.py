@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tafkir.errors import TrainingError
+from tafkir.ops.routing import choose_experts
 from tafkir.recipe.model import ModelConfig
 
 __all__ = ["Router", "Routing", "balanced_bias", "check_replay", "route"]
@@ -53,14 +54,8 @@ def route(
         The experts, int64 [N, A], and their weights, float32 [N, A].
     """
     with torch.no_grad():
-        biased_NE = scores_NE if expert_bias_E is None else scores_NE + expert_bias_E
-        if config.topk_group < config.n_group:
-            grouped = biased_NE.view(len(biased_NE), config.n_group, -1)
-            group_scores = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
-            chosen = group_scores.topk(config.topk_group, dim=-1, sorted=False).indices
-            closed = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, chosen, False)
-            biased_NE = grouped.masked_fill(closed.unsqueeze(-1), -torch.inf).view_as(biased_NE)
-        expert_ids_NA = biased_NE.topk(config.num_experts_per_tok, dim=-1).indices
+        sizes = (config.n_group, config.topk_group, config.num_experts_per_tok)
+        expert_ids_NA = choose_experts(scores_NE, expert_bias_E, *sizes)
         if replayed_expert_ids_NA is not None:
             expert_ids_NA = torch.where(replayed_expert_ids_NA < 0, expert_ids_NA, replayed_expert_ids_NA)
     weights_NA = scores_NE.gather(1, expert_ids_NA)

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tafkir.ops import native
+
 __all__ = ["MAX_SHORT_LENGTH", "VarlenLayout", "varlen_attention", "varlen_attention_reference"]
 
 
@@ -148,6 +150,33 @@ class _ShortDocuments(torch.autograd.Function):
         return grad_q.mul_(head_dim**-0.5).view_as(grad_NHK), grad_k, grad_v, None
 
 
+QUERY_BLOCK = 64
+"""Queries that the native kernel takes at once: above the diagonal it computes half a block, not half a document."""
+
+
+class _NativeDocuments(torch.autograd.Function):
+    """The same in one call: each head of each document by blocks of queries, without what lies above the diagonal."""
+
+    @staticmethod
+    def forward(ctx: Any, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, bounds: tuple[int, ...]) -> Tensor:
+        num_heads, head_dim = q_NHK.shape[1:]
+        bounds_B = torch.tensor(bounds)
+        starts_B = F.pad((bounds_B.diff().square_() * num_heads).cumsum(0), (1, 0))
+        weights = q_NHK.new_empty(int(starts_B[-1]))
+        out_NHK = torch.empty_like(q_NHK)
+        ctx.sizes = (len(bounds) - 1, num_heads, k_NGK.shape[1], head_dim, QUERY_BLOCK)
+        native.call("tafkir_attention", q_NHK, k_NGK, v_NGK, bounds_B, starts_B, *ctx.sizes, out_NHK, weights)
+        ctx.save_for_backward(q_NHK, k_NGK, v_NGK, weights, bounds_B, starts_B)
+        return out_NHK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NHK: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        grads = tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+        native.call("tafkir_attention_backward", grad_NHK.contiguous(), *ctx.saved_tensors, *ctx.sizes, *grads)
+        return grads[0], grads[1], grads[2], None
+
+
 def _rows(x_TGRK: Tensor) -> Tensor:
     """[T, G, R, K] to [G, R * T, K]."""
     num_tokens, num_kv_heads, repeats, head_dim = x_TGRK.shape
@@ -218,7 +247,11 @@ def varlen_attention(q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, layout: Varlen
         [N, H, K], in q's dtype.
     """
     if q_NHK.device.type == "cpu" and q_NHK.dtype == torch.float32 and layout.max_len <= MAX_SHORT_LENGTH:
-        out = _ShortDocuments.apply(q_NHK, k_NGK, v_NGK, layout.cu_seqlens)  # type: ignore[no-untyped-call]
+        parts = (q_NHK, k_NGK, v_NGK)
+        if native.takes(*parts) and k_NGK.shape == v_NGK.shape and k_NGK.shape[2] == q_NHK.shape[2]:
+            parts = (q_NHK.contiguous(), k_NGK.contiguous(), v_NGK.contiguous())
+            return cast(Tensor, _NativeDocuments.apply(*parts, layout.cu_seqlens))  # type: ignore[no-untyped-call]
+        out = _ShortDocuments.apply(*parts, layout.cu_seqlens)  # type: ignore[no-untyped-call]
         return cast(Tensor, out)
     return _padded_attention(q_NHK, k_NGK, v_NGK, layout)
 

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tafkir.ops import native
+
 __all__ = [
     "CHUNK_TOKENS",
     "IGNORE_INDEX",
@@ -48,6 +50,20 @@ def _head_logprobs(hidden_CD: Tensor, head_VD: Tensor, temperature: float = 1.0)
     if temperature != 1.0:
         logits_CV.div_(temperature)
     return torch.log_softmax(logits_CV, -1)
+
+
+def _nll_and_grad(hidden_CD: Tensor, head_VD: Tensor, targets_C: Tensor, with_grad: bool) -> tuple[Tensor, Tensor]:
+    """Each target's log-probability [C], and d(-their sum) / d logits [C, V] where it is asked for."""
+    if native.takes(hidden_CD, head_VD):
+        logits_CV = F.linear(hidden_CD, head_VD)
+        # The gather also raises for a target that is not in the vocabulary.
+        logprobs_C = logits_CV.gather(1, targets_C.unsqueeze(1)).squeeze(1)
+        sizes = (*logits_CV.shape, int(with_grad))
+        native.call("tafkir_softmax_minus_onehot", logits_CV, targets_C.contiguous(), *sizes, logprobs_C)
+        return logprobs_C, logits_CV
+    logprobs_CV = _head_logprobs(hidden_CD, head_VD)
+    logprobs_C = logprobs_CV.gather(1, targets_C.unsqueeze(1)).squeeze(1)
+    return logprobs_C, _softmax_minus_onehot_(logprobs_CV, targets_C) if with_grad else logprobs_CV
 
 
 def _softmax_minus_onehot_(logprobs_CV: Tensor, targets_C: Tensor) -> Tensor:
@@ -109,10 +125,10 @@ class _NextTokenLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=hidden_MD.device)
         parts = (torch.split(part, CHUNK_TOKENS) for part in (hidden_MD, targets_M, grad_hidden))
         for hidden_CD, targets_C, grad_CD in zip(*parts, strict=True):
-            logprobs_CV = _head_logprobs(hidden_CD, head_VD)
-            total -= logprobs_CV.gather(1, targets_C.unsqueeze(1)).sum(dtype=torch.float64)
+            logprobs_C, grad_CV = _nll_and_grad(hidden_CD, head_VD, targets_C, with_grad)
+            total -= logprobs_C.sum(dtype=torch.float64)
             if with_grad:
-                grad_CV = _softmax_minus_onehot_(logprobs_CV, targets_C).to(head_VD.dtype)
+                grad_CV = grad_CV.to(head_VD.dtype)
                 torch.mm(grad_CV, head_VD, out=grad_CD)
                 grad_head.addmm_(grad_CV.t(), hidden_CD)
         ctx.save_for_backward(grad_hidden, grad_head)

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tafkir.ops import native
+
 __all__ = ["moe_experts", "moe_experts_reference", "swiglu", "swiglu_reference"]
 
 
@@ -49,8 +51,30 @@ class _SwiGLU(torch.autograd.Function):
         return out
 
 
+class _NativeSwiGLU(torch.autograd.Function):
+    """The same in one pass each way."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        width = gate_up.shape[-1] // 2
+        out = gate_up.new_empty(*gate_up.shape[:-1], width)
+        native.call("tafkir_swiglu", gate_up, out.numel() // width, width, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        out, width = torch.empty_like(gate_up), grad.shape[-1]
+        native.call("tafkir_swiglu_backward", grad.contiguous(), gate_up, grad.numel() // width, width, out)
+        return out
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """The same as `swiglu_reference`; only the input is kept for the backward."""
+    if native.takes(gate_up):
+        return cast(Tensor, _NativeSwiGLU.apply(gate_up.contiguous()))  # type: ignore[no-untyped-call]
     return cast(Tensor, _SwiGLU.apply(gate_up))  # type: ignore[no-untyped-call]
 
 
@@ -135,6 +159,42 @@ class _MoEExperts(torch.autograd.Function):
         return _sum_pairs(grad_x_PD, inverse_NA), grad_gate_up, grad_down, None, grad_weights
 
 
+class _NativeMoEExperts(torch.autograd.Function):
+    """The same in one call each way; of what lies between, only the gate_up projection's output is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_ND: Tensor, gate_up_EID: Tensor, down_EDI: Tensor, expert_ids_NA: Tensor, weights_NA: Tensor
+    ) -> Tensor:
+        (num_tokens, active), (num_experts, hidden_size, width) = expert_ids_NA.shape, down_EDI.shape
+        num_pairs = num_tokens * active
+        order_P, inverse_P = torch.empty(num_pairs, dtype=torch.long), torch.empty(num_pairs, dtype=torch.long)
+        starts_E = torch.empty(num_experts + 1, dtype=torch.long)
+        pairs = (order_P, inverse_P, starts_E)
+        if native.call("tafkir_sort_pairs", expert_ids_NA, num_pairs, num_experts, *pairs, threads=False):
+            raise IndexError(f"an expert id is out of range [0, {num_experts})")
+        out_ND, gate_up_P = torch.empty_like(x_ND), x_ND.new_empty(num_pairs, 2 * width)
+        scratch_PD = x_ND.new_empty(num_pairs, hidden_size)
+        ctx.sizes = (num_tokens, active, num_experts, hidden_size, width)
+        inputs = (x_ND, gate_up_EID, down_EDI, weights_NA, *pairs)
+        native.call("tafkir_experts", *inputs, *ctx.sizes, gate_up_P, scratch_PD, out_ND)
+        ctx.save_for_backward(*inputs, gate_up_P)
+        return out_ND
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, None, Tensor]:
+        *inputs, gate_up_P = ctx.saved_tensors
+        grad_x, grad_gate_up, grad_down, grad_weights = (torch.empty_like(x) for x in inputs[:4])
+        scratch_PD = grad_ND.new_empty(len(gate_up_P), grad_ND.shape[1])
+        native.call(
+            "tafkir_experts_backward",
+            *(grad_ND.contiguous(), *inputs, *ctx.sizes, gate_up_P, scratch_PD),
+            *(grad_x, grad_gate_up, grad_down, grad_weights),
+        )
+        return grad_x, grad_gate_up, grad_down, None, grad_weights
+
+
 def _weighted_swiglu_backward(grad: Tensor, gate_up: Tensor, weight: Tensor, grad_weight: Tensor) -> Tensor:
     """Through weight * swiglu(gate_up): write d weight into `grad_weight` [C, 1], return d gate_up [C, 2I]."""
     width = grad.shape[1]
@@ -166,4 +226,10 @@ def moe_experts(
     Returns:
         [N, D] in x's dtype.
     """
+    tensors = (x_ND, gate_up_EID, down_EDI, weights_NA)
+    if native.takes(*tensors):
+        x_ND, gate_up_EID, down_EDI, weights_NA = (x.contiguous() for x in tensors)
+        ids_NA = expert_ids_NA.long().contiguous()
+        out = _NativeMoEExperts.apply(x_ND, gate_up_EID, down_EDI, ids_NA, weights_NA)  # type: ignore[no-untyped-call]
+        return cast(Tensor, out)
     return cast(Tensor, _MoEExperts.apply(x_ND, gate_up_EID, down_EDI, expert_ids_NA, weights_NA))  # type: ignore[no-untyped-call]

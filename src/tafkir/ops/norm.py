@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tafkir.ops import native
+
 __all__ = ["inverse_rms", "rms_norm", "rms_norm_backward", "rms_norm_reference"]
 
 
@@ -54,6 +56,27 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
+class _NativeRMSNorm(torch.autograd.Function):
+    """The same in one pass each way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        out, rstd, width = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1), x.shape[-1]
+        native.call("tafkir_rms_norm", x, weight_D, eps, x.numel() // width, width, out, rstd)
+        ctx.save_for_backward(x, weight_D, rstd)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight_D, rstd = ctx.saved_tensors
+        grad, width = grad.contiguous(), x.shape[-1]
+        grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight_D)
+        rows = x.numel() // width
+        native.call("tafkir_rms_norm_backward", grad, x, weight_D, rstd, rows, width, grad_x, grad_weight)
+        return grad_x, grad_weight, None
+
+
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dim; the same numbers as `rms_norm_reference`, with fewer passes in float32.
 
@@ -64,4 +87,5 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """
     if x.dtype != torch.float32:
         return rms_norm_reference(x, weight_D, eps)
-    return cast(Tensor, _RMSNorm.apply(x.contiguous(), weight_D, eps))  # type: ignore[no-untyped-call]
+    function = _NativeRMSNorm if native.takes(x, weight_D) else _RMSNorm
+    return cast(Tensor, function.apply(x.contiguous(), weight_D.contiguous(), eps))  # type: ignore[no-untyped-call]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tafkir.ops import native
 from tafkir.ops.norm import inverse_rms, rms_norm_backward, rms_norm_reference
 from tafkir.ops.rope import apply_rope_reference, rotate
 
@@ -81,6 +82,45 @@ class _SplitNormRope(torch.autograd.Function):
         return grad_qkv, None, *weight_grads, None, None, None
 
 
+class _NativeSplitNormRope(torch.autograd.Function):
+    """The same in one pass each way; the projection's output itself is kept, not its parts."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv_NXK: Tensor,
+        num_heads: int,
+        q_weight_K: Tensor,
+        k_weight_K: Tensor,
+        eps: float,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> Heads:
+        num_tokens, all_heads, head_dim = qkv_NXK.shape
+        num_kv_heads = (all_heads - num_heads) // 2
+        q, k, v = (qkv_NXK.new_empty(num_tokens, h, head_dim) for h in (num_heads, num_kv_heads, num_kv_heads))
+        rstd = qkv_NXK.new_empty(num_tokens, num_heads + num_kv_heads)
+        ctx.sizes = (num_tokens, num_heads, num_kv_heads, head_dim, cos.shape[-1])
+        weights = (q_weight_K, k_weight_K)
+        native.call("tafkir_split_norm_rope", qkv_NXK, *weights, eps, cos, sin, *ctx.sizes, q, k, v, rstd)
+        ctx.save_for_backward(qkv_NXK, *weights, rstd, cos, sin)
+        return q, k, v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        qkv_NXK, q_weight_K, k_weight_K, *rest = ctx.saved_tensors
+        grad_qkv, grad_q_weight, grad_k_weight = (torch.empty_like(x) for x in (qkv_NXK, q_weight_K, k_weight_K))
+        native.call(
+            "tafkir_split_norm_rope_backward",
+            *(grad.contiguous() for grad in grads),
+            *(qkv_NXK, q_weight_K, k_weight_K, *rest),
+            *ctx.sizes,
+            *(grad_qkv, grad_q_weight, grad_k_weight),
+        )
+        return grad_qkv, None, grad_q_weight, grad_k_weight, None, None, None
+
+
 def split_norm_rope(
     qkv_NXK: Tensor,
     num_heads: int,
@@ -106,7 +146,11 @@ def split_norm_rope(
     """
     if q_weight_K is None or k_weight_K is None or qkv_NXK.dtype != torch.float32:
         return split_norm_rope_reference(qkv_NXK, num_heads, q_weight_K, k_weight_K, eps, cos, sin)
-    heads = _SplitNormRope.apply(  # type: ignore[no-untyped-call]
-        qkv_NXK, num_heads, q_weight_K, k_weight_K, eps, cos, sin
-    )
+    tensors = (qkv_NXK, q_weight_K, k_weight_K, cos, sin)
+    if native.takes(*tensors):
+        qkv_NXK, q_weight_K, k_weight_K, cos, sin = (x.contiguous() for x in tensors)
+        function: type[torch.autograd.Function] = _NativeSplitNormRope
+    else:
+        function = _SplitNormRope
+    heads = function.apply(qkv_NXK, num_heads, q_weight_K, k_weight_K, eps, cos, sin)
     return cast(Heads, heads)

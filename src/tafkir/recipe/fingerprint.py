@@ -22,13 +22,14 @@ def fingerprint_stages(recipe: Recipe, base: Path | None) -> dict[StageName, str
     """One sha256 per stage of the recipe: over its table, what all stages share, and the stage before.
 
     Args:
-        recipe: resolved, so that `threads` is a number.
+        recipe: resolved, so that `threads` is a number and `kernels` says which.
         base: folder of the checkpoint that the recipe starts from.
     """
     previous = _hash(
         {
             "seed": recipe.seed,
             "threads": recipe.threads,
+            "kernels": recipe.kernels,
             "model": recipe.model.model_dump(mode="json"),
             "data": recipe.data.model_dump(mode="json"),
             "files": {source: _hash_file(Path(source)) for source in recipe.data.sources if Path(source).is_file()},

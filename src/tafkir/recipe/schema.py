@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from tafkir.native.library import KernelChoice
 from tafkir.recipe.model import ModelConfig
 from tafkir.records import STAGES, StageName
 
@@ -269,6 +270,9 @@ class Recipe(_Table):
     description: str = Field("", description="One line for `tafkir recipe ls`.")
     seed: int = Field(0, ge=0, description="Seed of everything random.")
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0 takes the physical cores, at most 8.")
+    kernels: KernelChoice = Field(
+        "auto", description="Float32 ops on the CPU: compiled kernels, torch alone, or what is built (auto)."
+    )
     base: str | None = Field(None, description="Bundled or local checkpoint that the first training stage starts from.")
     parallel: ParallelConfig = ParallelConfig()
     model: ModelConfig = ModelConfig()

@@ -154,9 +154,9 @@ class RunDir:
         """The directory of one stage, numbered by its place in `STAGES`; not created yet."""
         return StageDir(self.stages_dir / f"{STAGES.index(kind) + 1:02d}-{kind}", kind)
 
-    def write_env(self) -> None:
-        """Write `env.json`: what the numbers of this run were measured on."""
-        write_json(self.env_path, describe_environment())
+    def write_env(self, **more: str | None) -> None:
+        """Write `env.json`: what the numbers of this run were measured on, and what else the caller knows of that."""
+        write_json(self.env_path, describe_environment() | more)
 
     @contextmanager
     def lock(self) -> Iterator[None]:

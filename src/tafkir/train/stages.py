@@ -27,6 +27,7 @@ from tafkir.data.tokenizer import Tokenizer
 from tafkir.errors import CheckpointError, RecipeError
 from tafkir.models.build import add_mtp, build_decoder, stretch_context
 from tafkir.models.decoder import Decoder
+from tafkir.ops.native import select_kernels
 from tafkir.recipe.model import ModelConfig
 from tafkir.recipe.schema import PretrainConfig, SftConfig, TrainTable
 from tafkir.recipe.seeds import derive_seed
@@ -137,6 +138,7 @@ def run_rlvr(ctx: StageContext) -> dict[str, Any]:
 def _start(ctx: StageContext) -> tuple[Corpus, Decoder, Tokenizer]:
     """The problems, and the decoder and tokenizer to go on with; fresh weights where there is only a tokenizer."""
     torch.set_num_threads(ctx.recipe.threads)
+    select_kernels(ctx.recipe.kernels)
     corpus = load_corpus(ctx.recipe.data)
     if ctx.previous is None:
         raise CheckpointError(

@@ -1,0 +1,99 @@
+"""How ops call the compiled kernels: whether they are used, which tensors they take, and the call itself."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from tafkir.errors import BackendUnavailable
+from tafkir.native.build import torch_blas
+from tafkir.native.library import BUILD_COMMAND, KernelChoice, library_path, resolve_kernels
+
+__all__ = ["call", "kernels_in_use", "select_kernels", "takes"]
+
+# i: int, l: int64, f: float, p: a tensor's address. The first argument of each is the number of threads, except for
+# sort_pairs. Each returns 0, or another number where it cannot do what was asked.
+_SIGNATURES = {
+    "tafkir_rms_norm": "ippfllpp",
+    "tafkir_rms_norm_backward": "ippppllpp",
+    "tafkir_split_norm_rope": "ipppfpplllllpppp",
+    "tafkir_split_norm_rope_backward": "ippppppppplllllppp",
+    "tafkir_attention": "ippppplllllpp",
+    "tafkir_attention_backward": "ippppppplllllppp",
+    "tafkir_swiglu": "ipllp",
+    "tafkir_swiglu_backward": "ippllp",
+    "tafkir_choose_experts": "ipplllllp",
+    "tafkir_sort_pairs": "pllppp",
+    "tafkir_experts": "ippppppplllllppp",
+    "tafkir_experts_backward": "ipppppppplllllpppppp",
+    "tafkir_softmax_minus_onehot": "ipplllp",
+}
+_TYPES = {"i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float, "p": ctypes.c_void_p}
+
+
+class _State:
+    """The process's choice; not made yet, the first op makes it."""
+
+    chosen: Literal["native", "torch"] | None = None
+    library: ctypes.CDLL | None = None
+
+
+def select_kernels(choice: KernelChoice) -> Literal["native", "torch"]:
+    """Choose the arithmetic of this process's float32 ops on the CPU, and say what it is.
+
+    Raises:
+        BackendUnavailable: "native", and the kernels are not built or cannot be loaded.
+    """
+    chosen = resolve_kernels(choice)
+    if chosen == "native" and _State.library is None:
+        _State.library = _load()
+    _State.chosen = chosen
+    return chosen
+
+
+def kernels_in_use() -> Literal["native", "torch"]:
+    """What `select_kernels` chose; "auto" where nobody has asked yet."""
+    return _State.chosen or select_kernels("auto")
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether the kernels are in use and the tensors are what they read: plain float32 on the CPU, not empty.
+
+    Subclasses (the shards of tensor parallelism, say) have no address of their own.
+    """
+    return kernels_in_use() == "native" and all(
+        x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0 and type(x) in (Tensor, nn.Parameter)
+        for x in tensors
+    )
+
+
+def call(name: str, *args: Tensor | float, threads: bool = True) -> int:
+    """Run one kernel on torch's number of threads. Tensors go by address: contiguous, float32 or int64."""
+    assert _State.library is not None
+    plain: list[float] = [torch.get_num_threads()] if threads else []
+    for arg in args:
+        if isinstance(arg, Tensor):
+            assert arg.is_contiguous() and arg.dtype in (torch.float32, torch.int64), name
+            plain.append(arg.data_ptr())
+        else:
+            plain.append(arg)
+    status: int = getattr(_State.library, name)(*plain)
+    return status
+
+
+def _load() -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL(str(library_path()))
+    except OSError as error:
+        fix = f"delete it and build it again: {BUILD_COMMAND}"
+        raise BackendUnavailable(str(error), where=str(library_path()), fix=fix) from error
+    for name, signature in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes = [_TYPES[letter] for letter in signature]
+        function.restype = ctypes.c_int
+    library.tafkir_use_sgemm.argtypes = [ctypes.c_void_p]
+    library.tafkir_use_sgemm(torch_blas())
+    return library
