@@ -13,6 +13,7 @@ rotating whole heads.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import sys
@@ -28,7 +29,7 @@ import torch
 from tafkir.data.packing import Document
 from tafkir.eval.metrics import avg_at_k, pooled_difference
 from tafkir.models.attention import VarlenCausal
-from tafkir.models.build import build_decoder
+from tafkir.models.build import build_decoder, stretch_context
 from tafkir.models.decoder import Decoder
 from tafkir.recipe.model import ModelConfig, YarnConfig
 from tafkir.recipe.schema import LanguageTable
@@ -128,12 +129,10 @@ def train(decoder: Decoder, setup: Setup, seed: int, *, longest: int, steps: int
     return loss
 
 
-def stretched(decoder: Decoder, context: int, scaling: YarnConfig | None) -> Decoder:
-    """A copy of the decoder, its weights untouched, with another RoPE and room for `context` tokens."""
-    update = {"rope_scaling": scaling, "max_position_embeddings": context}
-    copy = Decoder(decoder.config.model_copy(update=update))
-    copy.load_state_dict(decoder.state_dict())
-    return copy
+def with_yarn(decoder: Decoder, setup: Setup) -> Decoder:
+    """The same weights, stretched by YaRN."""
+    scaling = YarnConfig(factor=FACTOR, original_max_position_embeddings=setup.context)
+    return stretch_context(decoder, scaling, FACTOR * setup.context)
 
 
 @torch.no_grad()
@@ -171,17 +170,15 @@ def score(decoder: Decoder, lengths: Sequence[int], samples: int) -> Scores:
 
 def run_seed(setup: Setup, seed: int, lengths: Sequence[int], samples: int) -> tuple[dict[str, Scores], float]:
     """Train one model and score it in every way; also its last training loss."""
-    longest = setup.context * FACTOR
-    yarn = YarnConfig(factor=FACTOR, original_max_position_embeddings=setup.context)
     decoder = build_decoder(setup.model, seed)
     loss = train(decoder, setup, seed, longest=setup.context, steps=setup.steps)
     arms: dict[str, Scores] = {}
-    for name, scaling in (("unstretched", None), ("yarn", yarn)):
-        copy = stretched(decoder, longest, scaling)
-        arms[name] = score(copy, lengths, samples)
+    for name, model in (("unstretched", decoder), ("yarn", with_yarn(decoder, setup))):
+        arms[name] = score(model, lengths, samples)
         if setup.finetune_steps:
-            train(copy, setup, seed, longest=longest, steps=setup.finetune_steps)
-            arms[f"{name}, then trained"] = score(copy, lengths, samples)
+            trained = copy.deepcopy(model)
+            train(trained, setup, seed, longest=FACTOR * setup.context, steps=setup.finetune_steps)
+            arms[f"{name}, then trained"] = score(trained, lengths, samples)
     return arms, loss
 
 
@@ -258,10 +255,11 @@ def draw(summary: dict[str, Any], context: int, path: Path) -> None:
         lengths = [row["length"] for row in arm["by_length"]]
         shares = {(cell["length"], cell["depth"]): cell["value"] for cell in arm["cells"]}
         grid = [[100 * shares[length, depth] for length in lengths] for depth in DEPTHS]
-        axis.imshow(grid, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
+        axis.imshow(grid, vmin=0, vmax=100, cmap="Blues", aspect="auto")
         for y, row in enumerate(grid):
             for x, value in enumerate(row):
-                axis.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=9)
+                ink = "white" if value > 55 else "black"
+                axis.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=9, color=ink)
         axis.set_xticks(range(len(lengths)), [f"{length}\n{length / context:g}x" for length in lengths])
         axis.set_yticks(range(len(DEPTHS)), [f"{100 * depth:.0f} %" for depth in DEPTHS])
         axis.set_title(name, fontsize=10)

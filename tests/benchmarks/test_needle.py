@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks.needle import (
     DEPTHS,
@@ -16,13 +15,12 @@ from benchmarks.needle import (
     found,
     haystacks_of,
     main,
-    stretched,
     train,
     training_documents,
+    with_yarn,
 )
 from tafkir.models.build import build_decoder
 from tafkir.models.decoder import Decoder
-from tafkir.recipe.model import YarnConfig
 
 SETUP = Setup(
     context=48,
@@ -48,16 +46,11 @@ def share_found(decoder: Decoder, length: int) -> float:
 
 
 def test_the_stretched_context_works_and_the_unstretched_one_does_not(trained: Decoder) -> None:
-    longest = FACTOR * SETUP.context
-    yarn = YarnConfig(factor=FACTOR, original_max_position_embeddings=SETUP.context)
-    plain, longer = stretched(trained, longest, None), stretched(trained, longest, yarn)
-    for name, weight in trained.state_dict().items():
-        assert torch.equal(weight, longer.state_dict()[name])
-    assert share_found(plain, SETUP.context) >= 0.9
-    assert share_found(longer, SETUP.context) >= 0.9
-    unstretched, with_yarn = share_found(plain, longest), share_found(longer, longest)
-    assert with_yarn >= 0.8
-    assert unstretched <= 0.4
+    longest, stretched = FACTOR * SETUP.context, with_yarn(trained, SETUP)
+    assert share_found(trained, SETUP.context) >= 0.9
+    assert share_found(stretched, SETUP.context) >= 0.9
+    assert share_found(stretched, longest) >= 0.8
+    assert share_found(trained, longest) <= 0.4
 
 
 def test_training_is_a_function_of_the_seed() -> None:
