@@ -222,7 +222,7 @@ class LabConfig(TrainTable):
     theirs to set. A variant leaves its measurements and no weights.
     """
 
-    method: Literal["residual"] = "residual"
+    method: Literal["residual"] = Field("residual", description="What the twins differ in.")
     kinds: tuple[Literal["plain", "hc", "mhc"], ...] = Field(
         ("plain", "hc", "mhc"), min_length=1, description="Residual kinds to compare."
     )
