@@ -113,11 +113,11 @@ def picture(figures: Sequence[LabFigure], columns: int = 2) -> str:
         chart = re.sub(r'<g class="hit">.*(?=</svg>)', "", chart)
         parts.append(f'<text class="title" x="{x}" y="{y + 17}">{escape(figure.title)}</text>')
         parts.append(f'<text x="{x}" y="{y + 31}">{escape(figure.unit)}</text>{chart}')
-        left, low = x + 24, y + TITLE + HEIGHT + 12
+        left, low = x + 10, y + TITLE + HEIGHT + 12
         for line in figure.lines:
             parts.append(f'<path class="line {line.color}" d="M{left} {low - 4}h14"/>')
             parts.append(f'<text x="{left + 18}" y="{low}">{escape(line.name)}</text>')
-            left += 30 + 6 * len(line.name)
+            left += 28 + round(5.6 * len(line.name))
     return "".join(parts) + "</svg>\n"
 
 

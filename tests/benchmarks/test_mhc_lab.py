@@ -38,7 +38,7 @@ def test_a_run_becomes_a_table_a_json_and_two_pictures(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "| HC, 8 layers | 3.570 ± 0.693 | −0.030 ± 0.014 | 9.5 | 1.3 | 8.157 peak 16.31 |" in done.stdout
+    assert "| HC, 8 layers | 3.570 ± 0.693 | −0.030 ± 0.014 | 9.5 | 1.30 | 8.16 peak 16.31 |" in done.stdout
     (told,) = json.loads((tmp_path / "x.json").read_text())["runs"]
     assert told["tokens_per_step"] == 64 and told["cpu_s"] == 36.0
     assert [(row["layers"], row["kind"]) for row in told["rows"]] == [

@@ -69,7 +69,7 @@ def test_the_table_compares_twins_and_averages_repeats(record: RunRecord) -> Non
     assert list(rows) == [f"{kind}, {depth} layers" for depth in (2, 8) for kind in ("plain", "HC", "mHC")]
     assert rows["plain, 8 layers"][:2] == ["3.600\n± 0.707", ""]
     assert rows["HC, 8 layers"][1] == "−0.030\n± 0.014" and rows["mHC, 8 layers"][1] == "−0.020\n± 0.014"
-    assert rows["HC, 8 layers"][2:] == ["9.5", "1.3", "8.157\npeak 16.31", "0.25", "3 s"]
+    assert rows["HC, 8 layers"][2:] == ["9.5", "1.30", "8.16\npeak 16.31", "0.25", "3 s"]
     assert rows["plain, 2 layers"][2:] == ["0.5", "–", "–", "–", "3 s"]
 
 
@@ -90,7 +90,7 @@ def test_every_figure_is_drawn(record: RunRecord) -> None:
 def test_the_pages_say_what_was_found(record: RunRecord) -> None:
     head = headline(record)
     assert head.sentence == (
-        "Across 8 layers the residual mappings amplify: hyper-connections up to 16.3 times, mHC up to 1.01 times."
+        "Across 8 layers the residual mappings amplify: hyper-connections up to 16.31 times, mHC up to 1.01 times."
     )
     assert "HC −0.030 ± 0.014, mHC −0.020 ± 0.014" in head.beside[0]
     page, text = render_html(record), render_markdown(record)

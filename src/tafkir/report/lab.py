@@ -300,7 +300,11 @@ def _gain(variants: Variants, kind: str, depth: int, metric: str) -> str:
     if not values:
         return "–"
     last, peak = fmean(values), fmean(_peaks(variants, kind, depth, metric))
-    return number(last, 4) + (f"\npeak {number(peak, 4)}" if peak > 1.05 * last else "")
+    return _gain_words(last) + (f"\npeak {_gain_words(peak)}" if peak > 1.05 * last else "")
+
+
+def _gain_words(value: float) -> str:
+    return f"{value:.2f}" if 0.01 <= value < 100 else number(value)
 
 
 def lab_sentence(variants: Variants) -> str:
@@ -310,7 +314,7 @@ def lab_sentence(variants: Variants) -> str:
     depth = _depths(variants)[-1]
     gains = {kind: _peaks(variants, kind, depth, "gain/composed") for kind in ("hc", "mhc")}
     words = [
-        f"{name} up to {number(fmean(gains[kind]))} times"
+        f"{name} up to {_gain_words(fmean(gains[kind]))} times"
         for kind, name in (("hc", "hyper-connections"), ("mhc", "mHC"))
         if gains[kind]
     ]
