@@ -43,7 +43,7 @@ def half_written(run: Path) -> list[str]:
         ("[sft]\nsteps = 2.5", "mine.toml:2: sft.steps: got 2.5 (float); expected a valid integer"),
         ("[sft]\nsteps = 0", "mine.toml:2: sft.steps: got 0 (integer); expected greater than or equal to 1"),
         ('[data]\nsources = "svamp"', 'mine.toml:2: data.sources: got "svamp" (string); expected an array'),
-        ('[sft]\nschedule = "cosin"', "expected 'constant', 'linear' or 'cosine'"),
+        ('[sft]\nschedule = "cosin"', "expected 'constant', 'linear', 'cosine' or 'wsd'"),
         ("sft = 3", "mine.toml:1: sft: got 3 (integer); expected a table"),
         ("[model]\nnum_key_value_heads = 3", "num_attention_heads=2 is not a multiple of num_key_value_heads=3"),
     ],

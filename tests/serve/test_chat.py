@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
 import pty
@@ -83,6 +84,8 @@ run_chat(sys.argv[1], {options})
         )
         os.close(slave)
         self._unread = ""
+        # What is read at once may end within a character.
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def read_until(self, wanted: str, timeout_s: float = 60) -> str:
         """What came up to and with the wanted text."""
@@ -90,7 +93,7 @@ run_chat(sys.argv[1], {options})
         while wanted not in self._unread:
             ready, _, _ = select.select([self._master], [], [], max(0, deadline - time.monotonic()))
             assert ready, self._unread
-            self._unread += os.read(self._master, 4096).decode(errors="replace")
+            self._unread += self._decoder.decode(os.read(self._master, 4096))
         end = self._unread.index(wanted) + len(wanted)
         text, self._unread = self._unread[:end], self._unread[end:]
         return text
