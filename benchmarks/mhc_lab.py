@@ -82,7 +82,7 @@ def run_row(record: RunRecord) -> dict[str, Any]:
     order = sorted(groups, key=lambda key: (key[0], list(KIND_TITLES).index(key[1])))
     return {
         "recipe": record.name,
-        "command": " ".join(map(str, record.environment.get("command", []))),
+        "command": " ".join(["tafkir", *map(str, record.environment.get("command", [])[1:])]),
         "cpu": record.environment.get("cpu"),
         "torch": record.environment.get("torch"),
         "steps": lab["steps"],
