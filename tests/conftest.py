@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +23,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Which arithmetic a test sees must not depend on what is built here: tests of the native kernels ask for them
 # (`native_library`, `kernels`). TAFKIR_KERNELS=native runs every test on them.
 os.environ.setdefault("TAFKIR_KERNELS", "torch")
+
+# A suite started in the background may ignore interrupts, and what it starts would, too; some tests send them.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 
