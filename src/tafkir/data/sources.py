@@ -5,10 +5,7 @@ Every row becomes a `Problem` whose equations are checked with exact arithmetic.
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +23,7 @@ from tafkir.data.arithmetic import (
     render,
     split,
 )
+from tafkir.data.lines import BadRowError, numbered_lines, parse_row
 from tafkir.data.split import gsm8k_split, own_split, svamp_split
 from tafkir.errors import DataError
 from tafkir.records import Example, Split
@@ -81,34 +79,9 @@ class SourceReport:
     flaws: Mapping[str, int] = field(default_factory=dict)
 
 
-class _BadRowError(ValueError):
-    """The row is malformed: what was expected instead."""
-
-
 def _lines(path: Path | Any, where: str) -> Iterator[tuple[int, str]]:
-    """Numbered lines of a plain or gzipped UTF-8 file, blank ones left out."""
-    try:
-        raw = path.read_bytes()
-        if where.endswith(".gz"):
-            raw = gzip.decompress(raw)
-        text = raw.decode("utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(
-            "the data file does not exist",
-            where=where,
-            expected=f"a JSONL file, or one of the bundled sets {', '.join(BUNDLED_SETS)}",
-            fix="correct data.sources in the recipe",
-        ) from None
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise DataError("the file is not UTF-8", where=f"{where}:{line}", fix="convert it to UTF-8") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"the gzip file is truncated or damaged ({error})", where=where, fix="copy it again") from None
-    except OSError as error:
-        raise DataError(f"the data file cannot be read ({error.strerror})", where=where) from None
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield number, line
+    expected = f"a JSONL file, or one of the bundled sets {', '.join(BUNDLED_SETS)}"
+    return numbered_lines(path, where, expected=expected, fix="correct data.sources in the recipe")
 
 
 def _whole_step(equation: str) -> Step | None:
@@ -165,21 +138,21 @@ def _steps_from(equations: list[str], answer: Fraction, split_operations: bool) 
 def _text_field(row: Mapping[str, Any], key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value.strip():
-        raise _BadRowError(f"a non-empty string in field {key!r}")
+        raise BadRowError(f"a non-empty string in field {key!r}")
     return " ".join(value.split())
 
 
 def _number_field(text: str, key: str) -> Fraction:
     value = parse_number(text.strip().removeprefix("$").removesuffix("."))
     if value is None:
-        raise _BadRowError(f"a number as {key}, not {text[:40]!r}")
+        raise BadRowError(f"a number as {key}, not {text[:40]!r}")
     return value
 
 
 def _gsm8k_answer(text: str) -> tuple[Fraction, list[str]]:
     match = _FINAL.search(text)
     if match is None:
-        raise _BadRowError("a last line '#### NUMBER' in field 'answer'")
+        raise BadRowError("a last line '#### NUMBER' in field 'answer'")
     return _number_field(match[1], "the answer after ####"), _ANNOTATION.findall(text)
 
 
@@ -191,7 +164,7 @@ def _gsm8k_rows(split_operations: bool) -> Iterator[tuple[str, Callable[[], Prob
             id = f"gsm8k-{part}-{number - 1}"
 
             def build(line: str = line, id: str = id, part: Literal["train", "test"] = part) -> Problem:
-                row = _row(line)
+                row = parse_row(line)
                 answer, equations = _gsm8k_answer(row["answer"])
                 steps, flaw = _steps_from(equations, answer, split_operations)
                 question = _text_field(row, "question")
@@ -205,10 +178,10 @@ def _svamp_rows(split_operations: bool) -> Iterator[tuple[str, Callable[[], Prob
     for number, line in _lines(files("tafkir") / "datasets" / "svamp" / "svamp.jsonl.gz", where):
 
         def build(line: str = line) -> Problem:
-            row = _row(line)
+            row = parse_row(line)
             answer = parse_number(str(row["Answer"]))
             if answer is None:
-                raise _BadRowError("a number in field 'Answer'")
+                raise BadRowError("a number in field 'Answer'")
             # a nested binary equation is one operation a line whatever the reader of GSM8K's asks for
             steps, flaw = _steps_from([row["Equation"]], answer, split_operations=True)
             body = _text_field(row, "Body")
@@ -225,13 +198,13 @@ def _own_rows(path: Path, split_operations: bool) -> Iterator[tuple[str, Callabl
     for number, line in _lines(path, str(path)):
 
         def build(line: str = line, number: int = number) -> Problem:
-            row = _row(line)
+            row = parse_row(line)
             question = _text_field(row, "question")
             raw = row.get("answer")
             if isinstance(raw, (int, float)) and not isinstance(raw, bool):
                 raw = repr(raw)
             if not isinstance(raw, str):
-                raise _BadRowError("a number or a worked solution in field 'answer'")
+                raise BadRowError("a number or a worked solution in field 'answer'")
             if "####" in raw:
                 answer, equations = _gsm8k_answer(raw)
             else:
@@ -241,23 +214,11 @@ def _own_rows(path: Path, split_operations: bool) -> Iterator[tuple[str, Callabl
             steps, flaw = _steps_from(equations, answer, split_operations) if equations else ((), "")
             split = row.get("split", own_split(question))
             if split not in ("train", "validation", "test"):
-                raise _BadRowError("train, validation or test in field 'split'")
+                raise BadRowError("train, validation or test in field 'split'")
             id = str(row.get("id", f"{name}-{number}"))
             return Problem(id, name, split, question, format_number(answer), steps, flaw)
 
         yield f"{path}:{number}", build
-
-
-def _row(line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise _BadRowError(f"valid JSON ({error.msg} at column {error.colno})") from None
-    except RecursionError:
-        raise _BadRowError("JSON that is not nested so deeply") from None
-    if not isinstance(row, dict):
-        raise _BadRowError("a JSON object")
-    return row
 
 
 def read_source(
@@ -286,7 +247,7 @@ def read_source(
     for where, build in rows:
         try:
             problems.append(build())
-        except _BadRowError as bad:
+        except BadRowError as bad:
             if on_bad_row == "error":
                 fix = 'correct the row, or set data.on_bad_row = "skip" to leave such rows out'
                 raise DataError("malformed row", where=where, expected=str(bad), fix=fix) from None
