@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from tafkir.records import Completion, Example, Message, Request, Split, Verdict
 
-__all__ = ["Completer", "Grader", "MetricSink", "Task"]
+__all__ = ["Completer", "Grader", "MetricSink", "PausingCompleter", "Task"]
 
 
 @runtime_checkable
@@ -31,6 +31,18 @@ class Completer(Protocol):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Replace the policy's weights; completions from now on carry `version`."""
+        ...
+
+
+@runtime_checkable
+class PausingCompleter(Completer, Protocol):
+    """A completer that can be stopped, and go on later with what it had begun (`Request.prefix_ids`)."""
+
+    def cancel_all(self) -> list[Completion]:
+        """Stop every request; what each has sampled so far, with the finish reason "cancelled".
+
+        What `complete` has finished already still comes out of its iterator, which then ends.
+        """
         ...
 
 

@@ -69,11 +69,16 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt to complete."""
+    """One prompt to complete, or a completion to go on with.
+
+    `prefix_ids` are tokens of the completion that were sampled before, such as under older weights: sampling goes on
+    after them, at the draw of the request's stream that comes next. `max_tokens` counts them.
+    """
 
     id: str
     prompt_ids: tuple[int, ...]
     params: SamplingParams
+    prefix_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +87,10 @@ class Completion:
 
     `token_ids` holds every sampled token, the stop token among them; `logprobs[t]` is the natural log of the
     probability with which `token_ids[t]` was drawn from the *untruncated* distribution at the request's
-    temperature (at temperature 1 when it is greedy), so that it compares with a training forward.
-    `policy_version` is the number last given to `Completer.load_weights`.
+    temperature (at temperature 1 when it is greedy), so that it compares with a training forward. The tokens of the
+    request's `prefix_ids` are not among them.
+    `policy_version` is the number last given to `Completer.load_weights`; a completion that was continued under newer
+    weights has the version of each of its tokens in `token_versions`, and that of the last one in `policy_version`.
     """
 
     request_id: str
@@ -92,3 +99,4 @@ class Completion:
     finish_reason: FinishReason
     policy_version: int = 0
     expert_ids: Any = None
+    token_versions: tuple[int, ...] = ()
