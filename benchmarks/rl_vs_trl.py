@@ -36,7 +36,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tafkir.recipe.model import ModelConfig
-from tafkir.recipe.schema import DataConfig, IcePopConfig, RlvrConfig, SftConfig
+from tafkir.recipe.rl import IcePop, NoAcceptance, RlvrConfig
+from tafkir.recipe.schema import DataConfig, SftConfig
 from tafkir.records import Completion, Example, Message, Request, Split, Verdict
 
 # The parent process stays free of torch: a child's peak memory would start from its parent's.
@@ -312,7 +313,7 @@ def run_ours(run: Run) -> dict[str, Any]:
         prompts_per_step=PROMPTS,
         group_size=GROUP,
         max_completion_tokens=MAX_NEW,
-        icepop=IcePopConfig(enabled=run.side == "ours+icepop"),
+        acceptance=IcePop() if run.side == "ours+icepop" else NoAcceptance(),
         reduction="token_mean",
         drop_zero_variance=False,
     )

@@ -28,7 +28,7 @@ def changed(*overrides: str, base: Path | None = None, other: Path | None = None
         ("data.max_steps=3", "tokenizer"),
         ("model.hidden_size=64", "tokenizer"),
         ("sft.steps=7", "sft"),
-        ("rlvr.icepop.alpha=0.4", "rlvr"),
+        ("rlvr.acceptance.alpha=0.4", "rlvr"),
         ("eval.samples=3", "eval"),
         ("report.sample_chains=1", "report"),
     ],

@@ -12,6 +12,7 @@ from tafkir.errors import RecipeError
 from tafkir.recipe.bundled import bundled_recipes, find_recipe
 from tafkir.recipe.load import describe_keys, flatten, load_recipe
 from tafkir.recipe.resolve import resolve_recipe
+from tafkir.recipe.rl import IcePop, NoAcceptance
 
 
 def write(path: Path, text: str) -> Path:
@@ -74,7 +75,7 @@ def test_an_empty_override_takes_a_value_or_a_stage_away(base_file: Path) -> Non
     ("override", "nearest"),
     [
         ("sft.learning_rte=1", "sft.learning_rate"),
-        ("rlvr.icepop.alpah=0.5", "rlvr.icepop.alpha"),
+        ("rlvr.acceptance.alpah=0.5", "rlvr.acceptance.alpha"),
         ("sftt.steps=1", "sft"),
         ("hidden_size=64", "model.hidden_size"),
         ("learning_rate=1", "sft.learning_rate"),
@@ -85,6 +86,20 @@ def test_an_unknown_key_names_the_nearest(base_file: Path, override: str, neares
     text = message([base_file], [override])
     assert override.partition("=")[0].split(".")[0] in text
     assert "unknown key" in text and nearest in text
+
+
+def test_variants_of_a_table(base_file: Path) -> None:
+    """A table without a `kind` is the default's; keys and errors do not show how variants are told apart."""
+    loaded = load_recipe([base_file], ["rlvr.acceptance.beta=4.0"])
+    assert loaded.recipe.rlvr is not None and loaded.recipe.rlvr.acceptance == IcePop(beta=4.0)
+    assert loaded.origins["rlvr.acceptance.beta"] == "--set"
+    other = load_recipe([base_file], ["rlvr.acceptance.kind=none"]).recipe.rlvr
+    assert other is not None and other.acceptance == NoAcceptance()
+    assert message([base_file], ["rlvr.acceptance.alpha=-3.0"]).startswith("--set: rlvr.acceptance.alpha: got -3.0")
+    assert "expected one of 'none'" in message([base_file], ["rlvr.acceptance.kind=icep"])
+    foreign = message([base_file], ["rlvr.acceptance.kind=none", "rlvr.acceptance.alpha=0.5"])
+    assert "rlvr.acceptance.alpha: unknown key. Fix: it belongs to rlvr.acceptance.kind = icepop" in foreign
+    assert "rlvr.acceptance.icepop: unknown key" in message([base_file], ["rlvr.acceptance.icepop=1"])
 
 
 def test_an_unknown_key_in_a_file_names_its_line(tmp_path: Path) -> None:

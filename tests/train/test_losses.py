@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tafkir.recipe.schema import IcePopConfig
+from tafkir.recipe.rl import IcePop, NoAcceptance
 from tafkir.train.advantages import grpo_advantages, zero_variance_groups
 from tafkir.train.losses import Reduction, icepop_weights, policy_loss
 from tafkir.train.mismatch import mismatch_metrics
 
-OFF = IcePopConfig(enabled=False)
+OFF = NoAcceptance()
 
 
 def test_weights_of_the_verl_vector() -> None:
@@ -35,7 +35,7 @@ def test_loss_of_the_nemo_rl_vector() -> None:
     sampling = torch.tensor([-0.5, -3.5, -0.8])
     advantages = torch.tensor([1.0, -1.0, 2.0])
     out = policy_loss(
-        prev, prev, sampling, advantages, torch.zeros(3, dtype=torch.int64), torch.tensor([3]), icepop=IcePopConfig()
+        prev, prev, sampling, advantages, torch.zeros(3, dtype=torch.int64), torch.tensor([3]), acceptance=IcePop()
     )
     torch.testing.assert_close(out.weight_T, torch.tensor([0.6065, 0.0, 0.8187]), atol=5e-5, rtol=0)
     assert math.exp(2.5) == pytest.approx(12.18, abs=5e-3)
@@ -65,7 +65,7 @@ def test_a_non_finite_ratio_is_dropped_and_leaves_gradients_finite(bad: float) -
         torch.ones(3),
         torch.zeros(3, dtype=torch.int64),
         torch.tensor([3]),
-        icepop=IcePopConfig(),
+        acceptance=IcePop(),
     )
     out.loss.backward()
     assert out.nonfinite == 1
@@ -77,7 +77,7 @@ def test_masked_tokens_stay_in_the_denominator() -> None:
     logprobs = torch.full((4,), -1.0, requires_grad=True)
     sampling = torch.tensor([-1.0, -9.0, -1.0, -1.0])
     sequence, lengths = torch.tensor([0, 0, 1, 1]), torch.tensor([2, 2])
-    out = policy_loss(logprobs, logprobs.detach(), sampling, torch.ones(4), sequence, lengths, icepop=IcePopConfig())
+    out = policy_loss(logprobs, logprobs.detach(), sampling, torch.ones(4), sequence, lengths, acceptance=IcePop())
     assert out.loss.item() == pytest.approx(-(0.5 + 1.0) / 2)
 
 
@@ -86,7 +86,7 @@ def test_without_icepop_it_is_clipped_grpo() -> None:
     logprobs = old + torch.tensor([0.5, -0.5, 0.5, -0.5])
     advantages = torch.tensor([1.0, 1.0, -1.0, -1.0])
     sequence, lengths = torch.zeros(4, dtype=torch.int64), torch.tensor([4])
-    out = policy_loss(logprobs, old, torch.full((4,), -50.0), advantages, sequence, lengths, icepop=OFF)
+    out = policy_loss(logprobs, old, torch.full((4,), -50.0), advantages, sequence, lengths, acceptance=OFF)
     terms = [1.2, math.exp(-0.5), -math.exp(0.5), -0.8]
     assert out.loss.item() == pytest.approx(-sum(terms) / 4, abs=1e-6)
     assert out.clipped_T.tolist() == [True, False, False, True]
@@ -102,7 +102,7 @@ def test_kl_term_covers_masked_tokens() -> None:
         torch.zeros(2),
         torch.zeros(2, dtype=torch.int64),
         torch.tensor([2]),
-        icepop=IcePopConfig(),
+        acceptance=IcePop(),
         kl_coef=0.5,
         ref_logprobs_T=ref,
     )
@@ -146,7 +146,7 @@ def test_micro_batches_add_up_to_the_whole(
                 advantages[part],
                 sequence[part] - first,
                 torch.tensor(lengths)[first : int(sequence[part][-1]) + 1],
-                icepop=IcePopConfig(),
+                acceptance=IcePop(),
                 reduction=reduction,
                 **totals,
             )

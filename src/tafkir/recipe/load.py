@@ -118,34 +118,33 @@ def flatten(recipe: BaseModel) -> dict[str, Any]:
 
 
 def table_of(path: str) -> type[BaseModel] | None:
-    """The table that a dotted path names, None where it names no table."""
-    table: type[BaseModel] | None = Recipe
+    """The table that a dotted path names (of variants the first), None where it names no table."""
+    tables: tuple[type[BaseModel], ...] = (Recipe,)
     for part in [part for part in path.split(".") if part]:
-        fields = table.model_fields if table else {}
-        table = _table_type(fields[part].annotation) if part in fields else None
-        if table is None:
+        fields = [table.model_fields[part] for table in tables if part in table.model_fields]
+        tables = tuple(table for field in fields for table in _table_types(field.annotation))
+        if not tables:
             return None
-    return table
+    return tables[0]
 
 
 def describe_keys(table: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, str]:
-    """What every key of the recipe means, by its dotted path."""
+    """What every key of the recipe means, by its dotted path; a table with variants has the keys of all of them."""
     described: dict[str, str] = {}
     for name, field in table.model_fields.items():
-        inner = _table_type(field.annotation)
-        if inner is not None:
-            described |= describe_keys(inner, f"{prefix}{name}.")
-        else:
+        variants = _table_types(field.annotation)
+        if not variants:
             described[prefix + name] = field.description or ""
+        for variant in variants:
+            described = describe_keys(variant, f"{prefix}{name}.") | described
     return described
 
 
-def _table_type(annotation: Any) -> type[BaseModel] | None:
-    """The table behind `Table` or `Table | None`."""
-    for choice in (annotation, *getattr(annotation, "__args__", ())):
-        if isinstance(choice, type) and issubclass(choice, BaseModel):
-            return choice
-    return None
+def _table_types(annotation: Any) -> tuple[type[BaseModel], ...]:
+    """The tables behind `Table`, `Table | None` or a choice of tables."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return (annotation,)
+    return tuple(table for choice in getattr(annotation, "__args__", ()) for table in _table_types(choice))
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -274,7 +273,7 @@ def _explain(error: ValidationError, origins: Mapping[str, str], files: Sequence
     details = error.errors(include_url=False)
     # A misspelt key may be the very one that is missing.
     first = next((detail for detail in details if detail["type"] == "extra_forbidden"), details[0])
-    path = ".".join(str(part) for part in first["loc"])
+    path = _path_of(first["loc"])
     origin = _origin_of(path, origins) or str(files[-1])
     where = f"{origin}: {path}" if path else origin
     what, expected, fix = _explain_one(first, path)
@@ -283,12 +282,34 @@ def _explain(error: ValidationError, origins: Mapping[str, str], files: Sequence
     return RecipeError(what, where=where, expected=expected, fix=fix)
 
 
+def _path_of(location: Sequence[int | str]) -> str:
+    """The dotted path of an error. After a table that has variants, pydantic names the variant, which is no key."""
+    path, after_variant = "", False
+    for part in map(str, location):
+        after_variant = not after_variant and part in _variants(path)
+        if not after_variant:
+            path = f"{path}.{part}" if path else part
+    return path
+
+
+def _variants(path: str) -> dict[str, type[BaseModel]]:
+    """The variants of the table at a path, by their `kind`; none where there is no choice."""
+    parent, _, key = path.rpartition(".")
+    table = table_of(parent)
+    field = table.model_fields.get(key) if table else None
+    tables = _table_types(field.annotation) if field else ()
+    return {str(each.model_fields["kind"].default): each for each in tables} if len(tables) > 1 else {}
+
+
 def _explain_one(detail: ErrorDetails, path: str) -> tuple[str, str | None, str | None]:
     """What is wrong, what was expected, how to fix it."""
     if detail["type"] == "extra_forbidden":
         return "unknown key", None, _nearest(path)
     if detail["type"] == "missing":
         return "missing key", None, f"add it: {describe_keys().get(path, '')}"
+    if detail["type"] == "union_tag_invalid":
+        kinds = detail.get("ctx", {})
+        return f"got kind = {kinds.get('tag')}", f"one of {kinds.get('expected_tags')}", None
     if detail["type"] == "value_error":
         return detail["msg"].removeprefix("Value error, "), None, None
     got = detail["input"]
@@ -318,6 +339,9 @@ def _origin_of(path: str, origins: Mapping[str, str]) -> str | None:
 def _nearest(path: str) -> str:
     """Names the valid key that an unknown one was most likely meant to be."""
     parent, _, key = path.rpartition(".")
+    owners = [kind for kind, table in _variants(parent).items() if key in table.model_fields]
+    if owners:
+        return f"it belongs to {parent}.kind = {' or '.join(owners)}"
     known = list(describe_keys())
     tables = [known_path.rpartition(".")[0] for known_path in known]
     siblings = [p.rpartition(".")[2] for p in {*known, *tables} if p and p.rpartition(".")[0] == parent]

@@ -6,12 +6,14 @@ stages run in the order of `STAGES`.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from tafkir.native.library import KernelChoice
 from tafkir.recipe.model import ModelConfig
+from tafkir.recipe.rl import RlvrConfig
+from tafkir.recipe.tables import DecayShape, EmaConfig, OptimConfig, Positive, Table, TrainTable
 from tafkir.records import STAGES, StageName
 
 __all__ = [
@@ -21,7 +23,6 @@ __all__ = [
     "DecayShape",
     "EmaConfig",
     "EvalConfig",
-    "IcePopConfig",
     "LabConfig",
     "LanguageTable",
     "OptimConfig",
@@ -36,15 +37,8 @@ __all__ = [
     "TrainTable",
 ]
 
-Positive = Annotated[int, Field(ge=1)]
-DecayShape = Literal["linear", "cosine", "1-sqrt"]
 
-
-class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class AugmentConfig(_Table):
+class AugmentConfig(Table):
     """Fresh variants of training problems whose answer is recomputed from the equations."""
 
     renumber: float = Field(0.8, ge=0, le=1, description="Share of drawn problems that get new numbers.")
@@ -52,7 +46,7 @@ class AugmentConfig(_Table):
     max_number: int = Field(999, ge=10, description="Largest number that renumbering may draw or produce.")
 
 
-class DataConfig(_Table):
+class DataConfig(Table):
     """Which word problems are read, and how they are varied."""
 
     sources: tuple[str, ...] = Field(
@@ -67,59 +61,10 @@ class DataConfig(_Table):
     augment: AugmentConfig = AugmentConfig()
 
 
-class TokenizerConfig(_Table):
+class TokenizerConfig(Table):
     """Byte-level BPE with single digits, trained on the training problems."""
 
     vocab_size: int = Field(2048, ge=300, description="Entries, the special tokens among them.")
-
-
-class OptimConfig(_Table):
-    """The optimiser and its learning rate: linear warm-up, then the schedule."""
-
-    optimizer: Literal["adamw", "muon"] = Field(
-        "adamw", description="AdamW for everything, or Muon for hidden matrices beside AdamW for the rest."
-    )
-    muon_learning_rate: float = Field(0.02, gt=0, description="Peak learning rate of the matrices under Muon.")
-    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate.")
-    warmup_steps: int = Field(50, ge=0, description="Steps of linear warm-up.")
-    schedule: Literal["constant", "linear", "cosine", "wsd"] = Field(
-        "cosine", description="After the warm-up: none, a decay to the last step, or stable, then a short decay (wsd)."
-    )
-    decay_share: float = Field(0.1, gt=0, le=1, description="Share of the steps in which wsd decays.")
-    decay_shape: DecayShape = Field("1-sqrt", description="How wsd decays.")
-    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="Last learning rate as a share of the peak.")
-    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first-moment decay.")
-    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's second-moment decay.")
-    weight_decay: float = Field(0.1, ge=0, description="AdamW's decoupled decay, on matrices only.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Clip the global gradient norm to this.")
-
-
-class EmaConfig(_Table):
-    """An exponential moving average of the weights, kept beside them."""
-
-    decay: float = Field(0.999, gt=0, lt=1, description="How much of the average stays in each update.")
-    warmup: bool = Field(True, description="Average fewer updates in the beginning: decay is at most (1+t)/(10+t).")
-    checkpoint: bool = Field(True, description="Write the stage's checkpoint from the average.")
-
-
-class TrainTable(OptimConfig):
-    """What every training stage has in common."""
-
-    steps: Positive = Field(100, description="Optimiser steps.")
-    expert_bias_update_rate: float = Field(
-        1e-3, ge=0, description="u of the aux-loss-free balance update b += u (sign(e) - mean sign(e)); 0 freezes it."
-    )
-    micro_batches: Positive = Field(1, description="Pieces of a step's batch, to save memory; the loss stays the same.")
-    checkpoint_dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Number format of the stage's checkpoint; training itself is float32."
-    )
-    ema: EmaConfig | None = None
-    checkpoint_every: int = Field(
-        0, ge=0, description="Steps between checkpoints that stay, for `tafkir merge`; 0 leaves only the last."
-    )
-    save_every: Positive = Field(100, description="Steps between resumable states.")
-    log_every: Positive = Field(10, description="Steps between metric rows.")
-    validate_every: int = Field(0, ge=0, description="Steps between validation losses; 0 leaves them out.")
 
 
 class LanguageTable(TrainTable):
@@ -170,39 +115,7 @@ class SftConfig(LanguageTable):
     )
 
 
-class IcePopConfig(_Table):
-    """Acceptance band of the training / inference ratio k (arXiv 2510.18855, equations 1-3), both ends included."""
-
-    enabled: bool = Field(True, description="Weight tokens by k inside the band and by 0 outside it.")
-    alpha: float = Field(0.5, ge=0, description="Lower end of the band.")
-    beta: float = Field(5.0, gt=0, description="Upper end of the band.")
-
-
-class RlvrConfig(TrainTable):
-    """GRPO advantages with the IcePop loss, on problems with a checkable answer."""
-
-    method: Literal["grpo"] = "grpo"
-    prompts_per_step: Positive = Field(32, description="Problems per step.")
-    group_size: int = Field(8, ge=2, description="Completions per problem.")
-    max_steps: int = Field(
-        0, ge=0, description="Only problems whose solution has at most this many steps; 0 takes all."
-    )
-    story_share: float = Field(0.0, ge=0, le=1, description="Share of the problems that are made up.")
-    updates_per_rollout: Positive = Field(1, description="Optimiser steps on each batch of rollouts.")
-    temperature: float = Field(1.0, gt=0, description="Sampling temperature of the rollouts.")
-    max_completion_tokens: Positive = Field(96, description="Length limit of a rollout.")
-    clip_eps_low: float = Field(0.2, ge=0, description="PPO clip below one.")
-    clip_eps_high: float = Field(0.2, ge=0, description="PPO clip above one.")
-    kl_coef: float = Field(0.0, ge=0, description="Weight of the k3 penalty towards the stage's first policy.")
-    icepop: IcePopConfig = IcePopConfig()
-    normalize_std: bool = Field(True, description="Divide group advantages by the group's standard deviation.")
-    reduction: Literal["sequence_mean", "token_mean"] = Field(
-        "sequence_mean", description="Mean over tokens per completion, then over completions; or over all tokens."
-    )
-    drop_zero_variance: bool = Field(True, description="Leave out groups whose rewards are all equal.")
-
-
-class EvalConfig(_Table):
+class EvalConfig(Table):
     """Held-out accuracy of every stage, with intervals."""
 
     samples: Positive = Field(4, description="k of avg@k.")
@@ -244,13 +157,13 @@ class LabConfig(TrainTable):
         return self
 
 
-class ReportConfig(_Table):
+class ReportConfig(Table):
     """The page that explains the run."""
 
     sample_chains: int = Field(10, ge=0, description="Sample chains to show, with verdicts.")
 
 
-class ParallelConfig(_Table):
+class ParallelConfig(Table):
     """How the processes of `torchrun` share a training stage: their number is the product of the three sizes."""
 
     data_parallel: Literal[-1] | Positive = Field(
@@ -263,7 +176,7 @@ class ParallelConfig(_Table):
     )
 
 
-class Recipe(_Table):
+class Recipe(Table):
     """One recipe: a model, its data and the stages that make it."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="Name of the run directory.")

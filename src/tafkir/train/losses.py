@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tafkir.recipe.schema import IcePopConfig
+from tafkir.recipe.rl import Acceptance, IcePop
 
 __all__ = ["PolicyLoss", "Reduction", "icepop_weights", "policy_loss", "reduce_tokens"]
 
@@ -101,7 +101,7 @@ def policy_loss(
     sequence_T: Tensor,
     lengths_S: Tensor,
     *,
-    icepop: IcePopConfig,
+    acceptance: Acceptance,
     clip_eps_low: float = 0.2,
     clip_eps_high: float = 0.2,
     reduction: Reduction = "sequence_mean",
@@ -123,7 +123,7 @@ def policy_loss(
         advantages_T: advantage of each token's completion.
         sequence_T: index of each token's completion, int64, below S.
         lengths_S: tokens of each completion.
-        icepop: the acceptance band, or `enabled=False` for plain GRPO.
+        acceptance: the acceptance region; `none` is plain GRPO.
         clip_eps_low: PPO clip below one.
         clip_eps_high: PPO clip above one.
         reduction: how tokens are averaged.
@@ -133,8 +133,8 @@ def policy_loss(
         ref_logprobs_T: log-probabilities under the reference policy; needed when `kl_coef > 0`.
     """
     old_T = old_logprobs_T.detach()
-    if icepop.enabled:
-        ice = icepop_weights(old_T, sampling_logprobs_T, alpha=icepop.alpha, beta=icepop.beta)
+    if isinstance(acceptance, IcePop):
+        ice = icepop_weights(old_T, sampling_logprobs_T, alpha=acceptance.alpha, beta=acceptance.beta)
     else:
         ice = IcePopWeights(torch.ones_like(old_T), torch.zeros_like(old_T, dtype=torch.bool), 0)
     ratio_T = (logprobs_T - old_T).exp()

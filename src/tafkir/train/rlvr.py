@@ -16,7 +16,7 @@ from tafkir.data.tokenizer import Tokenizer
 from tafkir.models.decoder import Decoder, DecoderOutput
 from tafkir.ops.loss import linear_logprobs
 from tafkir.protocols import Completer, Task
-from tafkir.recipe.schema import RlvrConfig
+from tafkir.recipe.rl import RlvrConfig
 from tafkir.recipe.seeds import derive_seed
 from tafkir.records import Example, SamplingParams
 from tafkir.runlog.metrics import Metric
@@ -50,7 +50,7 @@ class RlvrStep:
         trainer: the policy and its optimiser.
         completer: samples with weights of its own, refreshed through `load_weights` before every step.
         prompts: the problems of each step.
-        reference: frozen first policy, needed when `config.kl_coef > 0`.
+        reference: frozen first policy, needed when `config.kl.coef > 0`.
         seed: seed of the sampling streams.
     """
 
@@ -120,7 +120,7 @@ class RlvrStep:
         with torch.no_grad():
             if self.config.updates_per_rollout > 1:
                 old, _ = self._logprobs(self.trainer.decoder, batch)
-            if self.config.kl_coef > 0:
+            if self.config.kl.coef > 0:
                 assert self.reference is not None
                 ref, _ = self._logprobs(self.reference, batch)
         return _Scored(batch, old, ref)
@@ -149,13 +149,13 @@ class RlvrStep:
                 batch.advantages_T,
                 batch.sequence_T,
                 batch.lengths_S,
-                icepop=config.icepop,
+                acceptance=config.acceptance,
                 clip_eps_low=config.clip_eps_low,
                 clip_eps_high=config.clip_eps_high,
                 reduction=config.reduction,
                 num_sequences=num_sequences,
                 num_tokens=num_tokens,
-                kl_coef=config.kl_coef,
+                kl_coef=config.kl.coef,
                 ref_logprobs_T=piece.ref_logprobs_T,
             )
             result.loss.backward()

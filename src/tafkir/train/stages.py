@@ -128,7 +128,7 @@ def run_rlvr(ctx: StageContext) -> dict[str, Any]:
         WordProblems(),
         stream.batch_at,
         config,
-        reference=copy.deepcopy(decoder).requires_grad_(False) if config.kl_coef > 0 else None,
+        reference=copy.deepcopy(decoder).requires_grad_(False) if config.kl.coef > 0 else None,
         seed=derive_seed(ctx.seed, "rlvr"),
     )
     result = fit(trainer, ctx.stage, step, keep=_keeper(ctx, trainer, tokenizer), label="rlvr")
