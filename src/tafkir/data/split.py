@@ -6,6 +6,7 @@
   The clusters, in the order of sha256(smallest id), fill the test part to 300 problems and then the validation part
   to 100, a cluster that does not fit being passed over; the rest trains. `datasets/svamp/split.json` holds the outcome,
   so that it can never drift.
+- A generated question: by sha256 of its text as it stands, 5 % validation, 15 % test.
 - A file of one's own without a `split` field: by sha256 of the number-normalised question, 5 % validation, 15 % test.
 """
 
@@ -22,7 +23,15 @@ from typing import Literal
 from tafkir.data.numbers import number_words
 from tafkir.records import Split
 
-__all__ = ["assign_clusters", "cluster", "gsm8k_split", "normalized_words", "own_split", "svamp_split"]
+__all__ = [
+    "assign_clusters",
+    "cluster",
+    "generated_split",
+    "gsm8k_split",
+    "normalized_words",
+    "own_split",
+    "svamp_split",
+]
 
 CLUSTER_NGRAM = 10
 
@@ -50,7 +59,15 @@ def gsm8k_split(id: str, file: Literal["train", "test"]) -> Split:
 
 def own_split(question: str) -> Split:
     """The part of a row that names none: variants of a question that differ only in numbers stay together."""
-    position = _position(" ".join(normalized_words(question)))
+    return _part_at(_position(" ".join(normalized_words(question))))
+
+
+def generated_split(question: str) -> Split:
+    """The part of a question that a generator made: equal questions are always in the same part."""
+    return _part_at(_position(question))
+
+
+def _part_at(position: float) -> Split:
     return "validation" if position < 0.05 else "test" if position < 0.2 else "train"
 
 

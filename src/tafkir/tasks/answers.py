@@ -8,13 +8,22 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-__all__ = ["MAX_ANSWER_LENGTH", "Extraction", "Value", "extract_answer", "is_unevaluated", "normalize", "read_value"]
+__all__ = [
+    "MAX_ANSWER_LENGTH",
+    "Extraction",
+    "Value",
+    "extract_answer",
+    "extract_text",
+    "is_unevaluated",
+    "normalize",
+    "read_value",
+]
 
 MAX_ANSWER_LENGTH = 1000
 _TAIL = 20_000
 _MAX_EXPONENT = 50
 
-Source = Literal["box", "####", "answer is", "last number", ""]
+Source = Literal["box", "####", "answer is", "last number", "text", ""]
 
 _SPACES = dict.fromkeys(
     map(ord, "\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u3000"), " "
@@ -97,10 +106,9 @@ def extract_answer(text: str, *, finished: bool = True) -> Extraction:
     `\\boxed{}` decides, else `#### N`, else "answer is N", else the last number. In a text that a length limit cut
     off only a box counts, because a bare number may lack its last digits.
     """
-    head, mark, tail = text.rpartition("</think>")
-    if not mark and "<think>" in text:
+    answer = _after_thought(text)
+    if answer is None:
         return Extraction(None, "", "the chain of thought never ends")
-    answer = tail if mark else head + tail
     box = _boxed(answer)
     if box is not None:
         return box
@@ -115,6 +123,34 @@ def extract_answer(text: str, *, finished: bool = True) -> Extraction:
             return Extraction(found[-1], "####" if source == "####" else "answer is")
     numbers = _ANY_NUMBER.findall(answer)
     return Extraction(numbers[-1], "last number") if numbers else Extraction(None, "", "there is no number")
+
+
+def _after_thought(text: str) -> str | None:
+    """What follows the last `</think>`; None where the chain of thought never ends."""
+    head, mark, tail = text.rpartition("</think>")
+    if not mark and "<think>" in text:
+        return None
+    return tail if mark else head + tail
+
+
+def extract_text(text: str, *, finished: bool = True, boxed: bool = True) -> Extraction:
+    """The answer of an assistant turn where it is no number: whatever stands there, as it is.
+
+    Args:
+        finished: False for a text that a length limit cut off; only its box counts then.
+        boxed: look for `\\boxed{}` first; without one, and where this is False, all that follows the chain of thought
+            is the answer.
+    """
+    answer = _after_thought(text)
+    if answer is None:
+        return Extraction(None, "", "the chain of thought never ends")
+    box = _boxed(answer) if boxed else None
+    if box is not None:
+        return box
+    if not finished:
+        return Extraction(None, "", "cut off before an answer")
+    answer = answer.strip()
+    return Extraction(answer, "text") if answer else Extraction(None, "", "there is no answer")
 
 
 @dataclass(frozen=True, slots=True)
