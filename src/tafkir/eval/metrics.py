@@ -7,14 +7,22 @@ problem are one cluster, never k independent draws (Miller 2024, arXiv 2411.0064
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from statistics import NormalDist, fmean, stdev
 from typing import Any
 
 from tafkir.errors import DataError
+from tafkir.intervals import (
+    CONFIDENCE,
+    Estimate,
+    accuracy,
+    bootstrap_interval,
+    mean_interval,
+    student_t_cdf,
+    student_t_quantile,
+    wilson,
+)
 
 __all__ = [
     "Estimate",
@@ -31,22 +39,6 @@ __all__ = [
     "student_t_cdf",
     "student_t_quantile",
 ]
-
-CONFIDENCE = 0.95
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A share or mean with its interval. `method` names how the interval was made."""
-
-    value: float
-    low: float
-    high: float
-    num_problems: int
-    method: str
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,40 +85,6 @@ class PooledDifference:
         }
 
 
-def accuracy(correct: Sequence[bool], confidence: float = CONFIDENCE) -> Estimate:
-    """Share of correct answers with Wilson's score interval (one answer a problem)."""
-    if not correct:
-        raise DataError("there is no answer to score", expected="at least one problem")
-    return _wilson(sum(map(bool, correct)), len(correct), confidence)
-
-
-def _wilson(num_correct: int, total: int, confidence: float) -> Estimate:
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    share = num_correct / total
-    shrink = 1 + z * z / total
-    centre = (share + z * z / (2 * total)) / shrink
-    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / shrink
-    # The closed form misses 0 and 1 by a rounding error when every answer agrees.
-    low = 0.0 if num_correct == 0 else max(0.0, centre - half)
-    high = 1.0 if num_correct == total else min(1.0, centre + half)
-    return Estimate(share, low, high, total, "wilson")
-
-
-def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
-    """Mean of one value a problem with Student's t interval; infinite for a single value."""
-    if not values:
-        raise DataError("there is no value to average", expected="at least one problem")
-    mean = fmean(values)
-    if len(values) == 1:
-        return Estimate(mean, -math.inf, math.inf, 1, "t")
-    half = _t_half_width(values, confidence)
-    return Estimate(mean, mean - half, mean + half, len(values), "t")
-
-
-def _t_half_width(values: Sequence[float], confidence: float) -> float:
-    return student_t_quantile(0.5 + confidence / 2, len(values) - 1) * stdev(values) / math.sqrt(len(values))
-
-
 def avg_at_k(samples: Sequence[Sequence[float]], confidence: float = CONFIDENCE) -> Estimate:
     """Mean over problems of the mean over that problem's samples, with an interval clustered by problem.
 
@@ -149,24 +107,9 @@ def avg_at_k(samples: Sequence[Sequence[float]], confidence: float = CONFIDENCE)
 def _wilson_of_mean(means: Sequence[float], confidence: float) -> Estimate:
     # With one distinct mean the nearest whole counts bracket it; the wider side of each is kept.
     total, mean = len(means), fmean(means)
-    below = _wilson(math.floor(mean * total + 1e-9), total, confidence)
-    above = _wilson(math.ceil(mean * total - 1e-9), total, confidence)
+    below = wilson(math.floor(mean * total + 1e-9), total, confidence)
+    above = wilson(math.ceil(mean * total - 1e-9), total, confidence)
     return Estimate(mean, below.low, above.high, total, "wilson on problems")
-
-
-def bootstrap_interval(
-    values: Sequence[float], *, draws: int = 2000, seed: int = 0, confidence: float = CONFIDENCE
-) -> Estimate:
-    """Mean with the percentile bootstrap over problems: the check beside the t interval, without its assumptions."""
-    if not values:
-        raise DataError("there is no value to resample", expected="at least one problem")
-    generator = random.Random(seed)
-    size = len(values)
-    means = sorted(fmean(generator.choices(values, k=size)) for _ in range(draws))
-    tail = (1 - confidence) / 2
-    low = means[max(0, math.ceil(tail * draws) - 1)]
-    high = means[min(draws - 1, math.ceil((1 - tail) * draws) - 1)]
-    return Estimate(fmean(values), low, high, size, f"bootstrap, {draws} draws")
 
 
 def pass_at_k(samples: Sequence[Sequence[bool]], k: int) -> float:
@@ -243,7 +186,7 @@ def _summarise_differences(differences: Sequence[float], single: bool, confidenc
 
 def _flat_bounds(mean: float, size: int, confidence: float) -> tuple[float, float, str]:
     # No problem differs from another: the share of problems that could still move is bounded by Wilson's zero.
-    reach = _wilson(0, size, confidence).high
+    reach = wilson(0, size, confidence).high
     return mean - reach, mean + reach, "wilson bound, all differences equal"
 
 
@@ -269,63 +212,3 @@ def pooled_difference(
     pooled = _summarise_differences(per_problem, single, confidence)
     across = mean_interval(by_run, confidence) if len(by_run) > 1 else None
     return PooledDifference(pooled, by_run, across)
-
-
-def student_t_cdf(t: float, degrees: float) -> float:
-    """P(T <= t) for Student's t with `degrees` degrees of freedom, through the incomplete beta function."""
-    if math.isinf(t):
-        return 0.0 if t < 0 else 1.0
-    tail = 0.5 * _incomplete_beta(degrees / 2, 0.5, degrees / (degrees + t * t))
-    return tail if t < 0 else 1 - tail
-
-
-@lru_cache(maxsize=256)
-def student_t_quantile(probability: float, degrees: float) -> float:
-    """The t with P(T <= t) = `probability`, by bisection on the distribution function (error below 1e-10)."""
-    if not 0 < probability < 1 or degrees <= 0:
-        raise ValueError(f"no quantile at probability={probability}, degrees={degrees}")
-    if probability < 0.5:
-        return -student_t_quantile(1 - probability, degrees)
-    low, high = 0.0, 1.0
-    while student_t_cdf(high, degrees) < probability:
-        low, high = high, high * 2
-    for _ in range(200):
-        middle = (low + high) / 2
-        if middle in (low, high) or high - low < 1e-12 * high:
-            break
-        if student_t_cdf(middle, degrees) < probability:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
-
-
-def _incomplete_beta(a: float, b: float, x: float) -> float:
-    """Regularised I_x(a, b), by the continued fraction of DLMF 8.17.22 evaluated with Lentz's method."""
-    if x <= 0 or x >= 1:
-        return 0.0 if x <= 0 else 1.0
-    if x > (a + 1) / (a + b + 2):
-        return 1 - _incomplete_beta(b, a, 1 - x)
-    log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
-    return math.exp(log_front) / a * _beta_fraction(a, b, x)
-
-
-def _beta_fraction(a: float, b: float, x: float) -> float:
-    tiny = 1e-300
-    c = 1.0
-    d = 1.0 / _away_from_zero(1 - (a + b) * x / (a + 1), tiny)
-    result = d
-    for m in range(1, 1000):
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        for coefficient in (even, odd):
-            d = 1.0 / _away_from_zero(1 + coefficient * d, tiny)
-            c = _away_from_zero(1 + coefficient / c, tiny)
-            result *= c * d
-        if abs(c * d - 1) < 1e-15:
-            break
-    return result
-
-
-def _away_from_zero(value: float, tiny: float) -> float:
-    return value if abs(value) > tiny else tiny
