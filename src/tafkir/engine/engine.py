@@ -215,7 +215,8 @@ class Engine:
             can_decode=self.tokenizer is not None,
             top_logprobs=top_logprobs,
         )
-        needed = self._cache.alone(len(request.prompt_ids), self._limit(request))
+        context = len(request.prompt_ids) + len(request.prefix_ids)
+        needed = self._cache.alone(context, self._limit(request))
         if self._cache.max_bytes is not None and needed > self._cache.max_bytes:
             raise CapacityError(
                 f"the request needs {needed} bytes of key-value cache",
@@ -268,6 +269,18 @@ class Engine:
         row = self._batch.sequences.index(seq)
         return self._end({row: "cancelled"})[row]
 
+    @torch.inference_mode()
+    def cancel_all(self) -> list[Completion]:
+        """Stop every request, running or waiting; what each has sampled so far, those without a token last."""
+        waiting = [Completion(seq.request.id, (), (), "cancelled", self.policy_version) for seq in self._scheduler]
+        for seq in list(self._scheduler):
+            self._scheduler.remove(seq.request.id)
+            del self._by_id[seq.request.id]
+        running = [row for row, seq in enumerate(self._batch.sequences) if seq is not None]
+        if not running:
+            return waiting
+        return [*self._end(dict.fromkeys(running, "cancelled")).values(), *waiting]
+
     # --- one step --------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
@@ -299,7 +312,7 @@ class Engine:
         self._compact(force=True)
         fresh = []
         for seq in admitted:
-            seq.prompt, is_new = self._prompts.acquire(seq.request.prompt_ids)
+            seq.prompt, is_new = self._prompts.acquire(seq.context_ids)
             if is_new:
                 fresh.append(seq.prompt)
         if fresh:
@@ -390,7 +403,7 @@ class Engine:
     # --- requests --------------------------------------------------------------------------------------------------
 
     def _limit(self, request: Request) -> int:
-        return min(request.params.max_tokens, self.max_context - len(request.prompt_ids))
+        return min(request.params.max_tokens, self.max_context - len(request.prompt_ids)) - len(request.prefix_ids)
 
     def _sequence(self, request: Request, top: int) -> Sequence:
         self.check(request, top_logprobs=top)
@@ -400,8 +413,11 @@ class Engine:
         if params.stop and self.tokenizer is not None:
             tokenizer = self.tokenizer
             watch = StopWatch(TextStream(tokenizer.decode), params.stop)
+            for token in request.prefix_ids:
+                watch.push(token)
         stop_ids = tuple(dict.fromkeys((*self.eos_ids, *params.stop_token_ids)))
-        return Sequence(request, stream_key(seed), self._limit(request), stop_ids, top, watch)
+        key = stream_key(seed, len(request.prefix_ids))
+        return Sequence(request, key, self._limit(request), stop_ids, top, watch)
 
     def _enqueue(self, seq: Sequence) -> None:
         self._by_id[seq.request.id] = seq

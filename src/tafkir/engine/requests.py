@@ -43,9 +43,15 @@ def check_request(
     """
     where = f"request {request.id!r}"
     check_params(request.params, where)
-    ids = request.prompt_ids
-    if not ids:
+    if not request.prompt_ids:
         _fail("the prompt is empty", where, "at least one token")
+    if len(request.prefix_ids) >= request.params.max_tokens:
+        _fail(
+            f"{len(request.prefix_ids)} tokens are sampled already",
+            where,
+            f"fewer than max_tokens={request.params.max_tokens}",
+        )
+    ids = request.prompt_ids + request.prefix_ids
     if len(ids) >= max_context:
         _fail(
             f"the prompt has {len(ids)} tokens",

@@ -94,7 +94,7 @@ class Scheduler:
         longest_prompt = max((len(prompt.ids) for prompt in table.prompts), default=0)
         while self.waiting and len(admitted) < free:
             seq = self.waiting[0]
-            ids = seq.request.prompt_ids
+            ids = seq.context_ids
             is_new = ids not in table and ids not in new_prompts
             if is_new and prefill and prefill + len(ids) > self.max_prefill_tokens:
                 break

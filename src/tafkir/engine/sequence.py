@@ -57,6 +57,11 @@ class Sequence:
     watch: StopWatch | None = None
     prompt: Prompt | None = field(default=None, repr=False)
 
+    @property
+    def context_ids(self) -> tuple[int, ...]:
+        """What the cache holds before the first token that is sampled here."""
+        return self.request.prompt_ids + self.request.prefix_ids
+
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:

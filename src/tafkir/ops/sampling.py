@@ -39,12 +39,13 @@ def _mix_reference(z: int) -> int:
     return z ^ (z >> 31)
 
 
-def stream_key(seed: int) -> int:
+def stream_key(seed: int, draw: int = 0) -> int:
     """The int64 start of a request's random stream: the first splitmix64 output for `seed` (taken modulo 2**64).
 
-    Neighbouring seeds get unrelated keys, so that their streams do not run into each other.
+    Neighbouring seeds get unrelated keys, so that their streams do not run into each other. The key from `draw` on
+    starts in the middle of the stream: `uniform(stream_key(seed, n), t)` is `uniform(stream_key(seed), n + t)`.
     """
-    return _signed(_mix_reference((seed + _GAMMA) & _MASK))
+    return _signed(_mix_reference((seed + _GAMMA) & _MASK) + draw * _GAMMA)
 
 
 def uniform_reference(seed: int, step: int) -> float:
