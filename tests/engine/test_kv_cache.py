@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tafkir.engine.kv_cache import DecodeView, Grouping, KVCache, PrefillView, bucket
+from tafkir.engine.kv_cache import KVCache, KVDecodeView, KVPrefillView
+from tafkir.engine.store import bucket
+from tafkir.engine.views import Grouping
 from tafkir.ops.attention import VarlenLayout, varlen_attention_reference
 from tafkir.recipe.model import ModelConfig
 
@@ -35,7 +37,7 @@ def test_decoding_equals_attention_over_prompt_and_own_tokens(prompt_of: list[in
     cache.reserve(8, 1)
     total = sum(lengths)
     qkv = [random(total, heads, 8, seed=i) for i, heads in enumerate((6, 2, 2))]
-    view = PrefillView(cache, list(range(len(lengths))), lengths, torch.device("cpu"))
+    view = KVPrefillView(cache, list(range(len(lengths))), lengths, torch.device("cpu"))
     layout = VarlenLayout.build([0, *torch.tensor(lengths).cumsum(0).tolist()])
     for layer in range(2):
         got = view.attend(layer, *qkv)
@@ -51,7 +53,7 @@ def test_decoding_equals_attention_over_prompt_and_own_tokens(prompt_of: list[in
         q, k, v = (random(batch, heads, 8, seed=100 * step + i) for i, heads in enumerate((6, 2, 2)))
         own_k.append(k)
         own_v.append(v)
-        decode = DecodeView(cache, grouping, torch.full((batch,), step), step + 1)
+        decode = KVDecodeView(cache, grouping, torch.full((batch,), step), step + 1)
         got = decode.attend(1, q, k, v)
         assert got.shape == (batch, 6, 8)
         for row, prompt in enumerate(prompt_of):
@@ -77,7 +79,7 @@ def test_rows_of_different_age_see_their_own_tokens_alone() -> None:
     for tensor in (*cache.keys.tensors, *cache.values.tensors):
         tensor[0, :, :3] = 0
     q, k, v = random(2, 6, 8), torch.zeros(2, 2, 8), torch.ones(2, 2, 8)
-    got = DecodeView(cache, grouping, cached, 4).attend(0, q, k, v)
+    got = KVDecodeView(cache, grouping, cached, 4).attend(0, q, k, v)
     # All keys in sight are zero, so the weights are equal: one new value of 1 among 5 and among 2 places.
     torch.testing.assert_close(got[0], torch.full((6, 8), 1 / 5))
     torch.testing.assert_close(got[1], torch.full((6, 8), 1 / 2))

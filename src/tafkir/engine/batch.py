@@ -11,8 +11,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from tafkir.engine.kv_cache import bucket
 from tafkir.engine.sequence import Sequence
+from tafkir.engine.store import bucket
 from tafkir.ops.sampling import sample, uniform
 
 __all__ = ["Column", "RunningBatch"]

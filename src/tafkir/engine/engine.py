@@ -15,18 +15,22 @@ import torch
 from torch import Tensor
 
 from tafkir.engine.batch import Column, RunningBatch
-from tafkir.engine.kv_cache import Grouping, KVCache
+from tafkir.engine.kv_cache import KVCache
+from tafkir.engine.latent_cache import LatentCache
 from tafkir.engine.requests import check_request
 from tafkir.engine.runner import Runner
 from tafkir.engine.scheduler import PromptTable, Scheduler
 from tafkir.engine.sequence import Sequence, StopWatch, TokenEvent
 from tafkir.engine.text import TextStream
+from tafkir.engine.views import Grouping
 from tafkir.errors import CapacityError, CheckpointError, RequestError
 from tafkir.models.decoder import Decoder
 from tafkir.ops.sampling import stream_key, top_logprobs
 from tafkir.records import Completion, FinishReason, Request
 
 __all__ = ["Engine", "TextDecoder"]
+
+CACHES: dict[str, type[KVCache | LatentCache]] = {"gqa": KVCache, "mla": LatentCache}
 
 
 class TextDecoder(Protocol):
@@ -86,7 +90,7 @@ class Engine:
         self.decoder, self.tokenizer = decoder, tokenizer
         self.eos_ids, self.policy_version = tuple(eos_ids), policy_version
         weight = decoder.embed_tokens.weight
-        self._cache = KVCache(config, weight.detach(), max_cache_bytes)
+        self._cache = CACHES[config.attention_type](config, weight.detach(), max_cache_bytes)
         self._runner = Runner(decoder, self._cache)
         self.max_batch = max_batch
         self._scheduler = Scheduler(max_batch, max_prefill_tokens)
@@ -395,10 +399,8 @@ class Engine:
 
     def _group(self) -> Grouping:
         lengths = torch.tensor([len(prompt.ids) for prompt in self._prompts.prompts], device=self._runner.device)
-        heads = self.decoder.config.num_key_value_heads
-        return Grouping.build(
-            self._batch.column(Column.PROMPT_ROW), lengths, heads, self.decoder.embed_tokens.weight.dtype
-        )
+        dtype = self.decoder.embed_tokens.weight.dtype
+        return Grouping.build(self._batch.column(Column.PROMPT_ROW), lengths, self._cache.num_heads, dtype)
 
     # --- requests --------------------------------------------------------------------------------------------------
 

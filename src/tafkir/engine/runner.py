@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tafkir.engine.batch import Column, RunningBatch
-from tafkir.engine.kv_cache import DecodeView, Grouping, KVCache, PrefillView
 from tafkir.engine.sequence import Prompt
+from tafkir.engine.store import Cache
+from tafkir.engine.views import Grouping
 from tafkir.models.attention import VarlenCausal
 from tafkir.models.decoder import Decoder
 
@@ -24,21 +25,21 @@ __all__ = ["Runner"]
 class Runner:
     """The decoder and its cache; no policy lives here."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache) -> None:
+    def __init__(self, decoder: Decoder, cache: Cache) -> None:
         self.decoder, self.cache = decoder, cache
         self.device = decoder.embed_tokens.weight.device
 
     def prefill(self, prompts: SequenceOf[Prompt]) -> Tensor:
         """Fill the prompts' cache rows; the hidden state of each one's last token, [P, D]."""
         lengths = [len(prompt.ids) for prompt in prompts]
-        view = PrefillView(self.cache, [prompt.row for prompt in prompts], lengths, self.device)
+        view = self.cache.prefill_view([prompt.row for prompt in prompts], lengths, self.device)
         ids_N = torch.tensor([token for prompt in prompts for token in prompt.ids], device=self.device)
         return self.decoder(ids_N, view.positions_N, view).hidden_ND[view.last_N]  # type: ignore[no-any-return]
 
     def decode(self, batch: RunningBatch, grouping: Grouping) -> Tensor:
         """Feed every row's newest token; logits of the next one, [B, V]."""
         cached_B = batch.column(Column.COUNT) - 1
-        view = DecodeView(self.cache, grouping, cached_B, batch.longest)
+        view = self.cache.decode_view(grouping, cached_B, batch.longest)
         positions_B = batch.column(Column.PROMPT_LENGTH) + cached_B
         output = self.decoder(batch.column(Column.TOKEN), positions_B, view)
         return self.decoder.logits(output.hidden_ND)

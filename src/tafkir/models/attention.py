@@ -16,7 +16,7 @@ from tafkir.ops.attention import VarlenLayout, varlen_attention
 from tafkir.ops.qkv import split_norm_rope
 from tafkir.recipe.model import ModelConfig
 
-__all__ = ["Attention", "AttentionState", "LatentAttentionState", "VarlenCausal"]
+__all__ = ["Attention", "AttentionState", "LatentAttentionState", "LatentKeeper", "VarlenCausal"]
 
 
 class AttentionState(Protocol):
@@ -42,6 +42,15 @@ class LatentAttentionState(AttentionState, Protocol):
         Returns:
             [N, H, kv_lora_rank]: the weights' mean over the compressed part of the latents.
         """
+        ...
+
+
+@runtime_checkable
+class LatentKeeper(AttentionState, Protocol):
+    """A state that MLA attends to expanded, and that keeps the latents for absorbed attention later."""
+
+    def keep_latents(self, layer_idx: int, latent_NC: Tensor) -> None:
+        """Keep the tokens' latents, laid out as `LatentAttentionState.attend_latent` takes them."""
         ...
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tafkir.models.attention import AttentionState, LatentAttentionState
+from tafkir.models.attention import AttentionState, LatentAttentionState, LatentKeeper
 from tafkir.models.layers import Linear, RMSNorm
 from tafkir.ops.rope import apply_rope_reference, deinterleave, softmax_factor
 from tafkir.recipe.model import ModelConfig
@@ -26,9 +26,9 @@ LATENT_NORM_EPS = 1e-6
 class LatentAttention(nn.Module):
     """One MLA sublayer with two paths that compute the same.
 
-    Expanded: keys and values of every head are computed and any `AttentionState` attends to them. Absorbed: a
-    `LatentAttentionState` keeps the latents alone; queries are taken into the latent space (W_kvb's key half is
-    absorbed into them) and the result is taken out of it by the value half.
+    Expanded: keys and values of every head are computed and any `AttentionState` attends to them; a `LatentKeeper` is
+    handed the latents besides. Absorbed: a `LatentAttentionState` keeps the latents alone; queries are taken into the
+    latent space (W_kvb's key half is absorbed into them) and the result is taken out of it by the value half.
     """
 
     def __init__(self, config: ModelConfig, layer_idx: int) -> None:
@@ -54,6 +54,8 @@ class LatentAttention(nn.Module):
         if isinstance(attention, LatentAttentionState):
             out_NHV = self._absorbed(q_NHP, q_NHR, latent_NL, k_NR, attention)
         else:
+            if isinstance(attention, LatentKeeper):
+                attention.keep_latents(self.layer_idx, torch.cat((latent_NL, k_NR), dim=-1))
             out_NHV = self._expanded(q_NHP, q_NHR, latent_NL, k_NR, attention)
         return self.o_proj(out_NHV.flatten(1))  # type: ignore[no-any-return]
 
