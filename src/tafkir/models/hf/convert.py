@@ -11,11 +11,11 @@ from torch import Tensor
 
 from tafkir.errors import CheckpointError
 from tafkir.models.decoder import Decoder
-from tafkir.models.hf.deepseek import DEEPSEEK_V3
+from tafkir.models.hf.deepseek import DEEPSEEK_V3, DEEPSEEK_V4_STREAMS
 from tafkir.models.hf.glm4 import GLM4_MOE
 from tafkir.models.hf.ling import LING
 from tafkir.models.hf.qwen3 import QWEN3, QWEN3_MOE
-from tafkir.models.hf.table import Resolved, WeightRule, WeightTable
+from tafkir.models.hf.table import Resolved, StreamTable, WeightRule, WeightTable
 from tafkir.recipe.families import FAMILIES
 from tafkir.recipe.hf_config import family_of
 from tafkir.recipe.model import ModelConfig
@@ -33,10 +33,13 @@ __all__ = [
 TABLES: Mapping[str, WeightTable] = {table.name: table for table in (LING, DEEPSEEK_V3, QWEN3, QWEN3_MOE, GLM4_MOE)}
 """The table of every architecture that `recipe.families` describes."""
 
+STREAMS: Mapping[str, StreamTable] = {"deepseek_v4": DEEPSEEK_V4_STREAMS}
+"""The names of residual streams, by `ResidualConfig.kind`, where a published architecture has them."""
+
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 _MTP_BLOCK = re.compile(r"mtp\.layers\.(\d+)\.block\.(.+)")
 _MTP = re.compile(r"mtp\.layers\.(\d+)\.(.+)")
-# Parts of our own, which no family has, keep our names; config.json says that they are there.
+# Parts of our own, which no architecture has, keep our names; config.json says that they are there.
 _OWN = re.compile(r"(attention_residual|mlp_residual|residual)\.")
 
 
@@ -76,10 +79,11 @@ def resolve_names(decoder: Decoder, table: WeightTable | None = None) -> list[Re
         CheckpointError: the table has no rule for a tensor.
     """
     table = table or table_for(decoder.config)
+    streams = STREAMS.get(decoder.config.residual.kind, StreamTable())
     scopes = {
-        "model": {rule.ours: rule for rule in table.model},
-        "layer": {rule.ours: rule for rule in table.layer},
-        "mtp": {rule.ours: rule for rule in table.mtp},
+        "model": {rule.ours: rule for rule in (*table.model, *streams.model)},
+        "layer": {rule.ours: rule for rule in (*table.layer, *streams.layer)},
+        "mtp": {rule.ours: rule for rule in (*table.mtp, *streams.mtp)},
     }
     resolved = []
     for name, tensor in decoder.state_dict(keep_vars=True).items():

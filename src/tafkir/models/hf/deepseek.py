@@ -1,10 +1,10 @@
-"""DeepSeek-V3 and R1: multi-head latent attention."""
+"""DeepSeek-V3 and R1: multi-head latent attention. DeepSeek-V4: hyper-connections, whatever stands between them."""
 
 from __future__ import annotations
 
-from tafkir.models.hf.table import DENSE, EXPERTS, MTP, NORMS, WeightRule, WeightTable, renamed
+from tafkir.models.hf.table import DENSE, EXPERTS, MTP, NORMS, StreamTable, WeightRule, WeightTable, renamed
 
-__all__ = ["COPIES", "DEEPSEEK_V3", "ROUTER_BIAS"]
+__all__ = ["COPIES", "DEEPSEEK_V3", "DEEPSEEK_V4_STREAMS", "ROUTER_BIAS"]
 
 ROUTER_BIAS = WeightRule("mlp.router.expert_bias", ("mlp.gate.e_score_correction_bias",), float32=True)
 
@@ -38,3 +38,17 @@ DEEPSEEK_V3 = WeightTable(
     mtp=MTP,
     mtp_copies=COPIES,
 )
+
+
+def _maps(ours: str, theirs: str) -> tuple[WeightRule, ...]:
+    """The three tensors of a mapping; `theirs` is what stands before `fn`, `base` and `scale`."""
+    pairs = {"phi": "fn", "bias": "base", "alpha": "scale"}
+    return tuple(WeightRule(f"{ours}.{mine}", (theirs + name,), float32=True) for mine, name in pairs.items())
+
+
+DEEPSEEK_V4_STREAMS = StreamTable(
+    model=_maps("residual", "model.hc_head.hc_"),
+    layer=(*_maps("attention_residual", "attn_hc."), *_maps("mlp_residual", "ffn_hc.")),
+    mtp=_maps("residual", "hc_head.hc_"),
+)
+"""As transformers names them; rows of `fn` in the order [pre | post | comb]."""

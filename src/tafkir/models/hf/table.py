@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from tafkir.recipe.model import ModelConfig
 
-__all__ = ["DENSE", "EXPERTS", "MTP", "NORMS", "QKV", "Resolved", "WeightRule", "WeightTable", "renamed"]
+__all__ = ["DENSE", "EXPERTS", "MTP", "NORMS", "QKV", "Resolved", "StreamTable", "WeightRule", "WeightTable", "renamed"]
 
 Rows = Callable[[ModelConfig], tuple[int, ...]]
 
@@ -55,6 +55,15 @@ class WeightTable:
     layer: tuple[WeightRule, ...]
     mtp: tuple[WeightRule, ...]
     mtp_copies: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamTable:
+    """The names of residual streams, which go with any family's; scopes as in `WeightTable`."""
+
+    model: tuple[WeightRule, ...] = ()
+    layer: tuple[WeightRule, ...] = ()
+    mtp: tuple[WeightRule, ...] = ()
 
 
 def _qkv_rows(config: ModelConfig) -> tuple[int, ...]:
