@@ -1,0 +1,391 @@
+"""The sandbox against programs that mean harm: each is stopped, and said to have been, and none passes for right."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import struct
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tafkir.errors import BackendUnavailable
+from tafkir.records import Example
+from tafkir.tasks import sandbox as sandbox_module
+from tafkir.tasks.code import CodeProblems, bundled_problems, extract_program, same_value
+from tafkir.tasks.sandbox import CallResult, Sandbox
+from tafkir.tasks.sandbox_program import decode, encode
+from tafkir.tasks.syscalls import build_filter
+
+
+def _works() -> bool:
+    try:
+        Sandbox()
+    except BackendUnavailable:
+        return False
+    return True
+
+
+needs_bwrap = pytest.mark.skipif(not _works(), reason="bubblewrap does not work here")
+
+SQUARE = Example("i", "code/1", "test", "q", "", {"entry": "square", "tests": (((3,), 9), ((5,), 25)), "level": 1})
+
+
+@pytest.fixture(scope="module")
+def task() -> CodeProblems:
+    return CodeProblems(sandbox=Sandbox(timeout_s=1.0, memory_bytes=256 << 20))
+
+
+def block(program: str) -> str:
+    return f"```python\n{textwrap.dedent(program)}\n```"
+
+
+FORGERIES = {
+    "an object that equals everything": """
+        class Same:
+            def __eq__(self, other): return True
+        def square(n): return Same()
+        """,
+    "a number that equals everything": """
+        class Same(int):
+            def __eq__(self, other): return True
+            def __repr__(self): return "9"
+        def square(n): return Same(0)
+        """,
+    "the caller's frames": """
+        import sys
+        def square(n):
+            frame, found = sys._getframe(), []
+            while frame:
+                for value in list(frame.f_locals.values()):
+                    if isinstance(value, (list, tuple)): found += [v for v in value if isinstance(v, int)]
+                frame = frame.f_back
+            return next((v for v in found if v == n * 3), 1)
+        """,
+    "patched builtins": """
+        import builtins, json
+        builtins.type = lambda value: int
+        builtins.isinstance = lambda *_: True
+        json.dumps = lambda *_, **__: '{"call": 0, "value": true}'
+        def square(n): return n
+        """,
+    "printed verdicts": """
+        import os
+        print('{"call": 0, "value": "correct"}', 'passed', 'OK')
+        for fd in range(3, 32):
+            try: os.write(fd, b'{"call": 0, "value": true}\\n{"call": 1, "value": true}\\n{"passed": true}\\n')
+            except OSError: pass
+        def square(n): return n
+        """,
+    "an early exit": "import os\nos._exit(0)",
+    "sys.exit": "import sys\nsys.exit(0)",
+    "an exit in the call": "import os\ndef square(n): os._exit(0)",
+    "an exit after one answer": """
+        import os
+        def square(n):
+            if n == 5: os._exit(0)
+            return n * n
+        """,
+    "a huge number": "def square(n): return 9 ** (10 ** 5)",
+    "nothing but noise": """
+        import os
+        for fd in range(3, 32):
+            try: os.write(fd, b'x' * 5000 + b'\\n')
+            except OSError: pass
+        """,
+    "deep nesting": "def square(n):\n    x = []\n    for _ in range(10**5): x = [x]\n    return x",
+    "reading the tests": """
+        import glob
+        def square(n):
+            for path in glob.glob('/**/problems.jsonl', recursive=True) + ['/etc/passwd', '/etc/hostname']:
+                open(path).read()
+            return sum(1 for line in open('/proc/self/environ'))
+        """,
+}
+
+
+@needs_bwrap
+@pytest.mark.parametrize("name", FORGERIES)
+def test_no_forgery_passes(task: CodeProblems, name: str) -> None:
+    verdict = task.grade(SQUARE, block(FORGERIES[name]))
+    assert (verdict.outcome, verdict.reward) == ("wrong", 0.0), verdict
+    assert verdict.reason
+
+
+@needs_bwrap
+def test_a_right_program_passes_whatever_it_prints(task: CodeProblems) -> None:
+    noisy = "print('0 of 2')\nimport sys\nsys.stderr.write('x' * 10**6)\ndef square(n):\n    print(n)\n    return n * n"
+    assert task.grade(SQUARE, block(noisy)).correct
+    assert task.grade(SQUARE, "<think>\nmultiply\n</think>\ndef square(n): return n ** 2").correct
+
+
+def call(program: str, *arguments: Any, timeout_s: float = 1.0) -> tuple[str, Any]:
+    sandbox = Sandbox(timeout_s=timeout_s, memory_bytes=256 << 20)
+    result = sandbox.run(textwrap.dedent(program), "f", [arguments])
+    if result.ending == "finished":
+        return result.calls[0].error or "returned", result.calls[0].value
+    return result.ending, result.detail
+
+
+@needs_bwrap
+def test_an_endless_loop_is_stopped_in_every_thread() -> None:
+    results = []
+
+    def run() -> None:
+        began = time.monotonic()
+        results.append((call("def f():\n    while True: pass"), time.monotonic() - began))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    (ending, detail), seconds = results[0]
+    assert (ending, detail) == ("time", "took longer than 1 s")
+    assert seconds < 20
+    assert call("import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\ndef f():\n    while True: pass")[0] in (
+        "time",
+        "died",
+    )
+
+
+@needs_bwrap
+def test_waiting_for_nothing_is_stopped_by_the_clock() -> None:
+    began = time.monotonic()
+    assert call("import time\ndef f(): time.sleep(1000)", timeout_s=0.2)[0] == "time"
+    assert time.monotonic() - began < 15
+
+
+@needs_bwrap
+def test_a_fork_bomb_does_not_get_a_single_process() -> None:
+    bomb = """
+        import os
+        def f():
+            made = 0
+            for _ in range(100):
+                try: made += os.fork() > 0
+                except OSError as error: refused = error.errno
+            return made, refused
+        """
+    ending, value = call(bomb)
+    assert ending == "returned" and value[0] == 0 and value[1] in (1, 11)
+    threads = "import threading\ndef f():\n    for _ in range(9): threading.Thread(target=print).start()"
+    assert call(threads)[0].startswith("RuntimeError: can't start new thread")
+    assert call("import subprocess, sys\ndef f(): subprocess.run([sys.executable, '-c', ''])")[0].partition(":")[0] in (
+        "PermissionError",
+        "BlockingIOError",
+    )
+
+
+@needs_bwrap
+def test_a_memory_bomb_goes_off_in_its_own_process() -> None:
+    assert call("def f(): return len(bytearray(1 << 30))")[0] == "MemoryError"
+    assert call("x = [0] * (1 << 29)\ndef f(): pass")[0] == "memory"
+    assert call("def f(): return 'x' * (1 << 20)") == ("memory", "wrote more than 262144 bytes")
+
+
+@needs_bwrap
+def test_files_and_network_are_out_of_reach(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("42")
+    read = "def f(path): return open(path).read()"
+    for path in (secret, "/etc/passwd", "/proc/1/environ", Path.home() / ".bashrc", __file__, sandbox_module.__file__):
+        assert call(read, str(path))[0].startswith("FileNotFoundError"), path
+    write = """
+        import os, sys
+        def f():
+            folders = [folder + '/' + name for folder in ['/', '/usr', *sys.path] if os.path.isdir(folder)
+                       for name in ['.', *os.listdir(folder)]]
+            for folder in folders:
+                try: open(folder + '/x', 'w')
+                except OSError: continue
+                return folder
+        """
+    assert call(write) == ("returned", None)
+    connect = "import socket\ndef f(): socket.create_connection(('1.1.1.1', 80), timeout=1)"
+    assert call(connect)[0].startswith(("PermissionError", "OSError"))
+    environment = "import os\ndef f(): return dict(os.environ)"
+    assert set(call(environment)[1]) <= {"PYTHONHASHSEED", "PWD", "LC_CTYPE"}
+    assert call("def f():\n    import tafkir")[0].startswith("ModuleNotFoundError")
+    kill = """
+        import os, signal
+        def f():
+            os.kill(1, signal.SIGKILL)
+            os.kill(os.getppid(), signal.SIGKILL)
+            return os.getuid()
+        """
+    assert call(kill) in (("returned", 65534), ("died", "ended its process (exit code 137)"))
+
+
+@needs_bwrap
+def test_equal_programs_get_equal_results() -> None:
+    program = "def f(): return list({'a', 'b', 'c', 'd', 'e', 'f'})"
+    assert call(program) == call(program)
+
+
+@needs_bwrap
+def test_nothing_runs_on_when_it_is_over() -> None:
+    before = _bwraps()
+    call("import time\ndef f(): time.sleep(1000)", timeout_s=0.1)
+    deadline = time.monotonic() + 10
+    while _bwraps() - before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _bwraps() - before
+
+
+def _bwraps() -> set[str]:
+    """Processes that run our runner."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"/runner.py" in (folder / "cmdline").read_bytes() and f"{os.getpid()}" in (folder / "stat").read_text():
+                found.add(folder.name)
+        except OSError:
+            continue
+    return found
+
+
+def test_without_bubblewrap_it_is_refused_and_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    sandbox_module._bwrap_command.cache_clear()
+    with pytest.raises(BackendUnavailable, match=r"bwrap.*not installed.*apt install bubblewrap.*sandbox = .none"):
+        CodeProblems()
+    monkeypatch.undo()
+    sandbox_module._bwrap_command.cache_clear()
+
+
+def test_a_sandbox_that_does_not_work_is_refused_with_what_it_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "bwrap"
+    broken.write_text("#!/bin/sh\necho 'bwrap: setting up uid map: Permission denied' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(shutil, "which", lambda _: str(broken))
+    for cached in (sandbox_module._bwrap_command, sandbox_module._probe):
+        cached.cache_clear()
+    with pytest.raises(BackendUnavailable, match=r"does not work here: .*uid map: Permission denied.*user namespaces"):
+        Sandbox()
+    result = Sandbox(probe=False).run("def f(): pass", "f", [()])
+    assert (result.ending, result.detail) == ("sandbox", "the sandbox failed: exit code 1")
+    verdict = CodeProblems(sandbox=Sandbox(probe=False)).grade(SQUARE, block("def square(n): return n * n"))
+    assert (verdict.outcome, verdict.reason) == ("error", "the sandbox failed: exit code 1")
+    monkeypatch.undo()
+    for cached in (sandbox_module._bwrap_command, sandbox_module._probe):
+        cached.cache_clear()
+
+
+def test_without_a_sandbox_limits_still_hold(tmp_path: Path) -> None:
+    sandbox = Sandbox("none", timeout_s=0.3, memory_bytes=256 << 20)
+    assert sandbox.run("def f(n): return n + 1", "f", [(1,), (2,)]).calls == (CallResult(2), CallResult(3))
+    assert sandbox.run("def f():\n    while True: pass", "f", [()]).ending == "time"
+    assert sandbox.run("def f(): return bytearray(1 << 30)", "f", [()]).calls[0].error == "MemoryError"
+    write = "def f(path):\n    with open(path, 'w') as file: file.write('x' * 9)"
+    assert "File too large" in sandbox.run(write, "f", [(str(tmp_path / "x"),)]).calls[0].error
+
+
+def test_the_filter_is_a_seccomp_program() -> None:
+    for machine, denied in (("x86_64", (56, 41, 425)), ("aarch64", (220, 198, 425))):
+        program = build_filter(machine)
+        assert program is not None and len(program) % 8 == 0
+        assert _run_filter(program, machine, 1 if machine == "x86_64" else 64) == 0x7FFF0000  # write
+        assert all(_run_filter(program, machine, number) == 0x00050001 for number in denied)
+        assert _run_filter(program, machine, 435) == 0x00050000 | 38
+        assert _run_filter(program, "other", 1) == 0x80000000
+        assert _run_filter(program, machine, 0x40000001) == 0x80000000
+    assert build_filter("m68k") is None
+    assert platform.machine() not in ("x86_64", "aarch64") or build_filter() == build_filter(platform.machine())
+
+
+def _run_filter(program: bytes, machine: str, number: int) -> int:
+    """A classic-BPF machine for the four instructions that filters here are made of."""
+    arch = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}.get(machine, 1)
+    at, register = 0, 0
+    while True:
+        code, true, false, value = struct.unpack_from("=HBBI", program, 8 * at)
+        at += 1
+        if code == 0x20:
+            register = {0: number, 4: arch}[value]
+        elif code == 0x06:
+            return int(value)
+        else:
+            taken = register == value if code == 0x15 else register >= value
+            at += true if taken else false
+
+
+@pytest.mark.parametrize(
+    "value", [None, True, 3, -(10**30), 0.5, "سلام", [1, [2]], (1, (2,)), {1, 2}, frozenset("a"), {"a": [1], 2: None}]
+)
+def test_plain_values_go_through_unchanged(value: Any) -> None:
+    found = decode(encode(value))
+    assert found == value and type(found) is type(value)
+
+
+def test_other_values_are_refused() -> None:
+    for value in (object(), 1j, b"x", [object()], type("Int", (int,), {})(3)):
+        with pytest.raises(TypeError, match="a value of type"):
+            encode(value)
+
+
+def test_values_compare_as_python_does_with_a_tolerance_for_floats() -> None:
+    equal = [
+        (0.3, 0.1 + 0.2),
+        (2.0, 2),
+        (float("nan"), float("nan")),
+        ([1.5], [1.5 + 1e-9]),
+        ({1: 0.1}, {1: 0.1}),
+        (1, True),
+    ]
+    different = [
+        (2, "2"),
+        ([1], (1,)),
+        (0.3, 0.31),
+        (1.0, 10**400),
+        ([1, 2], [1]),
+        ({1: 2}, {2: 1}),
+        ({1}, [1]),
+        (None, 0),
+    ]
+    assert all(same_value(a, b) for a, b in equal)
+    assert not any(same_value(a, b) for a, b in different)
+
+
+@needs_bwrap
+@pytest.mark.parametrize("problem", bundled_problems(), ids=lambda p: p.id)
+def test_reference_programs_pass_and_broken_ones_say_where(task: CodeProblems, problem: Example) -> None:
+    assert task.grade(problem, block(problem.answer)).correct
+    head = problem.answer.splitlines()[0]
+    verdict = task.grade(problem, block(f"{head}\n    return 'no'"))
+    assert (
+        verdict.outcome == "wrong"
+        and verdict.reason.startswith("test 1 of 4: ")
+        and "'no' instead of" in verdict.reason
+    )
+
+
+def test_bundled_problems_cover_levels_and_parts() -> None:
+    problems = bundled_problems()
+    assert len({p.id for p in problems}) == len(problems) == 16
+    assert {p.extra["level"] for p in problems if p.split == "train"} == {1, 2, 3}
+    assert {p.extra["level"] for p in problems if p.split == "test"} == {1, 2, 3}
+    assert all("For example" in p.question and len(p.extra["tests"]) == 4 for p in problems)
+
+
+def test_where_the_program_stands() -> None:
+    text = "First:\n```python\ndef f(): pass\n```\nbetter:\n```\ndef g(): pass\n```\n"
+    assert extract_program(text) == ("def g(): pass\n", "")
+    assert extract_program(text, finished=False) == ("def g(): pass\n", "")
+    assert extract_program("def f(): pass", finished=False) == (None, "cut off before the end of a program")
+    assert extract_program("I cannot") == (None, "there is no program")
+    assert extract_program("<think>def f(): pass") == (None, "the chain of thought never ends")
+
+
+def test_the_runner_imports_nothing_of_the_package() -> None:
+    runner = Path(sandbox_module.__file__).with_name("sandbox_program.py")
+    code = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='x'); print('tafkir' in sys.modules)"
+    done = subprocess.run([sys.executable, "-I", "-c", code, str(runner)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
