@@ -24,6 +24,7 @@ from tafkir.runlog.atomic import read_json, write_json, write_text
 from tafkir.runlog.logging import is_main_rank, log_to
 from tafkir.runlog.progress import format_duration
 from tafkir.runlog.rundir import RunDir, StageDir
+from tafkir.runlog.trackers import check_trackers
 
 if TYPE_CHECKING:
     from tafkir.train.parallel.world import Followers
@@ -113,6 +114,7 @@ def run_recipe(
         RunDirError: another process writes this run, or an earlier stage that is needed is not finished.
         CheckpointError: the recipe's base is not there.
         RecipeError: the recipe and the number of processes do not fit.
+        BackendUnavailable: a tracker that the recipe names is not installed.
     """
     recipe = loaded.recipe
     sizes = resolve_sizes(recipe.parallel, world_size())
@@ -158,6 +160,7 @@ def _lead(
 ) -> dict[StageName, dict[str, Any]]:
     recipe = loaded.recipe
     base = find_checkpoint(recipe.base) if recipe.base else None
+    check_trackers(recipe.track)
     fingerprints = fingerprint_stages(recipe, base)
     RunDir.create(run.path)
     with run.lock(), log_to(run.log_path):
@@ -170,6 +173,7 @@ def _lead(
         for kind in selection.run:
             previous = _previous_checkpoint(run, kind, list(fingerprints), base)
             context = StageContext(recipe, run, run.stage(kind), previous, recipe.seed, build_completer)
+            context.stage.track = recipe.track
             results[kind] = _run_stage(context, fingerprints[kind], find_function, followers)
         (run.path / _FORCED).unlink(missing_ok=True)
     return results

@@ -13,7 +13,7 @@ from tafkir.records import STAGES, StageName
 __all__ = ["fingerprint_stages"]
 
 # How often a state is saved changes nothing in what comes out.
-_WITHOUT_EFFECT = {"save_every"}
+_WITHOUT_EFFECT = {"save_every", "keep_rollouts"}
 # Weights are known by the manifest's hashes; a foreign checkpoint without a manifest is hashed whole.
 _MANIFEST = "tafkir.json"
 

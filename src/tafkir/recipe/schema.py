@@ -15,6 +15,7 @@ from tafkir.recipe.model import ModelConfig
 from tafkir.recipe.rl import RlvrConfig
 from tafkir.recipe.tables import DecayShape, EmaConfig, OptimConfig, Positive, Table, TrainTable
 from tafkir.records import STAGES, StageName
+from tafkir.runlog.trackers import TrackerName
 
 __all__ = [
     "STAGES",
@@ -185,6 +186,9 @@ class Recipe(Table):
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0 takes the physical cores, at most 8.")
     kernels: KernelChoice = Field(
         "auto", description="Float32 ops on the CPU: compiled kernels, torch alone, or what is built (auto)."
+    )
+    track: tuple[TrackerName, ...] = Field(
+        (), description="Where training stages write their numbers besides metrics.jsonl: tensorboard, wandb."
     )
     base: str | None = Field(None, description="Bundled or local checkpoint that the first training stage starts from.")
     parallel: ParallelConfig = ParallelConfig()

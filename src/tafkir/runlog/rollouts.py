@@ -18,10 +18,9 @@ from typing import Any
 from tafkir.errors import RunDirError
 from tafkir.runlog.atomic import guard_disk, write_bytes
 
-__all__ = ["KEEP_PATTERN", "Keep", "RolloutLog"]
+__all__ = ["Keep", "RolloutLog"]
 
-KEEP_PATTERN = r"^(all|none|[0-9]{1,9} (steps|KB|MB|GB))$"
-"""What `Keep.parse` reads."""
+_KEEP = re.compile(r"^(all|none|[0-9]{1,9} (steps|KB|MB|GB))$")
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 _NAME = re.compile(r"step-(\d{8})\.jsonl\.gz")
@@ -41,7 +40,7 @@ class Keep:
         Raises:
             ValueError: it is none of these.
         """
-        if not re.fullmatch(KEEP_PATTERN, text):
+        if not _KEEP.fullmatch(text):
             raise ValueError(f"{text!r} is neither 'all' nor 'none', '50 steps' or '256 MB'")
         if text in ("all", "none"):
             return Keep(None if text == "all" else 0)

@@ -23,6 +23,7 @@ from tafkir.errors import RunDirError
 from tafkir.records import STAGES, StageName
 from tafkir.runlog.atomic import fsync_dir, guard_disk, read_json, write_json
 from tafkir.runlog.metrics import JsonlWriter
+from tafkir.runlog.trackers import Tracker, TrackerName, open_trackers
 
 __all__ = [
     "RunDir",
@@ -40,14 +41,19 @@ _held_locks: set[int] = set()
 
 
 class StageDir:
-    """One stage's directory, `stages/<nn>-<kind>`, made on first use."""
+    """One stage's directory, `stages/<nn>-<kind>`, made on first use.
+
+    `track` names where the stage's numbers go besides its files.
+    """
 
     def __init__(self, path: Path, kind: StageName) -> None:
         self.path, self.kind = path, kind
+        self.track: tuple[TrackerName, ...] = ()
         self.metrics_path = path / "metrics.jsonl"
         self.timings_path = path / "timings.jsonl"
         self.checkpoint_dir = path / "checkpoint"
         self.state_dir = path / "state"
+        self.rollouts_dir = path / "rollouts"
         self.result_path = path / "result.json"
 
     def make(self) -> None:
@@ -66,6 +72,10 @@ class StageDir:
     def timings(self) -> JsonlWriter:
         """The writer of numbers that depend on the clock or the machine."""
         return JsonlWriter(self.timings_path)
+
+    def trackers(self, start: int) -> list[Tracker]:
+        """Where else the numbers go, after `start` finished steps; see `open_trackers`."""
+        return open_trackers(self.track, self.path, f"{self.path.parent.parent.name}/{self.kind}", start)
 
     def read_json(self, name: str) -> Any:
         """Read `<stage>/<name>`; `RunDirError` where it is missing or not JSON."""

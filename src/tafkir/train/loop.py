@@ -21,6 +21,7 @@ from tafkir.train.ema import WeightAverage
 from tafkir.train.optim import build_optimizers
 from tafkir.train.ranks import OneProcess, Ranks
 from tafkir.train.schedule import scheduled_share
+from tafkir.train.state import Carried
 
 __all__ = ["FitResult", "StepOutput", "Trainer", "add_loads", "fit", "peak_rss_bytes", "router_metrics"]
 
@@ -130,6 +131,26 @@ def _timings_row(output: StepOutput, step_s: float, cpu_s: float) -> dict[str, f
     }
 
 
+class _Rows:
+    """Where the numbers of a stage go: what equal runs share, what depends on the clock, and both to trackers."""
+
+    def __init__(self, stage: StageDir, start: int) -> None:
+        self._metrics, self._timings = stage.metrics(), stage.timings()
+        self._metrics.truncate_to(start)
+        self._timings.truncate_to(start)
+        self._trackers = stage.trackers(start)
+
+    def write(self, done: int, metrics: Mapping[str, Metric], timings: Mapping[str, float]) -> None:
+        self._metrics.write(done, metrics)
+        self._timings.write(done, timings)
+        for tracker in self._trackers:
+            tracker.write(done, {**metrics, **timings})
+
+    def close(self) -> None:
+        for each in (self._metrics, self._timings, *self._trackers):
+            each.close()
+
+
 def fit(
     trainer: Trainer,
     stage: StageDir,
@@ -137,20 +158,21 @@ def fit(
     *,
     validate: Callable[[], Mapping[str, Metric]] | None = None,
     keep: Callable[[int], None] | None = None,
+    carried: Mapping[str, Carried] | None = None,
     label: str,
 ) -> FitResult:
     """Run `train_step` for every step that is still to do; resumable at `config.save_every` steps, bit for bit.
 
-    `train_step(step)` must be a function of the step number, the decoder and the optimiser alone. `keep(done)` puts
-    the decoder away every `config.checkpoint_every` steps.
+    `train_step(step)` must be a function of the step number, the decoder, the optimiser and what it `carried` over
+    from the step before alone. `keep(done)` puts the decoder away every `config.checkpoint_every` steps.
     """
     config, ranks = trainer.config, trainer.ranks
     start, before = ranks.load_state(stage.state_dir, trainer.decoder, trainer.optimizers, trainer.average)
     earlier = FitResult(**before)  # type: ignore[arg-type]  # ints stay ints
-    if ranks.is_main:
-        metrics, timings = stage.metrics(), stage.timings()
-        metrics.truncate_to(start)
-        timings.truncate_to(start)
+    carriers = carried or {}
+    for name, state in ranks.load_carried(stage.state_dir).items():
+        carriers[name].load_state(state)
+    rows = _Rows(stage, start) if ranks.is_main else None
     tokens = 0
     began, began_cpu = time.perf_counter(), time.process_time()
 
@@ -176,15 +198,22 @@ def fit(
             if validate and (done == config.steps or (config.validate_every and done % config.validate_every == 0)):
                 row |= validate()
             step_s = time.perf_counter() - step_began
-            if row and ranks.is_main:
-                metrics.write(done, row)
-                timings.write(done, _timings_row(output, step_s, time.process_time() - step_cpu))
+            if row and rows:
+                rows.write(done, row, _timings_row(output, step_s, time.process_time() - step_cpu))
             progress.update(done, tokens=output.tokens, **output.shown)
             # Before the state: a kill in between repeats these steps, and so what is kept of them.
             if keep and config.checkpoint_every and done % config.checkpoint_every == 0:
                 keep(done)
             if done % config.save_every == 0 or done == config.steps:
                 ranks.save_state(
-                    stage.state_dir, trainer.decoder, trainer.optimizers, trainer.average, done, asdict(totals(done))
+                    stage.state_dir,
+                    trainer.decoder,
+                    trainer.optimizers,
+                    trainer.average,
+                    done,
+                    asdict(totals(done)),
+                    {name: state for name, each in carriers.items() if (state := each.state()) is not None},
                 )
+    if rows:
+        rows.close()
     return totals(config.steps)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from tafkir.recipe.model import ModelConfig
 from tafkir.recipe.parallel import ParallelSizes, resolve_sizes, world_size
 from tafkir.recipe.schema import ParallelConfig
 from tafkir.train.ema import WeightAverage
-from tafkir.train.state import latest_state, load_state, load_totals, save_state
+from tafkir.train.state import latest_state, load_carried, load_state, load_totals, save_state
 
 __all__ = ["OneProcess", "Ranks", "open_ranks"]
 
@@ -79,8 +79,13 @@ class Ranks(Protocol):
         average: WeightAverage | None,
         step: int,
         totals: Mapping[str, float],
+        carried: Mapping[str, Any],
     ) -> None:
-        """Write the resumable state."""
+        """Write the resumable state, and with it what else the next step needs, as JSON."""
+        ...
+
+    def load_carried(self, folder: Path) -> dict[str, Any]:
+        """What the newest state was given to carry."""
         ...
 
     def whole(self, decoder: Decoder) -> Decoder | None:
@@ -140,8 +145,13 @@ class OneProcess:
         average: WeightAverage | None,
         step: int,
         totals: Mapping[str, float],
+        carried: Mapping[str, Any],
     ) -> None:
-        save_state(folder, decoder, optimizers, step, totals, average)
+        save_state(folder, decoder, optimizers, step, totals, average, carried)
+
+    def load_carried(self, folder: Path) -> dict[str, Any]:
+        path = latest_state(folder)
+        return {} if path is None or path.is_dir() else load_carried(path)
 
     def whole(self, decoder: Decoder) -> Decoder | None:
         return decoder if self.device.type == "cpu" else copy.deepcopy(decoder).cpu()

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,10 +17,31 @@ from tafkir.errors import CheckpointError
 from tafkir.runlog.atomic import guard_disk, write_bytes
 from tafkir.train.ema import WeightAverage
 
-__all__ = ["MOMENTS", "latest_state", "load_state", "load_totals", "remove_older_states", "save_state"]
+__all__ = [
+    "MOMENTS",
+    "Carried",
+    "latest_state",
+    "load_carried",
+    "load_state",
+    "load_totals",
+    "remove_older_states",
+    "save_state",
+]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What an optimiser keeps per weight, by torch's names."""
+
+
+class Carried(Protocol):
+    """What a step function takes from one step to the next besides weights, such as unfinished rollouts."""
+
+    def state(self) -> Any:
+        """Everything that the next step depends on, as JSON; None where there is nothing."""
+        ...
+
+    def load_state(self, state: Any) -> None:
+        """Go on from what `state` returned."""
+        ...
 
 
 def latest_state(folder: Path) -> Path | None:
@@ -44,12 +66,14 @@ def save_state(
     step: int,
     totals: Mapping[str, float] | None = None,
     average: WeightAverage | None = None,
+    carried: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the state after `step` steps, then remove older ones. A kill leaves the older one in place.
 
     Args:
         average: saved with the weights, where there is one.
         totals: what the steps so far came to, such as tokens and seconds; `load_totals` reads them.
+        carried: what else the next step needs, as JSON, by the name of its owner; `load_carried` reads it.
     """
     tensors: dict[str, Tensor] = {f"model.{name}": value for name, value in module.state_dict().items()}
     updates = 0
@@ -60,6 +84,9 @@ def save_state(
         tensors |= {f"{moment}.{name}": state[moment] for moment in MOMENTS if moment in state}
     if average is not None:
         tensors |= {f"average.{name}": value for name, value in average.tensors.items()}
+    if carried:
+        text = json.dumps(carried, ensure_ascii=False).encode("utf-8")
+        tensors["carried"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     path = folder / f"step-{step:08d}.safetensors"
     metadata = {"step": str(step), "updates": str(updates), "totals": json.dumps(dict(totals or {}))}
     if average is not None:
@@ -113,3 +140,12 @@ def load_totals(path: Path) -> dict[str, float]:
     with safe_open(path, framework="pt") as file:
         totals: dict[str, float] = json.loads(file.metadata().get("totals", "{}"))
     return totals
+
+
+def load_carried(path: Path) -> dict[str, Any]:
+    """What `save_state` was given to carry; empty where it was given nothing. `load_state` has read the file."""
+    with safe_open(path, framework="pt") as file:
+        if "carried" not in file.keys():  # noqa: SIM118 (not a dict)
+            return {}
+        carried: dict[str, Any] = json.loads(bytes(file.get_tensor("carried").tolist()))
+    return carried

@@ -125,9 +125,15 @@ class ManyRanks:
         average: WeightAverage | None,
         step: int,
         totals: Mapping[str, float],
+        carried: Mapping[str, Any],
     ) -> None:
+        # Only language stages are shared by many ranks, and they carry nothing.
+        assert not carried
         self._settle(decoder)
         save_sharded(folder, decoder, optimizers, average, step, totals, self._sharding.orders)
+
+    def load_carried(self, folder: Path) -> dict[str, Any]:
+        return {}
 
     def whole(self, decoder: Decoder) -> Decoder | None:
         self._settle(decoder)
