@@ -9,9 +9,20 @@ from typing import Any, Literal
 FinishReason = Literal["stop", "length", "cancelled"]
 Outcome = Literal["correct", "wrong", "no_answer", "length", "error"]
 Split = Literal["train", "validation", "test"]
-StageName = Literal["tokenizer", "pretrain", "sft", "rlvr", "eval", "lab", "report"]
+StageName = Literal["tokenizer", "pretrain", "sft", "reward", "dpo", "rlvr", "rlhf", "eval", "lab", "report"]
 
-STAGES: tuple[StageName, ...] = ("tokenizer", "pretrain", "sft", "rlvr", "eval", "lab", "report")
+STAGES: tuple[StageName, ...] = (
+    "tokenizer",
+    "pretrain",
+    "sft",
+    "reward",
+    "dpo",
+    "rlvr",
+    "rlhf",
+    "eval",
+    "lab",
+    "report",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +102,8 @@ class Completion:
     request's `prefix_ids` are not among them.
     `policy_version` is the number last given to `Completer.load_weights`; a completion that was continued under newer
     weights has the version of each of its tokens in `token_versions`, and that of the last one in `policy_version`.
+    `expert_ids` says which experts each token that was fed went to, where the completer records that: an int16 tensor
+    [P + n - 1, MoE layers, active experts] for the P tokens of prompt and prefix and all but the last of the n own.
     """
 
     request_id: str

@@ -67,8 +67,8 @@ def test_stages_run_in_order_and_each_gets_the_checkpoint_before(bench: Bench) -
         "01-tokenizer",
         "02-pretrain",
         "03-sft",
-        "04-rlvr",
-        "04-rlvr",
+        "06-rlvr",
+        "06-rlvr",
     ]
     result = bench.run.stage("sft").read_result()
     assert result is not None and result["finished"] is True and result["seed"] == 0
@@ -95,7 +95,7 @@ def test_a_killed_stage_goes_on_in_its_directory(bench: Bench) -> None:
 def test_changed_inputs_redo_the_stage_and_all_later_ones(bench: Bench) -> None:
     bench()
     assert bench("sft.steps=9") == ["sft", "rlvr", "eval", "report"]
-    assert bench.asides() == ["03-sft.old-1", "04-rlvr.old-1", "05-eval.old-1", "07-report.old-1"]
+    assert bench.asides() == ["03-sft.old-1", "06-rlvr.old-1", "08-eval.old-1", "10-report.old-1"]
 
 
 def test_a_half_done_stage_with_changed_inputs_is_not_resumed(bench: Bench) -> None:
@@ -111,7 +111,7 @@ def test_a_half_done_stage_with_changed_inputs_is_not_resumed(bench: Bench) -> N
 def test_only_and_from_redo_finished_stages(bench: Bench) -> None:
     bench()
     assert bench(only="rlvr") == ["rlvr"]
-    assert bench.asides() == ["04-rlvr.old-1"]
+    assert bench.asides() == ["06-rlvr.old-1"]
     assert bench(start="rlvr") == ["rlvr", "eval", "report"]
     assert bench() == []
 

@@ -414,6 +414,6 @@ def test_a_damaged_checkpoint_inside_a_run_stops_the_next_stage(
     done = tafkir(*tiny, "--only", "rlvr", cwd=tmp_path)
     assert done.code == 1
     assert "runs/tiny/stages/03-sft/checkpoint/model.safetensors: the file is truncated or damaged" in done.error
-    assert half_written(run / "stages" / "04-rlvr") == []
-    kept = run / "stages" / "04-rlvr.old-1" / "checkpoint" / "model.safetensors"
-    assert kept.read_bytes() == (reference / "stages/04-rlvr/checkpoint/model.safetensors").read_bytes()
+    assert half_written(run / "stages" / "06-rlvr") == []
+    kept = run / "stages" / "06-rlvr.old-1" / "checkpoint" / "model.safetensors"
+    assert kept.read_bytes() == (reference / "stages/06-rlvr/checkpoint/model.safetensors").read_bytes()

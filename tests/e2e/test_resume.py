@@ -26,11 +26,11 @@ KILLS = {
     "in pretrain, between its checkpoint and its result": ("os.rename", r"02-pretrain/result\.json", 1, 0.0),
     "in sft, with the old state and the new one there": ("os.remove", r"03-sft/state/step-00000008", 1, 0.0),
     "in sft, while its checkpoint is being written": ("open", r"03-sft/\.checkpoint\.tmp/config\.json", 1, 0.0),
-    "in rlvr, in the middle of the first step": ("open", r"04-rlvr/timings\.jsonl", 1, 0.02),
-    "in rlvr, in the middle of a later step": ("os.rename", r"04-rlvr/state/step-00000002", 1, 0.02),
-    "in rlvr, while it resumes": ("os.rename", r"04-rlvr/timings\.jsonl", 1, 0.0),
+    "in rlvr, in the middle of the first step": ("open", r"06-rlvr/timings\.jsonl", 1, 0.02),
+    "in rlvr, in the middle of a later step": ("os.rename", r"06-rlvr/state/step-00000002", 1, 0.02),
+    "in rlvr, while it resumes": ("os.rename", r"06-rlvr/timings\.jsonl", 1, 0.0),
     "in eval, between two checkpoints": ("open", r"eval/wordmath-sft\.jsonl", 1, 0.0),
-    "in eval, before its result": ("os.rename", r"05-eval/result\.json", 1, 0.0),
+    "in eval, before its result": ("os.rename", r"08-eval/result\.json", 1, 0.0),
     "in the report, between its two files": ("os.rename", r"report\.md", 1, 0.0),
 }
 
@@ -94,11 +94,11 @@ def test_equal_seeds_give_equal_bits_and_other_seeds_do_not(
 
 def test_every_stage_of_the_reference_learns_something(reference: Path) -> None:
     """Else equal bits would prove nothing about optimisers and rollouts."""
-    for stage in ("02-pretrain", "03-sft", "04-rlvr"):
+    for stage in ("02-pretrain", "03-sft", "06-rlvr"):
         rows = [json.loads(line) for line in (reference / "stages" / stage / "metrics.jsonl").read_text().splitlines()]
         assert sum(row.get("train/grad_norm", 0.0) > 1e-3 for row in rows) > len(rows) / 2
     assert len({row["rollout/reward_mean"] for row in rows}) > 1
-    before, after = (reference / "stages" / stage / "checkpoint/model.safetensors" for stage in ("03-sft", "04-rlvr"))
+    before, after = (reference / "stages" / stage / "checkpoint/model.safetensors" for stage in ("03-sft", "06-rlvr"))
     assert before.read_bytes() != after.read_bytes()
 
 
@@ -139,13 +139,13 @@ def test_a_finished_run_is_left_alone_and_a_setting_redoes_what_depends_on_it(
     assert done.err.count("its inputs changed") == 3
     assert set(differing(outcome(run), outcome(reference))) == {
         "recipe.resolved.toml",
-        "stages/04-rlvr/metrics.jsonl",
-        "stages/04-rlvr/checkpoint/model.safetensors",
-        "stages/04-rlvr/checkpoint/tafkir.json",
+        "stages/06-rlvr/metrics.jsonl",
+        "stages/06-rlvr/checkpoint/model.safetensors",
+        "stages/06-rlvr/checkpoint/tafkir.json",
         "eval/wordmath-rlvr.jsonl",
     }
-    old = run / "stages" / "04-rlvr.old-1" / "checkpoint" / "model.safetensors"
-    assert old.read_bytes() == (reference / "stages/04-rlvr/checkpoint/model.safetensors").read_bytes()
+    old = run / "stages" / "06-rlvr.old-1" / "checkpoint" / "model.safetensors"
+    assert old.read_bytes() == (reference / "stages/06-rlvr/checkpoint/model.safetensors").read_bytes()
 
 
 def test_only_does_one_stage_again_and_from_all_later_ones(
@@ -160,10 +160,10 @@ def test_only_does_one_stage_again_and_from_all_later_ones(
     assert differing(outcome(run), outcome(reference)) == []
     assert sorted(path.name for path in run.glob("stages/*.old-*")) == [
         "03-sft.old-1",
-        "04-rlvr.old-1",
-        "04-rlvr.old-2",
-        "05-eval.old-1",
-        "07-report.old-1",
+        "06-rlvr.old-1",
+        "06-rlvr.old-2",
+        "08-eval.old-1",
+        "10-report.old-1",
     ]
     refused = tafkir(*tiny, "--only", "rlvr", "--set", "sft.steps=9", cwd=tmp_path)
     assert refused.code == 1 and "stage sft is not finished with these settings" in refused.error

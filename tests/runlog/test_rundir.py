@@ -22,12 +22,22 @@ def test_stages_are_numbered_by_their_place(tmp_path: Path) -> None:
         "01-tokenizer",
         "02-pretrain",
         "03-sft",
-        "04-rlvr",
-        "05-eval",
-        "06-lab",
-        "07-report",
+        "04-reward",
+        "05-dpo",
+        "06-rlvr",
+        "07-rlhf",
+        "08-eval",
+        "09-lab",
+        "10-report",
     ]
     assert not run.path.exists()
+
+
+def test_a_stage_keeps_the_number_that_an_older_run_gave_it(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "r")
+    (run.stages_dir / "04-rlvr").mkdir(parents=True)
+    (run.stages_dir / "03-rlvr.old-1").mkdir()
+    assert run.stage("rlvr").path.name == "04-rlvr"
 
 
 def test_create_makes_a_run_and_takes_it_again(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import ValidationError
@@ -17,20 +17,26 @@ from tafkir.checkpoint.manifest import MANIFEST_NAME, Manifest
 from tafkir.checkpoint.read import WeightFiles, fp8_block_size, open_weights, read_json
 from tafkir.errors import CheckpointError
 from tafkir.models.decoder import Decoder
-from tafkir.models.hf import architecture_of, config_from_hf, drop_absent_mtp, read_hf_tensors
+from tafkir.models.hf import architecture_of, causal_keys, config_from_hf, drop_absent_mtp, read_hf_tensors
+from tafkir.models.reward import RewardModel
 from tafkir.models.router import Router
 from tafkir.recipe.bundled import find_checkpoint as resolve_checkpoint
 from tafkir.recipe.model import ModelConfig
 
 __all__ = [
     "Checkpoint",
+    "RewardCheckpoint",
     "advise_huge_pages",
     "empty_decoder",
     "load_checkpoint",
     "load_config",
+    "load_reward_model",
     "read_manifest",
     "resolve_checkpoint",
 ]
+
+
+AnyDecoder = TypeVar("AnyDecoder", bound=Decoder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +56,25 @@ class Checkpoint:
     decoder: Decoder
     tokenizer_path: Path | None
     manifest: Manifest | None
+
+
+@dataclass(frozen=True, slots=True)
+class RewardCheckpoint:
+    """A loaded reward model.
+
+    Attributes:
+        path: the folder.
+        model: on the CPU, in the dtype asked for.
+        tokenizer_path: the folder, where it holds a tokenizer.json; else None.
+        reward_mean: mean reward on the answers it was trained on (0 where the manifest does not say).
+        reward_std: their standard deviation (1 where the manifest does not say).
+    """
+
+    path: Path
+    model: RewardModel
+    tokenizer_path: Path | None
+    reward_mean: float
+    reward_std: float
 
 
 def load_config(name: Path | str) -> ModelConfig:
@@ -77,23 +102,49 @@ def load_checkpoint(name: Path | str, *, dtype: torch.dtype = torch.float32, ver
             own config; the message names the file and the tensor.
     """
     path = resolve_checkpoint(name)
-    where = str(path / "config.json")
     hf_config = read_json(path / "config.json")
+    decoder, manifest = _load(path, hf_config, Decoder, dtype, verify_hashes)
+    return Checkpoint(path, decoder.config, decoder, _tokenizer_path(path), manifest)
+
+
+def load_reward_model(
+    name: Path | str, *, dtype: torch.dtype = torch.float32, verify_hashes: bool = True
+) -> RewardCheckpoint:
+    """What `load_checkpoint` does, for a `...ForSequenceClassification` with one label.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`; also where the checkpoint is no reward model.
+    """
+    path = resolve_checkpoint(name)
+    hf_config = causal_keys(read_json(path / "config.json"), str(path / "config.json"))
+    model, manifest = _load(path, hf_config, RewardModel, dtype, verify_hashes)
+    lineage = manifest.lineage if manifest else {}
+    mean, std = float(lineage.get("reward_mean", 0.0)), float(lineage.get("reward_std", 1.0))
+    return RewardCheckpoint(path, model, _tokenizer_path(path), mean, std)
+
+
+def _tokenizer_path(path: Path) -> Path | None:
+    return path if (path / "tokenizer.json").is_file() else None
+
+
+def _load(
+    path: Path, hf_config: Mapping[str, Any], kind: type[AnyDecoder], dtype: torch.dtype, verify_hashes: bool
+) -> tuple[AnyDecoder, Manifest | None]:
+    """Build a model of a kind from a folder's config and fill it from its files."""
+    where = str(path / "config.json")
     config = _read_config(hf_config, where)
     manifest = read_manifest(path)
     block_size = fp8_block_size(hf_config, where)
     with open_weights(path, block_size=block_size, manifest=manifest, verify_hashes=verify_hashes) as files:
-        config = drop_absent_mtp(config, files.names)
-        decoder = empty_decoder(config, dtype)
+        model = _empty(kind, drop_absent_mtp(config, files.names), dtype)
         table = architecture_of(hf_config, where)
         try:
-            read_hf_tensors(decoder, files.names, files.read, table, read_into=files.read_into)
+            read_hf_tensors(model, files.names, files.read, table, read_into=files.read_into)
         except CheckpointError as error:
             raise CheckpointError(
                 error.what, where=_place(files, error.where), expected=error.expected, fix=error.fix
             ) from error
-    has_tokenizer = (path / "tokenizer.json").is_file()
-    return Checkpoint(path, config, decoder, path if has_tokenizer else None, manifest)
+    return model, manifest
 
 
 def _read_config(hf_config: Mapping[str, Any], where: str) -> ModelConfig:
@@ -104,8 +155,12 @@ def _read_config(hf_config: Mapping[str, Any], where: str) -> ModelConfig:
 
 def empty_decoder(config: ModelConfig, dtype: torch.dtype) -> Decoder:
     """A decoder on the CPU whose weights are still to be filled; expert biases are float32."""
+    return _empty(Decoder, config, dtype)
+
+
+def _empty(kind: type[AnyDecoder], config: ModelConfig, dtype: torch.dtype) -> AnyDecoder:
     with torch.device("meta"):
-        decoder = Decoder(config)
+        decoder = kind(config)
     decoder = decoder.to(dtype).to_empty(device="cpu")
     for module in decoder.modules():
         if isinstance(module, Router) and module.expert_bias is not None:

@@ -18,7 +18,8 @@ from tafkir.checkpoint.read import read_json
 from tafkir.checkpoint.write import describe_tensors, write_weights
 from tafkir.errors import CheckpointError
 from tafkir.models.decoder import Decoder
-from tafkir.models.hf import config_to_hf, write_hf_tensors
+from tafkir.models.hf import classification_keys, config_to_hf, write_hf_tensors
+from tafkir.models.reward import RewardModel
 
 __all__ = ["MAX_SHARD_BYTES", "TOKENIZER_FILES", "SavesTokenizer", "save_checkpoint", "write_folder"]
 
@@ -64,6 +65,8 @@ def save_checkpoint(
 ) -> Manifest:
     """Write the decoder as a Hugging Face folder with its architecture's names, and a manifest.
 
+    A reward model is written as its family's `...ForSequenceClassification` with one label.
+
     Tensors are converted and written one at a time, so saving needs memory for one of them besides the decoder.
     The folder appears under its name only when it is complete. An older checkpoint there is replaced; it stays when
     writing fails (a kill between the two renames leaves it whole as `.NAME.old`). Equal weights give equal bytes.
@@ -88,6 +91,8 @@ def save_checkpoint(
     entries = describe_tensors(write_hf_tensors(decoder, dtype))
     config = decoder.config
     hf_config = config_to_hf(config) | {"torch_dtype": DTYPE_NAMES[dtype]}
+    if isinstance(decoder, RewardModel):
+        hf_config |= classification_keys(hf_config)
     manifest = Manifest(
         architecture=hf_config["architectures"][0],
         num_parameters=config.num_parameters(),

@@ -42,7 +42,7 @@ def checkpoint_of(name: str) -> Path:
     run = RunDir(folder)
     if not run.stages_dir.is_dir():
         return folder
-    for kind in ("rlvr", "sft", "pretrain"):
+    for kind in ("rlhf", "rlvr", "dpo", "sft", "pretrain"):
         if (checkpoint := run.stage(kind).checkpoint_dir).is_dir():
             return checkpoint
     raise CheckpointError("this run has no checkpoint yet", where=name, fix="finish it with `tafkir run`")

@@ -36,8 +36,8 @@ _logger = logging.getLogger(__name__)
 # What a stage was started on, written before it runs; its result repeats the fingerprint.
 _INPUTS = "inputs.json"
 _FORCED = "forced.json"
-# Stages that look at what is there and leave no weights.
-_WITHOUT_CHECKPOINT: tuple[StageName, ...] = ("eval", "lab", "report")
+# Stages that leave no policy to go on with: they look at what is there, or train what judges it.
+_WITHOUT_POLICY: tuple[StageName, ...] = ("reward", "eval", "lab", "report")
 # What all processes of torchrun do together; the other stages are rank 0's.
 _SHARED: tuple[StageName, ...] = ("pretrain", "sft")
 
@@ -85,12 +85,14 @@ def stage_function(kind: StageName) -> StageFunction:
         from tafkir.train.residual_lab import run_lab
 
         return run_lab
-    from tafkir.train import stages
+    from tafkir.train import preference_stages, stages
 
     return {
         "tokenizer": stages.run_tokenizer,
         "pretrain": stages.run_pretrain,
         "sft": stages.run_sft,
+        "reward": preference_stages.run_reward,
+        "dpo": preference_stages.run_dpo,
         "rlvr": stages.run_rlvr,
     }[kind]
 
@@ -253,8 +255,8 @@ def _run_stage(
 
 
 def _previous_checkpoint(run: RunDir, kind: StageName, present: Sequence[StageName], base: Path | None) -> Path | None:
-    """The checkpoint of the nearest earlier stage that makes one, else the base."""
-    earlier = [name for name in present[: present.index(kind)] if name not in _WITHOUT_CHECKPOINT]
+    """The checkpoint of the nearest earlier stage that makes a policy, else the base."""
+    earlier = [name for name in present[: present.index(kind)] if name not in _WITHOUT_POLICY]
     return run.stage(earlier[-1]).checkpoint_dir if earlier else base
 
 

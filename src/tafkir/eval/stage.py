@@ -101,7 +101,7 @@ def _checkpoints(ctx: StageContext, config: EvalConfig) -> dict[str, Path]:
         if name not in present:
             _logger.info("eval: the recipe has no stage %s, so it is not scored", name)
     if not present:
-        trained = any(getattr(ctx.recipe, name) is not None for name in ("pretrain", "sft", "rlvr"))
+        trained = any(getattr(ctx.recipe, name) is not None for name in ("pretrain", "sft", "dpo", "rlvr", "rlhf"))
         if trained or ctx.previous is None:
             raise RecipeError(
                 "none of these stages is in the recipe",

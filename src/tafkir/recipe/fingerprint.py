@@ -14,6 +14,8 @@ __all__ = ["fingerprint_stages"]
 
 # How often a state is saved changes nothing in what comes out.
 _WITHOUT_EFFECT = {"save_every", "keep_rollouts"}
+# Stages that read the preference pairs.
+_FROM_PREFERENCES = ("reward", "dpo", "rlhf")
 # Weights are known by the manifest's hashes; a foreign checkpoint without a manifest is hashed whole.
 _MANIFEST = "tafkir.json"
 
@@ -41,6 +43,10 @@ def fingerprint_stages(recipe: Recipe, base: Path | None) -> dict[StageName, str
         table = getattr(recipe, kind)
         if table is not None:
             previous = _hash([previous, kind, table.model_dump(mode="json", exclude=_WITHOUT_EFFECT)])
+            if kind in _FROM_PREFERENCES:
+                sources = [Path(source) for source in recipe.preferences.sources]
+                files = {str(path): _hash_file(path) for path in sources if path.is_file()}
+                previous = _hash([previous, recipe.preferences.model_dump(mode="json"), files])
             if kind == "lab" and recipe.lab and Path(recipe.lab.text).is_file():
                 previous = _hash([previous, _hash_file(Path(recipe.lab.text))])
             fingerprints[kind] = previous

@@ -12,7 +12,14 @@ from tafkir.recipe.families import FAMILIES, Family
 from tafkir.recipe.model import ModelConfig, MtpConfig, YarnConfig
 from tafkir.recipe.residual import ResidualConfig
 
-__all__ = ["OWN_PREFIX", "config_from_hf", "config_to_hf", "family_of"]
+__all__ = [
+    "OWN_PREFIX",
+    "causal_keys",
+    "classification_keys",
+    "config_from_hf",
+    "config_to_hf",
+    "family_of",
+]
 
 OWN_PREFIX = "Tafkir"
 """Stands before the architecture's name, in lower case before its model type, when a model has parts of our own.
@@ -22,6 +29,8 @@ do not know the architecture and refuse it, as they should: without those parts 
 """
 
 _OWN_KEY = "tafkir"
+_CAUSAL, _CLASSIFICATION = "ForCausalLM", "ForSequenceClassification"
+_ONE_LABEL: dict[str, Any] = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
 _MTP_KEY = "num_nextn_predict_layers"
 _UNUSED_WITHOUT_EXPERTS = frozenset(
     """moe_intermediate_size num_experts_per_tok num_shared_experts n_group topk_group first_k_dense_replace
@@ -46,6 +55,32 @@ def family_of(hf_config: Mapping[str, Any], where: str) -> Family:
             fix="choose a checkpoint of a supported architecture",
         )
     return known[0]
+
+
+def classification_keys(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json says instead where the model gives one score instead of a next token."""
+    name = str(hf_config["architectures"][0])
+    return {"architectures": [name.removesuffix(_CAUSAL) + _CLASSIFICATION], **_ONE_LABEL}
+
+
+def causal_keys(hf_config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The config.json of the language model that a reward model is made of.
+
+    Raises:
+        CheckpointError: it is no model with one score.
+    """
+    names = [str(name) for name in hf_config.get("architectures") or []]
+    labels = hf_config.get("id2label")
+    num_labels = len(labels) if isinstance(labels, dict) else hf_config.get("num_labels")
+    if not names or not names[0].endswith(_CLASSIFICATION) or num_labels != 1:
+        raise CheckpointError(
+            f"{', '.join(names) or 'no architecture'} with {num_labels} labels is no reward model",
+            where=where,
+            expected=f"an architecture ...{_CLASSIFICATION} with one label",
+            fix="name the checkpoint of a [reward] stage",
+        )
+    keys = {k: v for k, v in hf_config.items() if k not in ("id2label", "label2id", "num_labels", "problem_type")}
+    return keys | {"architectures": [names[0].removesuffix(_CLASSIFICATION) + _CAUSAL]}
 
 
 def config_from_hf(hf_config: Mapping[str, Any], where: str = "config.json") -> ModelConfig:

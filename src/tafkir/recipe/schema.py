@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from tafkir.native.library import KernelChoice
 from tafkir.recipe.model import ModelConfig
 from tafkir.recipe.rl import RlvrConfig
+from tafkir.recipe.rlhf import DpoConfig, PreferencesConfig, RewardConfig, RlhfConfig
 from tafkir.recipe.tables import DecayShape, EmaConfig, OptimConfig, Positive, Table, TrainTable
 from tafkir.records import STAGES, StageName
 from tafkir.runlog.trackers import TrackerName
@@ -22,15 +23,19 @@ __all__ = [
     "AugmentConfig",
     "DataConfig",
     "DecayShape",
+    "DpoConfig",
     "EmaConfig",
     "EvalConfig",
     "LabConfig",
     "LanguageTable",
     "OptimConfig",
     "ParallelConfig",
+    "PreferencesConfig",
     "PretrainConfig",
     "Recipe",
     "ReportConfig",
+    "RewardConfig",
+    "RlhfConfig",
     "RlvrConfig",
     "SftConfig",
     "StageName",
@@ -124,7 +129,7 @@ class EvalConfig(Table):
     max_tokens: Positive = Field(128, description="Length limit of an answer.")
     max_problems: int = Field(0, ge=0, description="Evaluate only the first this many problems per source; 0 is all.")
     split: Literal["validation", "test"] = Field("test", description="Which held-out part is scored.")
-    stages: tuple[Literal["pretrain", "sft", "rlvr"], ...] = Field(
+    stages: tuple[Literal["pretrain", "sft", "dpo", "rlvr", "rlhf"], ...] = Field(
         ("sft", "rlvr"), min_length=1, description="Stages whose checkpoints are scored."
     )
 
@@ -196,8 +201,12 @@ class Recipe(Table):
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig | None = None
     pretrain: PretrainConfig | None = None
+    preferences: PreferencesConfig = PreferencesConfig()
     sft: SftConfig | None = None
+    reward: RewardConfig | None = None
+    dpo: DpoConfig | None = None
     rlvr: RlvrConfig | None = None
+    rlhf: RlhfConfig | None = None
     eval: EvalConfig | None = None
     lab: LabConfig | None = None
     report: ReportConfig | None = None

@@ -161,8 +161,12 @@ class RunDir:
         return self.recipe_path.exists() or self.stages_dir.is_dir()
 
     def stage(self, kind: StageName) -> StageDir:
-        """The directory of one stage, numbered by its place in `STAGES`; not created yet."""
-        return StageDir(self.stages_dir / f"{STAGES.index(kind) + 1:02d}-{kind}", kind)
+        """The directory of one stage, numbered by its place in `STAGES`; not created yet.
+
+        A run that was begun when there were fewer stages keeps the number that the stage had then.
+        """
+        there = sorted(self.stages_dir.glob(f"[0-9][0-9]-{kind}"))
+        return StageDir(there[0] if there else self.stages_dir / f"{STAGES.index(kind) + 1:02d}-{kind}", kind)
 
     def write_env(self, **more: str | None) -> None:
         """Write `env.json`: what the numbers of this run were measured on, and what else the caller knows of that."""

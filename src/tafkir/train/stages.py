@@ -40,7 +40,17 @@ from tafkir.train.mtp_distill import distill_step, freeze_all_but_mtp
 from tafkir.train.ranks import open_ranks
 from tafkir.train.rlvr import RlvrStep
 
-__all__ = ["run_pretrain", "run_rlvr", "run_sft", "run_tokenizer"]
+__all__ = [
+    "as_written",
+    "finish_policy",
+    "keep_checkpoints",
+    "open_policy",
+    "run_pretrain",
+    "run_rlvr",
+    "run_sft",
+    "run_tokenizer",
+    "save_policy",
+]
 
 _NUM_TOKENIZER_STORIES = 2000
 
@@ -131,15 +141,24 @@ def run_rlvr(ctx: StageContext) -> dict[str, Any]:
         reference=copy.deepcopy(decoder).requires_grad_(False) if config.kl.coef > 0 else None,
         seed=derive_seed(ctx.seed, "rlvr"),
     )
-    result = fit(trainer, ctx.stage, step, keep=_keeper(ctx, trainer, tokenizer), label="rlvr")
+    result = fit(trainer, ctx.stage, step, keep=keep_checkpoints(ctx, trainer, tokenizer), label="rlvr")
     return _finish(ctx, config, trainer, tokenizer, result, corpus)
 
 
 def _start(ctx: StageContext) -> tuple[Corpus, Decoder, Tokenizer]:
     """The problems, and the decoder and tokenizer to go on with; fresh weights where there is only a tokenizer."""
+    corpus = load_corpus(ctx.recipe.data)
+    return corpus, *open_policy(ctx)
+
+
+def open_policy(ctx: StageContext) -> tuple[Decoder, Tokenizer]:
+    """The decoder and tokenizer to go on with; fresh weights where there is only a tokenizer.
+
+    Raises:
+        CheckpointError: there is nothing to start from, or it is another model than the recipe's.
+    """
     torch.set_num_threads(ctx.recipe.threads)
     select_kernels(ctx.recipe.kernels)
-    corpus = load_corpus(ctx.recipe.data)
     if ctx.previous is None:
         raise CheckpointError(
             "there is nothing to start from",
@@ -150,11 +169,11 @@ def _start(ctx: StageContext) -> tuple[Corpus, Decoder, Tokenizer]:
     # Only a tokenizer stage leaves a folder without a model; elsewhere its absence is damage.
     if ctx.previous == ctx.run.stage("tokenizer").checkpoint_dir:
         _check_vocabulary(ctx.recipe.model, tokenizer, ctx.previous)
-        return corpus, build_decoder(ctx.recipe.model, derive_seed(ctx.seed, "weights")), tokenizer
+        return build_decoder(ctx.recipe.model, derive_seed(ctx.seed, "weights")), tokenizer
     wanted = ctx.recipe.model
     found = load_config(ctx.previous)
     # Chat models are published without these layers; reinforcement learning, which does not train them, adds none.
-    adds_mtp = wanted.mtp is not None and found.mtp is None and ctx.stage.kind != "rlvr"
+    adds_mtp = wanted.mtp is not None and found.mtp is None and ctx.stage.kind in ("pretrain", "sft")
     # A context is stretched once; a stretched checkpoint says itself that it is.
     scaling = wanted.rope_scaling if found.rope_scaling is None else None
     given = ({"mtp": None} if adds_mtp else {}) | ({"rope_scaling": None} if scaling else {})
@@ -164,7 +183,7 @@ def _start(ctx: StageContext) -> tuple[Corpus, Decoder, Tokenizer]:
         decoder = stretch_context(decoder, scaling, wanted.max_position_embeddings)
     if adds_mtp and wanted.mtp is not None:
         add_mtp(decoder, wanted.mtp, derive_seed(ctx.seed, "mtp"))
-    return corpus, decoder, tokenizer
+    return decoder, tokenizer
 
 
 def _check_vocabulary(model: ModelConfig, tokenizer: Tokenizer, where: Path) -> None:
@@ -228,17 +247,17 @@ def _fit_language(
         ctx.stage,
         step,
         validate=validate if heldout else None,
-        keep=_keeper(ctx, trainer, tokenizer),
+        keep=keep_checkpoints(ctx, trainer, tokenizer),
         label=ctx.stage.kind,
     )
     finished = _finish(ctx, config, trainer, tokenizer, result, corpus)
     if trains_mtp and heldout:
-        with _as_written(trainer, config):
+        with as_written(trainer, config):
             finished["mtp"] = measure_mtp(decoder, heldout)
     return finished
 
 
-def _save(ctx: StageContext, trainer: Trainer, path: Path, tokenizer: Tokenizer, **lineage: Any) -> None:
+def save_policy(ctx: StageContext, trainer: Trainer, path: Path, tokenizer: Tokenizer, **lineage: Any) -> None:
     """Write a checkpoint; many ranks gather their parts, and one of them writes."""
     decoder = trainer.ranks.whole(trainer.decoder)
     if decoder is None:
@@ -248,17 +267,17 @@ def _save(ctx: StageContext, trainer: Trainer, path: Path, tokenizer: Tokenizer,
     save_checkpoint(path, decoder, tokenizer=tokenizer, extra=lineage, dtype=dtype)
 
 
-def _keeper(ctx: StageContext, trainer: Trainer, tokenizer: Tokenizer) -> Callable[[int], None]:
+def keep_checkpoints(ctx: StageContext, trainer: Trainer, tokenizer: Tokenizer) -> Callable[[int], None]:
     """Writes `checkpoints/step-<n>`, as the weights are after n steps: what `tafkir merge` takes."""
 
     def keep(done: int) -> None:
         path = ctx.stage.path / "checkpoints" / f"step-{done:08d}"
-        _save(ctx, trainer, path, tokenizer, steps=done)
+        save_policy(ctx, trainer, path, tokenizer, steps=done)
 
     return keep
 
 
-def _as_written(trainer: Trainer, config: TrainTable) -> AbstractContextManager[None]:
+def as_written(trainer: Trainer, config: TrainTable) -> AbstractContextManager[None]:
     """The decoder with the weights that its checkpoint holds: their average, or the last ones."""
     if trainer.average is not None and config.ema is not None and config.ema.checkpoint:
         return trainer.average.applied()
@@ -268,15 +287,20 @@ def _as_written(trainer: Trainer, config: TrainTable) -> AbstractContextManager[
 def _finish(
     ctx: StageContext, config: TrainTable, trainer: Trainer, tokenizer: Tokenizer, result: FitResult, corpus: Corpus
 ) -> dict[str, Any]:
+    return finish_policy(ctx, config, trainer, tokenizer, result) | {"train_problems": corpus.counts()}
+
+
+def finish_policy(
+    ctx: StageContext, config: TrainTable, trainer: Trainer, tokenizer: Tokenizer, result: FitResult
+) -> dict[str, Any]:
     """Write the checkpoint, from the weights or from their average, and say what the stage did."""
     averaged = {"ema_decay": config.ema.decay} if config.ema is not None and config.ema.checkpoint else {}
-    with _as_written(trainer, config):
-        _save(ctx, trainer, ctx.stage.checkpoint_dir, tokenizer, steps=result.steps, **averaged)
+    with as_written(trainer, config):
+        save_policy(ctx, trainer, ctx.stage.checkpoint_dir, tokenizer, steps=result.steps, **averaged)
     return {
         "steps": result.steps,
         "tokens": result.tokens,
         "wall_s": result.wall_s,
         "cpu_s": result.cpu_s,
         "peak_rss_bytes": result.peak_rss_bytes,
-        "train_problems": corpus.counts(),
     }

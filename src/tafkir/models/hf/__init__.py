@@ -9,13 +9,15 @@ from tafkir.models.hf.convert import (
     write_hf_tensors,
 )
 from tafkir.models.hf.table import Resolved, WeightRule, WeightTable
-from tafkir.recipe.hf_config import config_from_hf, config_to_hf
+from tafkir.recipe.hf_config import causal_keys, classification_keys, config_from_hf, config_to_hf
 
 __all__ = [
     "Resolved",
     "WeightRule",
     "WeightTable",
     "architecture_of",
+    "causal_keys",
+    "classification_keys",
     "config_from_hf",
     "config_to_hf",
     "drop_absent_mtp",

@@ -39,6 +39,8 @@ STREAMS: Mapping[str, StreamTable] = {"deepseek_v4": DEEPSEEK_V4_STREAMS}
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 _MTP_BLOCK = re.compile(r"mtp\.layers\.(\d+)\.block\.(.+)")
 _MTP = re.compile(r"mtp\.layers\.(\d+)\.(.+)")
+# What transformers calls the head of a ...ForSequenceClassification, whatever the family.
+_SCORE = WeightRule("score.weight", ("score.weight",))
 # Parts of our own, which no architecture has, keep our names; config.json says that they are there.
 _OWN = re.compile(r"(attention_residual|mlp_residual|residual)\.")
 
@@ -88,7 +90,7 @@ def resolve_names(decoder: Decoder, table: WeightTable | None = None) -> list[Re
     resolved = []
     for name, tensor in decoder.state_dict(keep_vars=True).items():
         scope, prefix, rest = _place(name, decoder.config.num_hidden_layers)
-        rule = scopes[scope].get(rest)
+        rule = _SCORE if name == _SCORE.ours else scopes[scope].get(rest)
         if rule is None and _OWN.match(rest):
             rule = WeightRule(rest, (rest if prefix else f"model.{rest}",), float32=True)
         if rule is None:

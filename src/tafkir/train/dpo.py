@@ -1,0 +1,216 @@
+"""Learning from preference pairs directly: DPO and its offline relatives, each loss a few lines.
+
+Shapes: P pairs, S = 2 P answers, T answer tokens. Log-probabilities of an answer are sums over its tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tafkir.data.preference import EncodedPair, PairStream
+from tafkir.models.decoder import Decoder, DecoderOutput
+from tafkir.ops.loss import linear_logprobs
+from tafkir.recipe.rlhf import DpoConfig
+from tafkir.train.language import split_evenly
+from tafkir.train.loop import StepOutput, Trainer, add_loads, router_metrics
+from tafkir.train.pairs import AnswerBatch, build_pair_batch
+
+__all__ = [
+    "PairLogprobs",
+    "answer_logprobs",
+    "dpo_loss",
+    "dpo_step",
+    "ipo_loss",
+    "kto_loss",
+    "measure_dpo",
+    "orpo_loss",
+    "preference_loss",
+    "reference_logprobs",
+    "robust_dpo_loss",
+    "simpo_loss",
+]
+
+_SCORE_BATCH = 32
+
+
+@dataclass(frozen=True, slots=True)
+class PairLogprobs:
+    """Log-probabilities of both sides of P pairs under the policy and under the reference, and their lengths."""
+
+    chosen_P: Tensor
+    rejected_P: Tensor
+    ref_chosen_P: Tensor
+    ref_rejected_P: Tensor
+    chosen_lengths_P: Tensor
+    rejected_lengths_P: Tensor
+
+    def margins(self) -> Tensor:
+        """h = log [pi(y_w) / pi_ref(y_w)] - log [pi(y_l) / pi_ref(y_l)], (P,)."""
+        return (self.chosen_P - self.ref_chosen_P) - (self.rejected_P - self.ref_rejected_P)
+
+
+def dpo_loss(pairs: PairLogprobs, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """DPO (Rafailov et al. 2023, arXiv 2305.18290, equation 7); smoothed, conservative DPO (Mitchell 2023, equation 3).
+
+    -(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h), with h the margin of the log-ratios.
+
+    Returns:
+        One loss a pair, (P,).
+    """
+    logits_P = beta * pairs.margins()
+    return -(1 - label_smoothing) * F.logsigmoid(logits_P) - label_smoothing * F.logsigmoid(-logits_P)
+
+
+def robust_dpo_loss(pairs: PairLogprobs, *, beta: float, label_smoothing: float) -> Tensor:
+    """Robust DPO (Chowdhury et al. 2024, arXiv 2403.00409, equation 12): unbiased where eps of the labels are wrong."""
+    logits_P = beta * pairs.margins()
+    clean_P = (1 - label_smoothing) * F.logsigmoid(logits_P) - label_smoothing * F.logsigmoid(-logits_P)
+    return -clean_P / (1 - 2 * label_smoothing)
+
+
+def ipo_loss(pairs: PairLogprobs, *, beta: float) -> Tensor:
+    """IPO (Azar et al. 2023, arXiv 2310.12036, equation 17): (h - 1 / (2 beta))^2, with h of means over tokens.
+
+    The authors confirmed the means to TRL, which the equation leaves open.
+    """
+    chosen_P = (pairs.chosen_P - pairs.ref_chosen_P) / pairs.chosen_lengths_P
+    rejected_P = (pairs.rejected_P - pairs.ref_rejected_P) / pairs.rejected_lengths_P
+    return (chosen_P - rejected_P - 1 / (2 * beta)).square()
+
+
+def simpo_loss(pairs: PairLogprobs, *, beta: float, gamma: float) -> Tensor:
+    """SimPO (Meng et al. 2024, arXiv 2405.14734, equation 6): no reference, means over tokens, target margin gamma."""
+    margin_P = pairs.chosen_P / pairs.chosen_lengths_P - pairs.rejected_P / pairs.rejected_lengths_P
+    return -F.logsigmoid(beta * margin_P - gamma)
+
+
+def orpo_loss(pairs: PairLogprobs, *, beta: float) -> Tensor:
+    """ORPO (Hong et al. 2024, arXiv 2403.07691, equations 4, 6, 7): the chosen side's NLL plus beta times -log sigmoid
+    of the log odds ratio, both of means over tokens; no reference.
+    """
+    chosen_P, rejected_P = pairs.chosen_P / pairs.chosen_lengths_P, pairs.rejected_P / pairs.rejected_lengths_P
+    log_odds_P = (chosen_P - rejected_P) - (_log1m_exp(chosen_P) - _log1m_exp(rejected_P))
+    return -chosen_P - beta * F.logsigmoid(log_odds_P)
+
+
+def _log1m_exp(x: Tensor) -> Tensor:
+    """log(1 - e^x) for x < 0, in the form that keeps digits on either side of -log 2 (Maechler 2012)."""
+    x = x.clamp(max=-torch.finfo(x.dtype).tiny)
+    return torch.where(x > -0.6931472, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
+
+
+def kto_loss(log_ratios_S: Tensor, desirable_S: Tensor, kl: Tensor | float, *, beta: float) -> Tensor:
+    """KTO (Ethayarajh et al. 2024, arXiv 2402.01306, equation 8) with both weights one: answers that are good or bad.
+
+    1 - sigmoid(beta (r - z0)) for desirable answers and 1 - sigmoid(beta (z0 - r)) for the others.
+
+    Args:
+        log_ratios_S: r = log pi - log pi_ref of each answer.
+        desirable_S: bool.
+        kl: z0, the batch's estimate of KL(pi || pi_ref); no gradient flows through it.
+    """
+    z0 = kl.detach().clamp(min=0) if isinstance(kl, Tensor) else max(0.0, kl)
+    signed_S = torch.where(desirable_S, log_ratios_S - z0, z0 - log_ratios_S)
+    return 1 - torch.sigmoid(beta * signed_S)
+
+
+def preference_loss(pairs: PairLogprobs, config: DpoConfig) -> Tensor:
+    """The loss that the recipe names, one value a pair."""
+    if config.loss == "robust":
+        return robust_dpo_loss(pairs, beta=config.beta, label_smoothing=config.label_smoothing)
+    if config.loss == "ipo":
+        return ipo_loss(pairs, beta=config.beta)
+    if config.loss == "simpo":
+        return simpo_loss(pairs, beta=config.beta, gamma=config.simpo_gamma)
+    if config.loss == "orpo":
+        return orpo_loss(pairs, beta=config.beta)
+    return dpo_loss(pairs, beta=config.beta, label_smoothing=config.label_smoothing)
+
+
+def answer_logprobs(decoder: Decoder, batch: AnswerBatch) -> tuple[Tensor, DecoderOutput]:
+    """Log-probabilities (S,) of whole answers, float32, and the forward that gave them."""
+    out = decoder(batch.input_ids_N, batch.positions_N, batch.attention)
+    hidden_TD = out.hidden_ND.index_select(0, batch.source_T)
+    logprobs_T = linear_logprobs(hidden_TD, decoder.head_weight, batch.targets_T, 1.0)
+    return logprobs_T.new_zeros(batch.lengths_S.numel()).index_add(0, batch.sequence_T, logprobs_T), out
+
+
+@torch.no_grad()
+def reference_logprobs(decoder: Decoder, pairs: Sequence[EncodedPair]) -> Tensor:
+    """Log-probabilities (P, 2) of the chosen and rejected side of each pair, once and for all."""
+    parts = [pairs[start : start + _SCORE_BATCH] for start in range(0, len(pairs), _SCORE_BATCH)]
+    return torch.cat([answer_logprobs(decoder, build_pair_batch(part))[0] for part in parts]).view(-1, 2)
+
+
+def dpo_step(
+    trainer: Trainer, stream: PairStream, reference_P2: Tensor, config: DpoConfig
+) -> Callable[[int], StepOutput]:
+    """A step function: mean preference loss over the pairs of the step, whatever the micro-batches.
+
+    Args:
+        reference_P2: `reference_logprobs` of `stream.pairs`.
+    """
+
+    def step(step: int) -> StepOutput:
+        indices = stream.indices_at(step)
+        total, tokens = 0.0, 0
+        loads: list[Tensor] = []
+        margins: list[Tensor] = []
+        chosen: list[Tensor] = []
+        for part in split_evenly(indices, config.micro_batches):
+            batch = build_pair_batch([stream.pairs[i] for i in part])
+            logprobs_S, out = answer_logprobs(trainer.decoder, batch)
+            pairs = _pair_logprobs(logprobs_S, reference_P2[list(part)], batch.lengths_S)
+            loss = preference_loss(pairs, config).sum() / len(indices)
+            loss.backward()
+            total += loss.item()
+            tokens += batch.input_ids_N.numel()
+            loads = add_loads(loads, out.expert_load)
+            margins.append(pairs.margins().detach())
+            chosen.append((pairs.chosen_P - pairs.ref_chosen_P).detach())
+        norm = trainer.update(loads, where=f"dpo step {step + 1}")
+        margins_P = torch.cat(margins)
+        accuracy = float((margins_P > 0).float().mean())
+        return StepOutput(
+            metrics={
+                "train/loss": total,
+                "train/grad_norm": norm,
+                "train/tokens": tokens,
+                "dpo/accuracy": accuracy,
+                "dpo/margin": config.beta * float(margins_P.mean()),
+                # Below zero, the preferred answers themselves become less likely: DPO's known failure.
+                "dpo/chosen_reward": config.beta * float(torch.cat(chosen).mean()),
+                **router_metrics(loads),
+            },
+            tokens=tokens,
+            shown={"loss": total, "accuracy": accuracy},
+        )
+
+    return step
+
+
+@torch.no_grad()
+def measure_dpo(
+    decoder: Decoder, pairs: Sequence[EncodedPair], reference_P2: Tensor, config: DpoConfig
+) -> tuple[Tensor, Tensor]:
+    """The loss and the margin h of each pair, (P,) both, without training on them."""
+    losses, margins = [], []
+    for start in range(0, len(pairs), _SCORE_BATCH):
+        batch = build_pair_batch(pairs[start : start + _SCORE_BATCH])
+        logprobs_S, _ = answer_logprobs(decoder, batch)
+        part = _pair_logprobs(logprobs_S, reference_P2[start : start + _SCORE_BATCH], batch.lengths_S)
+        losses.append(preference_loss(part, config))
+        margins.append(part.margins())
+    return torch.cat(losses), torch.cat(margins)
+
+
+def _pair_logprobs(logprobs_S: Tensor, reference_P2: Tensor, lengths_S: Tensor) -> PairLogprobs:
+    own_P2, lengths_P2 = logprobs_S.view(-1, 2), lengths_S.view(-1, 2)
+    return PairLogprobs(
+        own_P2[:, 0], own_P2[:, 1], reference_P2[:, 0], reference_P2[:, 1], lengths_P2[:, 0], lengths_P2[:, 1]
+    )

@@ -1,0 +1,178 @@
+"""The stages that learn from preference pairs: `reward`, `dpo` and `rlhf`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+from tafkir.checkpoint.save import save_checkpoint
+from tafkir.data.preference import EncodedPair, PairStream, PreferenceSet, load_preferences
+from tafkir.data.tokenizer import Tokenizer
+from tafkir.errors import DataError, RecipeError
+from tafkir.intervals import accuracy
+from tafkir.models.decoder import Decoder
+from tafkir.models.reward import reward_model_from
+from tafkir.recipe.seeds import derive_seed
+from tafkir.recipe.stage import StageContext
+from tafkir.runlog.atomic import write_text
+from tafkir.runlog.metrics import Metric
+from tafkir.runlog.rundir import StageDir
+from tafkir.train.dpo import dpo_step, measure_dpo, reference_logprobs
+from tafkir.train.loop import FitResult, Trainer, fit
+from tafkir.train.ranks import open_ranks
+from tafkir.train.reward_model import ScoredPair, reward_step, score_pairs
+from tafkir.train.reward_quality import measure_reward_model, reward_scale
+from tafkir.train.stages import as_written, finish_policy, keep_checkpoints, open_policy
+
+__all__ = ["JUDGE", "run_dpo", "run_reward"]
+
+JUDGE = "judge"
+"""Where in its folder the reward stage leaves the second model."""
+
+
+def run_reward(ctx: StageContext) -> dict[str, Any]:
+    """Train the reward model, and the guard's judge on pairs of its own; measure both on held-out pairs.
+
+    Writes the checkpoints `checkpoint/` and `judge/checkpoint/`, and `heldout.jsonl` with the rewards of every pair.
+    """
+    config = ctx.recipe.reward
+    assert config is not None
+    decoder, tokenizer = open_policy(ctx)
+    pairs = _load(ctx, tokenizer)
+    own, judged = _share_out(pairs.train, config.judge_share, derive_seed(ctx.seed, "judge pairs"))
+    result, scored = _fit_reward(ctx, ctx.stage, decoder, tokenizer, own, pairs.heldout)
+    result["pairs"] = pairs.counts() | {"judge": len(judged)}
+    if judged:
+        folder = StageDir(ctx.stage.path / JUDGE, "reward")
+        result["judge"], judge_scored = _fit_reward(ctx, folder, decoder, tokenizer, judged, pairs.heldout)
+        if scored:
+            result["judge"]["agreement"] = _agreement(scored, judge_scored)
+    return result
+
+
+def run_dpo(ctx: StageContext) -> dict[str, Any]:
+    """Learn from the preference pairs directly; the reference is the policy that the stage starts from."""
+    config = ctx.recipe.dpo
+    assert config is not None
+    decoder, tokenizer = open_policy(ctx)
+    pairs = _load(ctx, tokenizer)
+    # Once, before the first step changes the weights: no second model is kept.
+    reference_P2 = reference_logprobs(decoder, pairs.train)
+    heldout_reference_P2 = reference_logprobs(decoder, pairs.heldout) if pairs.heldout else torch.zeros(0, 2)
+    trainer = Trainer(decoder, config, open_ranks(ctx.recipe.parallel, ctx.recipe.model))
+    stream = PairStream(pairs.train, batch_pairs=config.batch_pairs, seed=derive_seed(ctx.seed, "dpo"))
+
+    def validate() -> Mapping[str, Metric]:
+        losses_P, margins_P = measure_dpo(decoder, pairs.heldout, heldout_reference_P2, config)
+        return {
+            "validation/loss": float(losses_P.mean()),
+            "validation/accuracy": float((margins_P > 0).float().mean()),
+        }
+
+    result = fit(
+        trainer,
+        ctx.stage,
+        dpo_step(trainer, stream, reference_P2, config),
+        validate=validate if pairs.heldout else None,
+        keep=keep_checkpoints(ctx, trainer, tokenizer),
+        label="dpo",
+    )
+    finished = finish_policy(ctx, config, trainer, tokenizer, result) | {"loss": config.loss, "pairs": pairs.counts()}
+    if pairs.heldout:
+        with as_written(trainer, config):
+            losses_P, margins_P = measure_dpo(decoder, pairs.heldout, heldout_reference_P2, config)
+        right = accuracy([margin > 0 for margin in margins_P.tolist()])
+        finished["heldout"] = {"accuracy": right.to_dict(), "loss": float(losses_P.mean())}
+    return finished
+
+
+def _load(ctx: StageContext, tokenizer: Tokenizer) -> PreferenceSet:
+    config = ctx.recipe.preferences
+    longest = ctx.recipe.model.max_position_embeddings
+    if config.max_length > longest:
+        raise RecipeError(
+            f"preferences.max_length = {config.max_length} exceeds the model's context of {longest} tokens",
+            where=f"stage {ctx.stage.kind}",
+            fix="lower it, or raise model.max_position_embeddings",
+        )
+    return load_preferences(config, tokenizer, derive_seed(ctx.seed, "preferences"))
+
+
+def _share_out(pairs: Sequence[EncodedPair], share: float, seed: int) -> tuple[list[EncodedPair], list[EncodedPair]]:
+    """The reward model's pairs and the judge's; pairs with equal prompts go the same way."""
+    own: list[EncodedPair] = []
+    judged: list[EncodedPair] = []
+    for pair in pairs:
+        mine = Random(derive_seed(seed, *pair.prompt_ids)).random() >= share
+        (own if mine else judged).append(pair)
+    if share > 0 and (not own or not judged):
+        raise DataError(
+            f"{len(pairs)} pairs do not suffice for a reward model and a judge",
+            where="reward.judge_share",
+            fix="add pairs, or set it nearer to 0.5",
+        )
+    return own, judged
+
+
+def _fit_reward(
+    ctx: StageContext,
+    stage: StageDir,
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    pairs: Sequence[EncodedPair],
+    heldout: Sequence[EncodedPair],
+) -> tuple[dict[str, Any], list[ScoredPair]]:
+    """Fit one reward model in a folder of its own; its numbers, and the scores of the held-out pairs."""
+    config = ctx.recipe.reward
+    assert config is not None
+    label = stage.path.name if stage is not ctx.stage else "reward"
+    seed = derive_seed(ctx.seed, label)
+    model = reward_model_from(decoder, derive_seed(seed, "head"))
+    trainer = Trainer(model, config, open_ranks(ctx.recipe.parallel, ctx.recipe.model))
+    stream = PairStream(pairs, batch_pairs=config.batch_pairs, seed=seed)
+
+    def validate() -> Mapping[str, Metric]:
+        scored = score_pairs(model, heldout)
+        right = sum(pair.chosen_reward > pair.rejected_reward for pair in scored)
+        return {"validation/accuracy": right / len(scored), "validation/loss": _mean_loss(scored)}
+
+    step = reward_step(trainer, stream.batch_at, config)
+    result = fit(trainer, stage, step, validate=validate if heldout else None, label=label)
+    with as_written(trainer, config):
+        mean, std = reward_scale(score_pairs(model, pairs))
+        _save_reward(ctx, stage.checkpoint_dir, trainer, tokenizer, result, mean, std)
+        scored = score_pairs(model, heldout)
+    told: dict[str, Any] = {**asdict(result), "reward_mean": mean, "reward_std": std, "train_pairs": len(pairs)}
+    if scored:
+        told["heldout"] = measure_reward_model(scored, config.num_bins)
+        write_text(stage.path / "heldout.jsonl", "".join(json.dumps(asdict(row)) + "\n" for row in scored))
+    return told, scored
+
+
+def _save_reward(
+    ctx: StageContext, path: Path, trainer: Trainer, tokenizer: Tokenizer, result: FitResult, mean: float, std: float
+) -> None:
+    lineage = {"recipe": ctx.recipe.name, "stage": "reward", "steps": result.steps, "seed": ctx.seed}
+    lineage |= {"reward_mean": mean, "reward_std": std}
+    dtype = getattr(torch, trainer.config.checkpoint_dtype)
+    save_checkpoint(path, trainer.decoder, tokenizer=tokenizer, extra=lineage, dtype=dtype)
+
+
+def _mean_loss(scored: Sequence[ScoredPair]) -> float:
+    margins = torch.tensor([pair.chosen_reward - pair.rejected_reward for pair in scored])
+    return float(-torch.nn.functional.logsigmoid(margins).mean())
+
+
+def _agreement(first: Sequence[ScoredPair], second: Sequence[ScoredPair]) -> dict[str, Any]:
+    """Share of pairs that two models order alike."""
+    alike = [
+        (a.chosen_reward > a.rejected_reward) == (b.chosen_reward > b.rejected_reward)
+        for a, b in zip(first, second, strict=True)
+    ]
+    return accuracy(alike).to_dict()
