@@ -10,6 +10,7 @@ __all__ = [
     "GradingError",
     "RecipeError",
     "RequestError",
+    "RolloutError",
     "RunDirError",
     "SamplingError",
     "TafkirError",
@@ -74,6 +75,10 @@ class GradingError(TafkirError):
 
 class RequestError(TafkirError):
     """A generation request is not valid (sampling parameters, empty or over-long prompt)."""
+
+
+class RolloutError(TafkirError):
+    """A rollout server or worker died, answered late, or answered what cannot be trained on."""
 
 
 class SamplingError(TafkirError):

@@ -12,8 +12,15 @@ from tafkir.records import STAGES, StageName
 
 __all__ = ["fingerprint_stages"]
 
-# How often a state is saved changes nothing in what comes out.
-_WITHOUT_EFFECT = {"save_every", "keep_rollouts"}
+# How often a state is saved changes nothing in what comes out; nor does where servers are, and how long to wait.
+_WITHOUT_EFFECT: Any = {
+    "save_every": True,
+    "keep_rollouts": True,
+    "engine": {
+        "urls", "timeout_s", "weight_timeout_s", "max_concurrency", "max_retries", "weight_dir", "weight_sync",
+        "api_key_env",
+    },
+}  # fmt: skip
 # Stages that read the preference pairs.
 _FROM_PREFERENCES = ("reward", "dpo", "rlhf")
 # Weights are known by the manifest's hashes; a foreign checkpoint without a manifest is hashed whole.
@@ -47,6 +54,9 @@ def fingerprint_stages(recipe: Recipe, base: Path | None) -> dict[StageName, str
                 sources = [Path(source) for source in recipe.preferences.sources]
                 files = {str(path): _hash_file(path) for path in sources if path.is_file()}
                 previous = _hash([previous, recipe.preferences.model_dump(mode="json"), files])
+            if kind == "rlvr" and recipe.cluster:
+                # How prompts are put together changes the last bits; who then computes them does not.
+                previous = _hash([previous, recipe.cluster.prompts_per_call])
             if kind == "lab" and recipe.lab and Path(recipe.lab.text).is_file():
                 previous = _hash([previous, _hash_file(Path(recipe.lab.text))])
             fingerprints[kind] = previous

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
+from tafkir.recipe.cluster import InProcessEngine, RolloutEngine
 from tafkir.recipe.tables import Positive, Table, TrainTable
 
 __all__ = ["Acceptance", "AcceptanceKind", "IcePop", "KlConfig", "NoAcceptance", "RlvrConfig"]
@@ -70,3 +71,4 @@ class RlvrConfig(TrainTable):
         "sequence_mean", description="Mean over tokens per completion, then over completions; or over all tokens."
     )
     drop_zero_variance: bool = Field(True, description="Leave out groups whose rewards are all equal.")
+    engine: RolloutEngine = InProcessEngine()

@@ -11,6 +11,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from tafkir.native.library import KernelChoice
+from tafkir.recipe.cluster import ClusterConfig
 from tafkir.recipe.model import ModelConfig
 from tafkir.recipe.rl import RlvrConfig
 from tafkir.recipe.rlhf import DpoConfig, PreferencesConfig, RewardConfig, RlhfConfig
@@ -197,6 +198,7 @@ class Recipe(Table):
     )
     base: str | None = Field(None, description="Bundled or local checkpoint that the first training stage starts from.")
     parallel: ParallelConfig = ParallelConfig()
+    cluster: ClusterConfig | None = None
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig | None = None
