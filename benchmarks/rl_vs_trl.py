@@ -298,6 +298,7 @@ def run_ours(run: Run) -> dict[str, Any]:
     from tafkir.engine.engine import Engine
     from tafkir.train.loop import Trainer
     from tafkir.train.rlvr import RlvrStep
+    from tafkir.train.rollout import SynchronousRollouts
 
     size, folder, meter = SIZES[run.size], Path(run.folder) / "ours", Meter()
     tokenizer = Tokenizer.load(folder)
@@ -323,9 +324,16 @@ def run_ours(run: Run) -> dict[str, Any]:
 
     trainer = Trainer(load_checkpoint(folder).decoder, config)
     engine = Engine(load_checkpoint(folder).decoder, eos_ids=(tokenizer.turn_end_id,), tokenizer=tokenizer)
-    step_function = RlvrStep(
-        trainer, MeteredEngine(engine, meter), tokenizer, Reversal(), prompts, config, reference=None, seed=run.seed
+    rollouts = SynchronousRollouts(
+        MeteredEngine(engine, meter),
+        tokenizer,
+        Reversal(),
+        prompts,
+        config,
+        weights=lambda: trainer.decoder.state_dict().items(),
+        seed=run.seed,
     )
+    step_function = RlvrStep(trainer, rollouts, config, reference=None)
     meter.step_ended()
     for step in range(config.steps):
         trainer.set_step(step)

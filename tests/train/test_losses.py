@@ -10,12 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tafkir.recipe.rl import IcePop, NoAcceptance
-from tafkir.train.advantages import grpo_advantages, zero_variance_groups
-from tafkir.train.losses import Reduction, icepop_weights, policy_loss
+from tafkir.recipe.rl import Acceptance, IcePop, KlConfig, NoAcceptance, PolicyLossTable, Reduction
+from tafkir.train.acceptance import Accepted, accept_tokens
+from tafkir.train.losses import policy_loss
 from tafkir.train.mismatch import mismatch_metrics
 
-OFF = NoAcceptance()
+ON, OFF = PolicyLossTable(acceptance=IcePop()), PolicyLossTable(acceptance=NoAcceptance())
+
+
+def icepop_weights(train: Tensor, sampling: Tensor, acceptance: Acceptance = ON.acceptance) -> Accepted:
+    """All tokens as one completion with advantage one."""
+    one = torch.zeros(len(train), dtype=torch.int64)
+    return accept_tokens(acceptance, train, sampling, torch.ones(len(train)), one, torch.tensor([len(train)]))
 
 
 def test_weights_of_the_verl_vector() -> None:
@@ -34,9 +40,7 @@ def test_loss_of_the_nemo_rl_vector() -> None:
     prev = torch.tensor([-1.0, -1.0, -1.0])
     sampling = torch.tensor([-0.5, -3.5, -0.8])
     advantages = torch.tensor([1.0, -1.0, 2.0])
-    out = policy_loss(
-        prev, prev, sampling, advantages, torch.zeros(3, dtype=torch.int64), torch.tensor([3]), acceptance=IcePop()
-    )
+    out = policy_loss(prev, prev, sampling, advantages, torch.zeros(3, dtype=torch.int64), torch.tensor([3]), config=ON)
     torch.testing.assert_close(out.weight_T, torch.tensor([0.6065, 0.0, 0.8187]), atol=5e-5, rtol=0)
     assert math.exp(2.5) == pytest.approx(12.18, abs=5e-3)
     assert out.loss.item() == pytest.approx(-(math.exp(-0.5) + 2 * math.exp(-0.2)) / 3, abs=1e-6)
@@ -65,7 +69,7 @@ def test_a_non_finite_ratio_is_dropped_and_leaves_gradients_finite(bad: float) -
         torch.ones(3),
         torch.zeros(3, dtype=torch.int64),
         torch.tensor([3]),
-        acceptance=IcePop(),
+        config=ON,
     )
     out.loss.backward()
     assert out.nonfinite == 1
@@ -77,7 +81,7 @@ def test_masked_tokens_stay_in_the_denominator() -> None:
     logprobs = torch.full((4,), -1.0, requires_grad=True)
     sampling = torch.tensor([-1.0, -9.0, -1.0, -1.0])
     sequence, lengths = torch.tensor([0, 0, 1, 1]), torch.tensor([2, 2])
-    out = policy_loss(logprobs, logprobs.detach(), sampling, torch.ones(4), sequence, lengths, acceptance=IcePop())
+    out = policy_loss(logprobs, logprobs.detach(), sampling, torch.ones(4), sequence, lengths, config=ON)
     assert out.loss.item() == pytest.approx(-(0.5 + 1.0) / 2)
 
 
@@ -86,7 +90,7 @@ def test_without_icepop_it_is_clipped_grpo() -> None:
     logprobs = old + torch.tensor([0.5, -0.5, 0.5, -0.5])
     advantages = torch.tensor([1.0, 1.0, -1.0, -1.0])
     sequence, lengths = torch.zeros(4, dtype=torch.int64), torch.tensor([4])
-    out = policy_loss(logprobs, old, torch.full((4,), -50.0), advantages, sequence, lengths, acceptance=OFF)
+    out = policy_loss(logprobs, old, torch.full((4,), -50.0), advantages, sequence, lengths, config=OFF)
     terms = [1.2, math.exp(-0.5), -math.exp(0.5), -0.8]
     assert out.loss.item() == pytest.approx(-sum(terms) / 4, abs=1e-6)
     assert out.clipped_T.tolist() == [True, False, False, True]
@@ -102,8 +106,7 @@ def test_kl_term_covers_masked_tokens() -> None:
         torch.zeros(2),
         torch.zeros(2, dtype=torch.int64),
         torch.tensor([2]),
-        acceptance=IcePop(),
-        kl_coef=0.5,
+        config=PolicyLossTable(kl=KlConfig(coef=0.5)),
         ref_logprobs_T=ref,
     )
     assert out.loss.item() == pytest.approx(0.5 * (math.exp(-1) + 1 - 1) / 2, abs=1e-6)
@@ -124,7 +127,7 @@ def _random_tokens(seed: int, lengths: list[int]) -> tuple[Tensor, ...]:
 @given(
     lengths=st.lists(st.integers(1, 9), min_size=2, max_size=7),
     seed=st.integers(0, 10_000),
-    reduction=st.sampled_from(["sequence_mean", "token_mean"]),
+    reduction=st.sampled_from(["sequence_mean", "token_mean", "constant"]),
     data=st.data(),
 )
 def test_micro_batches_add_up_to_the_whole(
@@ -146,8 +149,7 @@ def test_micro_batches_add_up_to_the_whole(
                 advantages[part],
                 sequence[part] - first,
                 torch.tensor(lengths)[first : int(sequence[part][-1]) + 1],
-                acceptance=IcePop(),
-                reduction=reduction,
+                config=PolicyLossTable(reduction=reduction),
                 **totals,
             )
             out.loss.backward()
@@ -160,16 +162,6 @@ def test_micro_batches_add_up_to_the_whole(
     split, split_grad = loss([slice(0, edge), slice(edge, sum(lengths))])
     assert split == pytest.approx(whole, abs=1e-6)
     torch.testing.assert_close(split_grad, whole_grad, atol=1e-6, rtol=0)
-
-
-def test_advantages_match_trl_and_equal_rewards_give_zero() -> None:
-    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
-    want = (rewards[0] - 0.5) / (rewards[0].std() + 1e-6)
-    got = grpo_advantages(rewards)
-    torch.testing.assert_close(got[0], want)
-    assert got[1].tolist() == [0.0] * 4
-    assert zero_variance_groups(rewards).tolist() == [False, True]
-    assert grpo_advantages(rewards, normalize_std=False)[0].tolist() == [0.5, -0.5, -0.5, 0.5]
 
 
 def test_mismatch_metrics_by_hand() -> None:

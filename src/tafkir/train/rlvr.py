@@ -1,4 +1,4 @@
-"""Reinforcement learning with verifiable rewards: GRPO advantages, the IcePop loss, rollouts from a `Completer`.
+"""Reinforcement learning with verifiable rewards: graded rollouts, advantages, the policy loss, an update.
 
 One step, one direction: prompts -> rollouts -> verdicts -> advantages -> batch -> loss -> update -> new weights.
 """
@@ -6,32 +6,25 @@ One step, one direction: prompts -> rollouts -> verdicts -> advantages -> batch 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tafkir.data.tokenizer import Tokenizer
 from tafkir.models.decoder import Decoder, DecoderOutput
 from tafkir.ops.loss import linear_logprobs
-from tafkir.protocols import Completer, Task
-from tafkir.recipe.rl import RlvrConfig
-from tafkir.recipe.seeds import derive_seed
-from tafkir.records import Example, SamplingParams
+from tafkir.recipe.rl import PolicyTable
 from tafkir.runlog.metrics import Metric
-from tafkir.train.advantages import grpo_advantages, zero_variance_groups
+from tafkir.train.advantages import advantages, overlong_penalty, zero_variance_groups
 from tafkir.train.batch import RlBatch, build_rl_batch
 from tafkir.train.language import split_evenly
 from tafkir.train.loop import StepOutput, Trainer, add_loads, router_metrics
 from tafkir.train.losses import policy_loss
 from tafkir.train.mismatch import mismatch_metrics
-from tafkir.train.rollout import RolloutGroup, collect_rollouts
+from tafkir.train.rollout import RolloutGroup, RolloutSource
 
-__all__ = ["PromptBatch", "RlvrStep"]
-
-PromptBatch = Callable[[int], Sequence[tuple[Example, Sequence[int]]]]
-"""The problems of a step, each with its prompt tokens; a function of the step number alone."""
+__all__ = ["RlvrStep"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,48 +37,23 @@ class _Scored:
 
 
 class RlvrStep:
-    """The step function of RLVR: `step(n)` samples, grades, and updates the policy.
+    """The step function of reinforcement learning: `step(n)` takes graded rollouts and updates the policy.
 
     Args:
         trainer: the policy and its optimiser.
-        completer: samples with weights of its own, refreshed through `load_weights` before every step.
-        prompts: the problems of each step.
+        rollouts: the graded groups of each step.
+        config: advantages, loss and updates.
         reference: frozen first policy, needed when `config.kl.coef > 0`.
-        seed: seed of the sampling streams.
     """
 
     def __init__(
-        self,
-        trainer: Trainer,
-        completer: Completer,
-        tokenizer: Tokenizer,
-        task: Task,
-        prompts: PromptBatch,
-        config: RlvrConfig,
-        *,
-        reference: Decoder | None,
-        seed: int,
+        self, trainer: Trainer, rollouts: RolloutSource, config: PolicyTable, *, reference: Decoder | None
     ) -> None:
-        self.trainer, self.completer, self.tokenizer, self.task = trainer, completer, tokenizer, task
-        self.prompts, self.config, self.reference, self.seed = prompts, config, reference, seed
-        self.params = SamplingParams(
-            temperature=config.temperature,
-            max_tokens=config.max_completion_tokens,
-            stop_token_ids=(tokenizer.turn_end_id,),
-        )
+        self.trainer, self.rollouts, self.config, self.reference = trainer, rollouts, config, reference
 
     def __call__(self, step: int) -> StepOutput:
         began = time.perf_counter()
-        self.completer.load_weights(self.trainer.decoder.state_dict().items(), step)
-        groups = collect_rollouts(
-            self.completer,
-            self.tokenizer,
-            self.task,
-            self.prompts(step),
-            group_size=self.config.group_size,
-            params=self.params,
-            seed=derive_seed(self.seed, "rollout", step),
-        )
+        groups = self.rollouts(step)
         sampled = time.perf_counter()
         rewards_PG = torch.tensor([[r.verdict.reward for r in group.rollouts] for group in groups])
         metrics = rollout_metrics(groups, rewards_PG)
@@ -99,20 +67,40 @@ class RlvrStep:
 
     def learn(self, groups: Sequence[RolloutGroup], rewards_PG: Tensor, *, where: str) -> dict[str, Metric]:
         """Turn graded groups into `updates_per_rollout` optimiser steps; returns the last one's metrics."""
-        advantages_PG = grpo_advantages(rewards_PG, normalize_std=self.config.normalize_std)
+        config = self.config
+        advantages_PG = self._advantages(groups, rewards_PG)
         kept = list(range(len(groups)))
-        if self.config.drop_zero_variance:
-            kept = [i for i in kept if not zero_variance_groups(rewards_PG)[i]]
+        if config.drop_zero_variance:
+            dull_P = zero_variance_groups(self._shaped(groups, rewards_PG))
+            kept = [i for i in kept if not dull_P[i]]
         if not kept:
             return {"train/skipped": 1.0}
         pieces = [
             self._score(build_rl_batch([groups[i] for i in part], advantages_PG[list(part)].tolist()))
-            for part in split_evenly(kept, self.config.micro_batches)
+            for part in split_evenly(kept, config.micro_batches)
         ]
         metrics: dict[str, Metric] = {}
-        for _ in range(self.config.updates_per_rollout):
+        for _ in range(config.updates_per_rollout):
             metrics = self._update(pieces, where)
         return metrics
+
+    def _shaped(self, groups: Sequence[RolloutGroup], rewards_PG: Tensor) -> Tensor:
+        """Rewards with what overlong completions cost."""
+        overlong = self.config.overlong
+        if overlong.buffer_tokens == 0:
+            return rewards_PG
+        lengths_PG = torch.tensor([[len(r.completion.token_ids) for r in group.rollouts] for group in groups])
+        limit = self.config.max_completion_tokens
+        return rewards_PG + overlong_penalty(
+            lengths_PG, max_tokens=limit, buffer_tokens=overlong.buffer_tokens, penalty=overlong.penalty
+        )
+
+    def _advantages(self, groups: Sequence[RolloutGroup], rewards_PG: Tensor) -> Tensor:
+        advantages_PG = advantages(self.config.advantage, self._shaped(groups, rewards_PG))
+        if not self.config.overlong.drop_truncated:
+            return advantages_PG
+        cut_PG = torch.tensor([[r.completion.finish_reason == "length" for r in group.rollouts] for group in groups])
+        return torch.where(cut_PG, torch.zeros_like(advantages_PG), advantages_PG)
 
     def _score(self, batch: RlBatch) -> _Scored:
         """Log-probabilities that stay fixed while the batch is reused; the first update makes its own."""
@@ -149,13 +137,9 @@ class RlvrStep:
                 batch.advantages_T,
                 batch.sequence_T,
                 batch.lengths_S,
-                acceptance=config.acceptance,
-                clip_eps_low=config.clip_eps_low,
-                clip_eps_high=config.clip_eps_high,
-                reduction=config.reduction,
+                config=config,
                 num_sequences=num_sequences,
                 num_tokens=num_tokens,
-                kl_coef=config.kl.coef,
                 ref_logprobs_T=piece.ref_logprobs_T,
             )
             result.loss.backward()

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from tafkir.data.tokenizer import Tokenizer
 from tafkir.protocols import Completer, Task
+from tafkir.recipe.rl import PolicyTable
 from tafkir.recipe.seeds import derive_seed
 from tafkir.records import Completion, Example, Request, SamplingParams, Verdict
 
-__all__ = ["Rollout", "RolloutGroup", "collect_rollouts"]
+__all__ = ["PromptBatch", "Rollout", "RolloutGroup", "RolloutSource", "SynchronousRollouts", "collect_rollouts"]
+
+PromptBatch = Callable[[int], Sequence[tuple[Example, Sequence[int]]]]
+"""The problems of a step, each with its prompt tokens; a function of the step number alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +35,73 @@ class RolloutGroup:
     example: Example
     prompt_ids: tuple[int, ...]
     rollouts: tuple[Rollout, ...]
+
+    @property
+    def is_dull(self) -> bool:
+        """All rewards are equal: the group teaches nothing."""
+        return len({rollout.verdict.reward for rollout in self.rollouts}) <= 1
+
+
+RolloutSource = Callable[[int], Sequence[RolloutGroup]]
+"""The graded groups that a step learns from. Whatever makes them also hands the step's weights to its engine."""
+
+
+class SynchronousRollouts:
+    """A `RolloutSource`: every step samples all completions of its own problems with the weights that it begins with.
+
+    Args:
+        completer: samples with weights of its own, refreshed through `load_weights` before every step.
+        task: grades.
+        prompts: the problems of each step.
+        config: group size, length limit and temperature.
+        weights: the policy's weights as they are now.
+        seed: seed of the sampling streams.
+    """
+
+    def __init__(
+        self,
+        completer: Completer,
+        tokenizer: Tokenizer,
+        task: Task,
+        prompts: PromptBatch,
+        config: PolicyTable,
+        *,
+        weights: Callable[[], Iterable[tuple[str, Tensor]]],
+        seed: int,
+    ) -> None:
+        self.completer, self.tokenizer, self.task, self.prompts = completer, tokenizer, task, prompts
+        self.config, self.weights, self.seed = config, weights, seed
+        self.params = SamplingParams(
+            temperature=config.temperature,
+            max_tokens=config.max_completion_tokens,
+            stop_token_ids=(tokenizer.turn_end_id,),
+        )
+
+    def __call__(self, step: int) -> list[RolloutGroup]:
+        self.completer.load_weights(self.weights(), step)
+        groups = self._sample(self.prompts(step), derive_seed(self.seed, "rollout", step))
+        # DAPO's dynamic sampling (arXiv 2503.14476, section 3.2): problems of later epochs stand in for those whose
+        # rewards are all equal, so that the batch is full; which problems depends on the step alone.
+        for again in range(1, self.config.max_resamples + 1):
+            dull = [i for i, group in enumerate(groups) if group.is_dull]
+            if not dull:
+                break
+            prompts = self.prompts(step + again * self.config.steps)[: len(dull)]
+            fresh = self._sample(prompts, derive_seed(self.seed, "rollout", step, again))
+            for place, group in zip(dull, fresh, strict=False):
+                groups[place] = group
+        return groups
+
+    def _sample(self, prompts: Sequence[tuple[Example, Sequence[int]]], seed: int) -> list[RolloutGroup]:
+        return collect_rollouts(
+            self.completer,
+            self.tokenizer,
+            self.task,
+            prompts,
+            group_size=self.config.group_size,
+            params=self.params,
+            seed=seed,
+        )
 
 
 def collect_rollouts(

@@ -39,6 +39,7 @@ from tafkir.train.mtp import measure_mtp
 from tafkir.train.mtp_distill import distill_step, freeze_all_but_mtp
 from tafkir.train.ranks import open_ranks
 from tafkir.train.rlvr import RlvrStep
+from tafkir.train.rollout import SynchronousRollouts
 
 __all__ = [
     "as_written",
@@ -131,16 +132,17 @@ def run_rlvr(ctx: StageContext) -> dict[str, Any]:
         seed=derive_seed(ctx.seed, "rlvr"),
     )
     trainer = Trainer(decoder, config, open_ranks(ctx.recipe.parallel, ctx.recipe.model))
-    step = RlvrStep(
-        trainer,
+    rollouts = SynchronousRollouts(
         ctx.build_completer(ctx.previous),
         tokenizer,
         WordProblems(),
         stream.batch_at,
         config,
-        reference=copy.deepcopy(decoder).requires_grad_(False) if config.kl.coef > 0 else None,
+        weights=lambda: trainer.decoder.state_dict().items(),
         seed=derive_seed(ctx.seed, "rlvr"),
     )
+    reference = copy.deepcopy(decoder).requires_grad_(False) if config.kl.coef > 0 else None
+    step = RlvrStep(trainer, rollouts, config, reference=reference)
     result = fit(trainer, ctx.stage, step, keep=keep_checkpoints(ctx, trainer, tokenizer), label="rlvr")
     return _finish(ctx, config, trainer, tokenizer, result, corpus)
 
