@@ -1,32 +1,70 @@
-"""Builds the in-process engine of a checkpoint; what stages get as `build_completer`."""
+"""Builds the in-process engine of a checkpoint, exact or quantized; what stages get as `build_completer`."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tafkir.errors import CheckpointError
+from tafkir.records import StageName
 
 if TYPE_CHECKING:
+    from tafkir.data.tokenizer import Tokenizer
     from tafkir.engine.engine import Engine
+    from tafkir.recipe.rollout import RolloutConfig
+    from tafkir.recipe.schema import Recipe
+    from tafkir.recipe.stage import BuildCompleter
 
-__all__ = ["build_completer", "checkpoint_of"]
+__all__ = ["build_completer", "checkpoint_of", "completer_builder"]
 
 # Stages hand over whole batches of rollouts; nobody waits for a single one.
 _MAX_BATCH = 256
 
 
-def build_completer(checkpoint: Path) -> Engine:
+def completer_builder(recipe: Recipe, kind: StageName) -> BuildCompleter:
+    """What a stage gets to build completers with: its own table's `rollout`, where it has one, is the default."""
+    rollout = getattr(getattr(recipe, kind), "rollout", None)
+    return partial(build_completer, rollout=rollout, seed=recipe.seed)
+
+
+def build_completer(checkpoint: Path, rollout: RolloutConfig | None = None, *, seed: int = 0) -> Engine:
     """An engine with the weights and the tokenizer of a checkpoint folder.
+
+    Args:
+        rollout: what its weights become on their way in; None leaves them as they are.
+        seed: of the noise in them.
 
     Raises:
         CheckpointError: the folder is missing or damaged.
         DataError: it has no tokenizer.
+        RecipeError: the model cannot do what `rollout` asks for.
     """
     from tafkir.data.tokenizer import Tokenizer
     from tafkir.serve.loading import build_engine
 
-    return build_engine(checkpoint, Tokenizer.load(checkpoint), None, max_batch=_MAX_BATCH)
+    tokenizer = Tokenizer.load(checkpoint)
+    if rollout is None or (rollout.is_exact and not rollout.replay_experts):
+        return build_engine(checkpoint, tokenizer, None, max_batch=_MAX_BATCH)
+    return _build_rollout_engine(checkpoint, tokenizer, rollout, seed)
+
+
+def _build_rollout_engine(checkpoint: Path, tokenizer: Tokenizer, rollout: RolloutConfig, seed: int) -> Engine:
+    from tafkir.checkpoint.load import load_checkpoint
+    from tafkir.engine.engine import Engine
+    from tafkir.quant.rollout import RolloutWeights, prepare_decoder
+
+    decoder = prepare_decoder(load_checkpoint(checkpoint).decoder, rollout)
+    engine = Engine(
+        decoder,
+        eos_ids=(tokenizer.turn_end_id, tokenizer.document_end_id),
+        max_batch=_MAX_BATCH,
+        tokenizer=tokenizer,
+        prepare_weights=None if rollout.is_exact else RolloutWeights(rollout, seed),
+        record_experts=True,
+    )
+    engine.load_weights(decoder.state_dict().items(), 0)
+    return engine
 
 
 def checkpoint_of(name: str) -> Path:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tafkir.cli.completer import build_completer
+from tafkir.cli.completer import completer_builder
 from tafkir.errors import RecipeError, RunDirError
 from tafkir.native.library import library_path
 from tafkir.recipe.bundled import find_checkpoint
@@ -148,7 +148,7 @@ def _follow(
     for kind in selection.run:
         if followers.hear():
             previous = _previous_checkpoint(run, kind, present, base)
-            context = StageContext(recipe, run, run.stage(kind), previous, recipe.seed, build_completer)
+            context = StageContext(recipe, run, run.stage(kind), previous, recipe.seed, completer_builder(recipe, kind))
             find_function(kind)(context)
     return {}
 
@@ -174,7 +174,7 @@ def _lead(
         results = {}
         for kind in selection.run:
             previous = _previous_checkpoint(run, kind, list(fingerprints), base)
-            context = StageContext(recipe, run, run.stage(kind), previous, recipe.seed, build_completer)
+            context = StageContext(recipe, run, run.stage(kind), previous, recipe.seed, completer_builder(recipe, kind))
             context.stage.track = recipe.track
             results[kind] = _run_stage(context, fingerprints[kind], find_function, followers)
         (run.path / _FORCED).unlink(missing_ok=True)
@@ -248,10 +248,21 @@ def _run_stage(
         "fingerprint": fingerprint,
         "kernels": context.recipe.kernels,
         **returned,
+        **_describe_rollouts(context.recipe, kind),
     }
     stage.write_result(result)
     _logger.info("%s: finished in %s", kind, format_duration(time.monotonic() - began))
     return result
+
+
+def _describe_rollouts(recipe: Recipe, kind: StageName) -> dict[str, Any]:
+    """For the result of a stage whose rollouts are not exact: the number format of every tensor that sampled."""
+    rollout = getattr(getattr(recipe, kind), "rollout", None)
+    if rollout is None or rollout.is_exact:
+        return {}
+    from tafkir.quant.rollout import describe_rollouts
+
+    return {"rollout": describe_rollouts(recipe.model, rollout)}
 
 
 def _previous_checkpoint(run: RunDir, kind: StageName, present: Sequence[StageName], base: Path | None) -> Path | None:

@@ -6,7 +6,7 @@ One thread owns an engine. A step either prefills new prompts or samples one tok
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tafkir.engine.batch import Column, RunningBatch
+from tafkir.engine.expert_log import ExpertLog
 from tafkir.engine.kv_cache import KVCache
 from tafkir.engine.latent_cache import LatentCache
 from tafkir.engine.requests import check_request
@@ -28,7 +29,10 @@ from tafkir.models.decoder import Decoder
 from tafkir.ops.sampling import stream_key, top_logprobs
 from tafkir.records import Completion, FinishReason, Request
 
-__all__ = ["Engine", "TextDecoder"]
+__all__ = ["Engine", "PrepareWeights", "TextDecoder"]
+
+Weights = Iterable[tuple[str, Tensor]]
+PrepareWeights = Callable[[Weights, int], Weights]
 
 CACHES: dict[str, type[KVCache | LatentCache]] = {"gqa": KVCache, "mla": LatentCache}
 
@@ -63,6 +67,9 @@ class Engine:
         max_prefill_tokens: most prompt tokens in one forward pass.
         tokenizer: needed for stop strings only.
         policy_version: what completions carry until `load_weights` sets another.
+        prepare_weights: what every policy goes through on its way in, such as a quantization: from (name, tensor)
+            pairs and their version to pairs of the same names.
+        record_experts: say in each completion which experts its tokens went to (`Completion.expert_ids`).
 
     Raises:
         CapacityError: max_context exceeds what the decoder was built for.
@@ -79,6 +86,8 @@ class Engine:
         max_prefill_tokens: int = 8192,
         tokenizer: TextDecoder | None = None,
         policy_version: int = 0,
+        prepare_weights: PrepareWeights | None = None,
+        record_experts: bool = False,
     ) -> None:
         config = decoder.config
         longest = config.max_position_embeddings
@@ -91,7 +100,10 @@ class Engine:
         self.eos_ids, self.policy_version = tuple(eos_ids), policy_version
         weight = decoder.embed_tokens.weight
         self._cache = CACHES[config.attention_type](config, weight.detach(), max_cache_bytes)
-        self._runner = Runner(decoder, self._cache)
+        self.prepare_weights = prepare_weights
+        # A dense decoder has nothing to record.
+        self._expert_log = ExpertLog() if record_experts and decoder.routers else None
+        self._runner = Runner(decoder, self._cache, self._expert_log)
         self.max_batch = max_batch
         self._scheduler = Scheduler(max_batch, max_prefill_tokens)
         self._prompts = PromptTable()
@@ -167,8 +179,10 @@ class Engine:
             raise RequestError("a token id is out of range", where=f"sequence {index}", expected=f"0 to {vocab - 1}")
 
     @torch.no_grad()
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Copy new values into the decoder; every name of its state dict must come, and nothing is half-loaded.
+    def load_weights(self, weights: Weights, version: int) -> None:
+        """Copy new values into the decoder, by way of `prepare_weights`.
+
+        Every name of its state dict must come, and nothing is half-loaded.
 
         Raises:
             CheckpointError: a name is unknown or missing, or a shape differs.
@@ -178,7 +192,8 @@ class Engine:
             raise RequestError(
                 f"{len(self._by_id)} requests are still running", where="load_weights", expected="an idle engine"
             )
-        new, own = dict(weights), self.decoder.state_dict()
+        new = dict(weights if self.prepare_weights is None else self.prepare_weights(weights, version))
+        own = self.decoder.state_dict()
         for kind, names in (("unknown", new.keys() - own.keys()), ("missing", own.keys() - new.keys())):
             if names:
                 raise CheckpointError(
@@ -371,7 +386,12 @@ class Engine:
             self._batch.sequences[row] = None
             del self._by_id[seq.request.id]
             completions[row] = Completion(
-                seq.request.id, tuple(tokens), tuple(logprobs), reasons[row], self.policy_version
+                seq.request.id,
+                tuple(tokens),
+                tuple(logprobs),
+                reasons[row],
+                self.policy_version,
+                None if self._expert_log is None else self._expert_log.take(seq, len(tokens)),
             )
         return completions
 

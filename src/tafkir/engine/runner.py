@@ -13,20 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tafkir.engine.batch import Column, RunningBatch
+from tafkir.engine.expert_log import ExpertLog
 from tafkir.engine.sequence import Prompt
 from tafkir.engine.store import Cache
 from tafkir.engine.views import Grouping
 from tafkir.models.attention import VarlenCausal
-from tafkir.models.decoder import Decoder
+from tafkir.models.decoder import Decoder, DecoderOutput
 
 __all__ = ["Runner"]
 
 
 class Runner:
-    """The decoder and its cache; no policy lives here."""
+    """The decoder and its cache; no policy lives here. `expert_log` is told where tokens went, where there is one."""
 
-    def __init__(self, decoder: Decoder, cache: Cache) -> None:
-        self.decoder, self.cache = decoder, cache
+    def __init__(self, decoder: Decoder, cache: Cache, expert_log: ExpertLog | None = None) -> None:
+        self.decoder, self.cache, self.expert_log = decoder, cache, expert_log
         self.device = decoder.embed_tokens.weight.device
 
     def prefill(self, prompts: SequenceOf[Prompt]) -> Tensor:
@@ -34,14 +35,19 @@ class Runner:
         lengths = [len(prompt.ids) for prompt in prompts]
         view = self.cache.prefill_view([prompt.row for prompt in prompts], lengths, self.device)
         ids_N = torch.tensor([token for prompt in prompts for token in prompt.ids], device=self.device)
-        return self.decoder(ids_N, view.positions_N, view).hidden_ND[view.last_N]  # type: ignore[no-any-return]
+        output: DecoderOutput = self.decoder(ids_N, view.positions_N, view)
+        if self.expert_log is not None:
+            self.expert_log.note_prompts(prompts, output.expert_ids)
+        return output.hidden_ND[view.last_N]
 
     def decode(self, batch: RunningBatch, grouping: Grouping) -> Tensor:
         """Feed every row's newest token; logits of the next one, [B, V]."""
         cached_B = batch.column(Column.COUNT) - 1
         view = self.cache.decode_view(grouping, cached_B, batch.longest)
         positions_B = batch.column(Column.PROMPT_LENGTH) + cached_B
-        output = self.decoder(batch.column(Column.TOKEN), positions_B, view)
+        output: DecoderOutput = self.decoder(batch.column(Column.TOKEN), positions_B, view)
+        if self.expert_log is not None:
+            self.expert_log.note_tokens(batch.sequences, cached_B, output.expert_ids)
         return self.decoder.logits(output.hidden_ND)
 
     def score(self, sequences: SequenceOf[SequenceOf[int]]) -> list[Tensor]:

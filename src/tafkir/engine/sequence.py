@@ -16,12 +16,16 @@ __all__ = ["Prompt", "Sequence", "StopWatch", "TokenEvent"]
 
 @dataclass(slots=True, eq=False)
 class Prompt:
-    """A distinct prompt in the cache: its row, the last token's hidden state, and how many sequences read it."""
+    """A distinct prompt in the cache: its row, the last token's hidden state, and how many sequences read it.
+
+    `expert_ids` is what its tokens went to, int16 [P, MoE layers, active experts], where the engine records that.
+    """
 
     ids: tuple[int, ...]
     row: int
     users: int = 0
     hidden_D: Tensor | None = None
+    expert_ids: Tensor | None = None
 
 
 class StopWatch:

@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tafkir.errors import BackendUnavailable
 from tafkir.protocols import Completer
+from tafkir.recipe.rollout import RolloutConfig
 from tafkir.recipe.schema import Recipe
 from tafkir.runlog.rundir import RunDir, StageDir
 
 __all__ = ["BuildCompleter", "StageContext", "StageFunction"]
 
-BuildCompleter = Callable[[Path], Completer]
-"""Makes a completer of the checkpoint in a folder."""
+
+class BuildCompleter(Protocol):
+    """Makes a completer of the checkpoint in a folder; without `rollout`, as the stage's own table says."""
+
+    def __call__(self, checkpoint: Path, rollout: RolloutConfig = ...) -> Completer: ...
 
 
-def _no_completer(checkpoint: Path) -> Completer:
+def _no_completer(checkpoint: Path, rollout: RolloutConfig | None = None) -> Completer:
     raise BackendUnavailable(
         "this stage was started without a completer",
         where=str(checkpoint),

@@ -1,0 +1,1 @@
+"""Quantization: which tensor gets which number format. The formats themselves are in `ops`."""
