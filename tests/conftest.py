@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -83,6 +84,30 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
 def cli_env() -> dict[str, str]:
     """Environment in which a subprocess finds this source tree, whether or not it is installed."""
     return {**os.environ, "PYTHONPATH": str(ROOT / "src"), "COLUMNS": "120", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Cli]:
+    """Runs `tafkir ARGS...` in this process, in a temporary directory: the same entry, without the start-up time."""
+    from tafkir.cli.main import main
+
+    logger = logging.getLogger("tafkir")
+    before = list(logger.handlers), logger.propagate
+
+    def run(*args: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["tafkir", *args])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        captured = capsys.readouterr()
+        return subprocess.CompletedProcess(args, code, captured.out, captured.err)
+
+    monkeypatch.chdir(tmp_path)
+    yield run
+    logger.handlers[:], logger.propagate = before
 
 
 @pytest.fixture

@@ -3,40 +3,18 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tafkir.cli import doctor
-from tafkir.cli.main import main
 from tafkir.recipe.bundled import bundled_recipes
 from tafkir.recipe.load import load_recipe
 from tests.conftest import ROOT, Cli
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Cli]:
-    """Runs `tafkir ARGS...` in this process, in a temporary directory: the same entry, without the start-up time."""
-    logger = logging.getLogger("tafkir")
-    before = list(logger.handlers), logger.propagate
-
-    def run(*args: str) -> subprocess.CompletedProcess[str]:
-        monkeypatch.setattr(sys, "argv", ["tafkir", *args])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        return subprocess.CompletedProcess(args, int(ended.value.code or 0), captured.out, captured.err)
-
-    monkeypatch.chdir(tmp_path)
-    yield run
-    logger.handlers[:], logger.propagate = before
 
 
 def only_line(done: subprocess.CompletedProcess[str], code: int) -> str:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import logging
 import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tafkir.cli.main import main
 from tafkir.models.decoder import Decoder
 from tafkir.models.layers import Linear
 from tafkir.plan.params import block_matrices, describe_layers, summarize_model, weight_bytes
@@ -35,25 +32,6 @@ PUBLISHED = {
     "qwen3-0.6b": (0.6, 0.6, 0.44, 28 * 2 * 8 * 128 * 2, "28 x dense"),
     "qwen3-30b-a3b": (30.5, 3.35, 2.7, 48 * 2 * 4 * 128 * 2, "48 x MoE 128/8"),
 }
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Cli]:
-    """Runs `tafkir ARGS...` in this process, in a temporary directory."""
-    logger = logging.getLogger("tafkir")
-    before = list(logger.handlers), logger.propagate
-
-    def run(*args: str) -> subprocess.CompletedProcess[str]:
-        monkeypatch.setattr(sys, "argv", ["tafkir", *args])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        return subprocess.CompletedProcess(args, int(ended.value.code or 0), captured.out, captured.err)
-
-    monkeypatch.chdir(tmp_path)
-    yield run
-    logger.handlers[:], logger.propagate = before
 
 
 def shown(here: Cli, *args: str) -> dict[str, Any]:

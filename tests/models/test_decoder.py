@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from tafkir.models.attention import VarlenCausal
-from tafkir.models.build import build_decoder
+from tafkir.models.build import build_decoder, stretch_context
 from tafkir.models.decoder import Decoder, update_expert_bias
 from tafkir.models.router import balanced_bias, route
 from tafkir.ops.loss import next_token_loss
-from tafkir.recipe.model import ModelConfig
+from tafkir.recipe.model import ModelConfig, YarnConfig
 
 CONFIG = ModelConfig(
     vocab_size=61,
@@ -166,3 +166,12 @@ def test_bfloat16_runs_and_stays_near() -> None:
     assert got.dtype == torch.bfloat16
     assert float((got.float() - expected).norm() / expected.norm()) < 0.1
     assert decoder.logits(got).dtype == torch.float32
+
+
+def test_stretching_shares_the_weights(decoder: Decoder) -> None:
+    """What the stretched context is worth: tests/benchmarks/test_needle.py."""
+    stretched = stretch_context(decoder, YarnConfig(factor=2, original_max_position_embeddings=512), 1024)
+    assert stretched.config.max_position_embeddings == 1024
+    for ours, theirs in zip(decoder.parameters(), stretched.parameters(), strict=True):
+        assert ours.data_ptr() == theirs.data_ptr()
+    assert decoder.config == CONFIG

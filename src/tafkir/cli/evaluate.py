@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -13,6 +13,10 @@ __all__ = ["compare", "evaluate"]
 
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder, run directory, or bundled name.")],
+    task: Annotated[
+        Literal["problems", "needle"],
+        typer.Option(help="Held-out problems, or numbers to be found in texts of a given length."),
+    ] = "problems",
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="PATH=VALUE", help="Set one value of the recipe `eval`, such as eval.samples=8."),
@@ -22,11 +26,44 @@ def evaluate(
         "runs"
     ),
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Needle: tokens of the texts: 4096,32768.", show_default="up to the context"),
+    ] = None,
+    depths: Annotated[
+        str | None, typer.Option(help="Needle: where the number stands, 0 to 1.", show_default="0,0.25,0.5,0.75,1")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Needle: texts for each length and depth.", show_default="20")
+    ] = None,
+    needles: Annotated[
+        int | None, typer.Option(min=1, help="Needle: named numbers in each text.", show_default="4")
+    ] = None,
 ) -> None:
-    """Score a checkpoint on the held-out problems.
+    """Score a checkpoint on held-out problems, or on what it finds in long texts.
 
     Answers, scores and a report go to a run directory of their own; a killed evaluation goes on from there.
     """
+    of_needle = {"lengths": lengths, "depths": depths, "samples": samples, "num_needles": needles}
+    given = {key: value for key, value in of_needle.items() if value is not None}
+    if task == "needle":
+        _refuse(overrides, "--set", "problems")
+        _needle(checkpoint, given, name, runs_dir, as_json)
+    else:
+        _refuse(given, ", ".join(f"--{key.removeprefix('num_')}" for key in given), "needle")
+        _problems(checkpoint, overrides or [], name, runs_dir, as_json)
+
+
+def _refuse(given: object, options: str, task: str) -> None:
+    """Refuse options of another task than the one asked for."""
+    from tafkir.errors import RecipeError
+
+    if given:
+        raise RecipeError(f"{options} belongs to --task {task}", where="eval", fix=f"add --task {task}")
+
+
+def _problems(checkpoint: str, overrides: list[str], name: str | None, runs_dir: Path, as_json: bool) -> None:
+    """The recipe `eval`: held-out problems."""
     from tafkir.cli.completer import checkpoint_of
     from tafkir.cli.pipeline import run_recipe, select_stages
     from tafkir.recipe.load import load_recipe
@@ -34,8 +71,8 @@ def evaluate(
     from tafkir.runlog.rundir import RunDir
 
     folder = checkpoint_of(checkpoint)
-    loaded = resolve_recipe(load_recipe(["eval"], [f"base={json.dumps(str(folder))}", *(overrides or [])]))
-    run = RunDir(runs_dir / (name or _run_name(folder)))
+    loaded = resolve_recipe(load_recipe(["eval"], [f"base={json.dumps(str(folder))}", *overrides]))
+    run = RunDir(runs_dir / (name or _run_name("eval", folder)))
     result = run_recipe(loaded, run, select_stages(loaded.recipe))["eval"]
     if as_json:
         print(json.dumps({"run": str(run.path), **result}, indent=2))
@@ -45,6 +82,47 @@ def evaluate(
     for baseline, by_source in result["baselines"].items():
         print(f"baseline {baseline}: {_percent(by_source['all'])}")
     print(f"Report: {run.report_html}")
+
+
+def _needle(checkpoint: str, given: dict[str, Any], name: str | None, runs_dir: Path, as_json: bool) -> None:
+    """Needles by length and depth; the answers in `eval/needle.jsonl`, the scores in `eval/needle.json`."""
+    from tafkir.checkpoint.load import load_config
+    from tafkir.cli.completer import checkpoint_of
+    from tafkir.data.tokenizer import Tokenizer
+    from tafkir.eval.needle import NeedleSettings, evaluate_needles, render_needles
+    from tafkir.runlog.atomic import write_json
+    from tafkir.runlog.rundir import RunDir
+    from tafkir.serve.loading import build_engine
+
+    for key, kind in (("lengths", int), ("depths", float)):
+        if key in given:
+            given[key] = _numbers(given[key], kind, f"--{key}")
+    folder = checkpoint_of(checkpoint)
+    run = RunDir.create(runs_dir / (name or _run_name("needle", folder)))
+    with run.lock():
+        result = evaluate_needles(
+            folder,
+            NeedleSettings(**given),
+            context=load_config(folder).max_position_embeddings,
+            build_completer=lambda batch: build_engine(folder, Tokenizer.load(folder), None, max_batch=batch),
+            path=run.eval_dir / "needle.jsonl",
+        )
+        write_json(run.eval_dir / "needle.json", result)
+    if as_json:
+        print(json.dumps({"run": str(run.path), **result}, indent=2))
+        return
+    print(render_needles(result))
+    print(f"Answers: {run.eval_dir / 'needle.jsonl'}")
+
+
+def _numbers(text: str, kind: type[int] | type[float], option: str) -> tuple[float, ...]:
+    """The numbers of an option, separated by commas."""
+    from tafkir.errors import RecipeError
+
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError as error:
+        raise RecipeError(f"{text!r} is no list of numbers", where=option, expected="numbers with commas") from error
 
 
 def compare(
@@ -68,12 +146,12 @@ def compare(
     print(json.dumps(compared.to_dict(), indent=2) if as_json else "\n".join(compared.lines()))
 
 
-def _run_name(checkpoint: Path) -> str:
-    """`eval-<folder>`, or `eval-<run>-<stage>` for a checkpoint inside a run directory."""
+def _run_name(kind: str, checkpoint: Path) -> str:
+    """`<kind>-<folder>`, or `<kind>-<run>-<stage>` for a checkpoint inside a run directory."""
     path = checkpoint.resolve()
     if path.name == "checkpoint" and path.parent.parent.name == "stages":
-        return f"eval-{path.parents[2].name}-{path.parent.name.partition('-')[2]}"
-    return f"eval-{path.name}"
+        return f"{kind}-{path.parents[2].name}-{path.parent.name.partition('-')[2]}"
+    return f"{kind}-{path.name}"
 
 
 def _scores_line(scores: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,14 +11,13 @@ from typing import Any
 
 import torch
 
-from tafkir.checkpoint.manifest import MANIFEST_NAME
 from tafkir.data.contamination import ContaminationReport
 from tafkir.data.corpus import Corpus, load_corpus
 from tafkir.data.tokenizer import Tokenizer
 from tafkir.errors import CheckpointError, DataError, RecipeError
 from tafkir.eval.metrics import accuracy
 from tafkir.eval.records import GREEDY, EvalRecord
-from tafkir.eval.run import evaluate
+from tafkir.eval.run import checkpoint_fingerprint, evaluate
 from tafkir.eval.summary import ALL, difference_table, score_table, sources_of
 from tafkir.ops.native import select_kernels
 from tafkir.protocols import Task
@@ -130,7 +128,7 @@ def _evaluate_checkpoint(
         max_tokens=config.max_tokens,
         seed=derive_seed(ctx.seed, "eval"),
         path=ctx.run.path / _records_name(task, name),
-        fingerprint=_fingerprint(checkpoint),
+        fingerprint=checkpoint_fingerprint(checkpoint),
         label=f"eval {name}",
     )
     score = score_table(records)[ALL]
@@ -146,18 +144,6 @@ def _evaluate_checkpoint(
 
 def _records_name(task: Task, stage: str) -> str:
     return f"eval/{task.name}-{stage}.jsonl"
-
-
-def _fingerprint(checkpoint: Path) -> str:
-    """Hash of what the answers depend on in a checkpoint; the manifest holds the weights' own hashes."""
-    manifest = checkpoint / MANIFEST_NAME
-    weights = [manifest] if manifest.exists() else sorted(checkpoint.glob("*.safetensors"))
-    digest = hashlib.sha256()
-    for path in (*weights, checkpoint / "config.json", checkpoint / "tokenizer.json"):
-        if path.exists():
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 def _baselines(task: Task, examples: Sequence[Example], corpus: Corpus) -> dict[str, list[EvalRecord]]:

@@ -14,7 +14,7 @@ from tafkir.records import Example, Message, Split, Verdict
 from tafkir.tasks.answers import read_value
 from tafkir.tasks.math import WordProblems
 
-__all__ = ["FILLER", "NAMES", "NUMBERS", "Haystack", "Needles", "make_haystack"]
+__all__ = ["FILLER", "NAMES", "NUMBERS", "Haystack", "Needles", "make_haystack", "render_question"]
 
 FILLER = tuple(
     "apple boat bread brook chair cloud coat dust fern field fire floor grass hill ice lamp leaf mist moon moss "
@@ -91,6 +91,11 @@ def make_haystack(seed: int, *, num_words: int, num_needles: int, depth: float |
     return Haystack(tuple(words), needles, places.index(place))
 
 
+def render_question(text: str, name: str) -> str:
+    """The text and the question for a name's number."""
+    return f"{text}\n\nWhat number stands after {name} in this text?"
+
+
 class Needles:
     """The needle test as a task: every length with every depth, `samples` haystacks each.
 
@@ -160,7 +165,7 @@ class Needles:
             "depth": depth,
             "others": {name: number for name, number in haystack.needles if name != haystack.name},
         }
-        question = f"{' '.join(haystack.words)}\n\nWhat number stands after {haystack.name} in this text?"
+        question = render_question(" ".join(haystack.words), haystack.name)
         return Example(f"needle-{length}-{depth:g}-{index}", str(length), self._split, question, haystack.number, extra)
 
     def _haystack(self, length: int, depth: float, seed: int) -> Haystack:
