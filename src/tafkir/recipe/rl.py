@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from tafkir.recipe.cluster import InProcessEngine, RolloutEngine
+from tafkir.recipe.long_tail import KeepRollouts, LongTailConfig
 from tafkir.recipe.rollout import RolloutConfig
 from tafkir.recipe.tables import Positive, Table, TrainTable
 
@@ -167,6 +168,10 @@ class PolicyTable(PolicyLossTable, TrainTable):
     drop_zero_variance: bool = Field(True, description="Leave out groups whose rewards are all equal.")
     rollout: RolloutConfig = RolloutConfig()
     engine: RolloutEngine = InProcessEngine()
+    long_tail: LongTailConfig = LongTailConfig()
+    keep_rollouts: KeepRollouts = Field(
+        "256 MB", description="Newest rollouts that stay on disk: all, none, or such as 50 steps, 256 MB."
+    )
     max_resamples: int = Field(
         0, ge=0, description="How often a step draws new problems in place of groups that are left out (DAPO)."
     )

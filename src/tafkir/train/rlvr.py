@@ -16,12 +16,14 @@ from tafkir.models.decoder import Decoder, DecoderOutput
 from tafkir.ops.loss import linear_logprobs
 from tafkir.recipe.rl import PolicyTable
 from tafkir.runlog.metrics import Metric
+from tafkir.runlog.rollouts import RolloutLog
 from tafkir.train.advantages import advantages, overlong_penalty, zero_variance_groups
 from tafkir.train.batch import RlBatch, build_rl_batch
 from tafkir.train.language import split_evenly
 from tafkir.train.loop import StepOutput, Trainer, add_loads, router_metrics
 from tafkir.train.losses import policy_loss
 from tafkir.train.mismatch import mismatch_metrics
+from tafkir.train.record import Learned, record_rollouts
 from tafkir.train.rollout import RolloutGroup, RolloutSource
 
 __all__ = ["RlvrStep"]
@@ -44,29 +46,38 @@ class RlvrStep:
         rollouts: the graded groups of each step.
         config: advantages, loss and updates.
         reference: frozen first policy, needed when `config.kl.coef > 0`.
+        log: keeps every rollout with what the update knew of it.
     """
 
     def __init__(
-        self, trainer: Trainer, rollouts: RolloutSource, config: PolicyTable, *, reference: Decoder | None
+        self,
+        trainer: Trainer,
+        rollouts: RolloutSource,
+        config: PolicyTable,
+        *,
+        reference: Decoder | None,
+        log: RolloutLog | None = None,
     ) -> None:
         self.trainer, self.rollouts, self.config, self.reference = trainer, rollouts, config, reference
+        self.log = log
 
     def __call__(self, step: int) -> StepOutput:
         began = time.perf_counter()
         groups = self.rollouts(step)
         sampled = time.perf_counter()
         rewards_PG = torch.tensor([[r.verdict.reward for r in group.rollouts] for group in groups])
-        metrics = rollout_metrics(groups, rewards_PG)
-        metrics |= self.learn(groups, rewards_PG, where=f"rlvr step {step + 1}")
+        learned = self.learn(groups, rewards_PG, where=f"rlvr step {step + 1}")
+        if self.log is not None:
+            record_rollouts(self.log, step + 1, groups, learned)
         return StepOutput(
-            metrics=metrics,
+            metrics={**rollout_metrics(groups, rewards_PG), **self.rollouts.numbers(), **learned.metrics},
             timings={"time/rollout_s": sampled - began, "time/train_s": time.perf_counter() - sampled},
             tokens=sum(len(r.completion.token_ids) for group in groups for r in group.rollouts),
             shown={"reward": float(rewards_PG.mean())},
         )
 
-    def learn(self, groups: Sequence[RolloutGroup], rewards_PG: Tensor, *, where: str) -> dict[str, Metric]:
-        """Turn graded groups into `updates_per_rollout` optimiser steps; returns the last one's metrics."""
+    def learn(self, groups: Sequence[RolloutGroup], rewards_PG: Tensor, *, where: str) -> Learned:
+        """Turn graded groups into `updates_per_rollout` optimiser steps; returns what the last one knew."""
         config = self.config
         advantages_PG = self._advantages(groups, rewards_PG)
         kept = list(range(len(groups)))
@@ -74,15 +85,14 @@ class RlvrStep:
             dull_P = zero_variance_groups(self._shaped(groups, rewards_PG))
             kept = [i for i in kept if not dull_P[i]]
         if not kept:
-            return {"train/skipped": 1.0}
+            return Learned({"train/skipped": 1.0}, advantages_PG)
         pieces = [
             self._score(build_rl_batch([groups[i] for i in part], advantages_PG[list(part)].tolist()))
             for part in split_evenly(kept, config.micro_batches)
         ]
-        metrics: dict[str, Metric] = {}
         for _ in range(config.updates_per_rollout):
-            metrics = self._update(pieces, where)
-        return metrics
+            metrics, train_logprobs_T, masked_T = self._update(pieces, where)
+        return Learned(metrics, advantages_PG, kept, train_logprobs_T, masked_T)
 
     def _shaped(self, groups: Sequence[RolloutGroup], rewards_PG: Tensor) -> Tensor:
         """Rewards with what overlong completions cost."""
@@ -118,7 +128,8 @@ class RlvrStep:
         hidden_TD = out.hidden_ND.index_select(0, batch.source_T)
         return linear_logprobs(hidden_TD, decoder.head_weight, batch.targets_T, self.config.temperature), out
 
-    def _update(self, pieces: Sequence[_Scored], where: str) -> dict[str, Metric]:
+    def _update(self, pieces: Sequence[_Scored], where: str) -> tuple[dict[str, Metric], Tensor, Tensor]:
+        """One optimiser step; its metrics, and of every token the training log-probability and whether it is masked."""
         config, decoder = self.config, self.trainer.decoder
         num_sequences = sum(piece.batch.lengths_S.numel() for piece in pieces)
         num_tokens = sum(piece.batch.targets_T.numel() for piece in pieces)
@@ -151,7 +162,7 @@ class RlvrStep:
             offset += batch.lengths_S.numel()
         norm = self.trainer.update(loads, where=where)
         old_T, sampling_T, masked_T, sequence_T = (torch.cat(parts) for parts in zip(*seen, strict=True))
-        return {
+        metrics: dict[str, Metric] = {
             "train/loss": total,
             "train/grad_norm": norm,
             "train/entropy": float(-old_T.mean()),
@@ -160,6 +171,7 @@ class RlvrStep:
             **mismatch_metrics(old_T, sampling_T, masked_T, sequence_T, num_sequences),
             **router_metrics(loads),
         }
+        return metrics, old_T, masked_T
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup], rewards_PG: Tensor) -> dict[str, Metric]:

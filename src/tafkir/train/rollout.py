@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -12,8 +13,17 @@ from tafkir.protocols import Completer, Task
 from tafkir.recipe.rl import PolicyTable
 from tafkir.recipe.seeds import derive_seed
 from tafkir.records import Completion, Example, Request, SamplingParams, Verdict
+from tafkir.runlog.metrics import Metric
 
-__all__ = ["PromptBatch", "Rollout", "RolloutGroup", "RolloutSource", "SynchronousRollouts", "collect_rollouts"]
+__all__ = [
+    "PromptBatch",
+    "Rollout",
+    "RolloutGroup",
+    "RolloutSource",
+    "SynchronousRollouts",
+    "collect_rollouts",
+    "grade_group",
+]
 
 PromptBatch = Callable[[int], Sequence[tuple[Example, Sequence[int]]]]
 """The problems of a step, each with its prompt tokens; a function of the step number alone."""
@@ -42,8 +52,22 @@ class RolloutGroup:
         return len({rollout.verdict.reward for rollout in self.rollouts}) <= 1
 
 
-RolloutSource = Callable[[int], Sequence[RolloutGroup]]
-"""The graded groups that a step learns from. Whatever makes them also hands the step's weights to its engine."""
+class RolloutSource(Protocol):
+    """The graded groups that a step learns from. Whatever makes them also hands the step's weights to its engine."""
+
+    def __call__(self, step: int) -> Sequence[RolloutGroup]: ...
+
+    def numbers(self) -> Mapping[str, Metric]:
+        """What else there is to say about the rollouts of the last step, for its metrics."""
+        ...
+
+    def state(self) -> Any:
+        """What the next steps depend on besides weights, as JSON; None where there is nothing."""
+        ...
+
+    def load_state(self, state: Any) -> None:
+        """Go on from what `state` returned."""
+        ...
 
 
 class SynchronousRollouts:
@@ -78,7 +102,24 @@ class SynchronousRollouts:
         )
 
     def __call__(self, step: int) -> list[RolloutGroup]:
+        self.refresh(step)
+        return self.sample(step)
+
+    def refresh(self, step: int) -> None:
+        """Hand the policy's weights, as they are at the beginning of `step`, to the engine."""
         self.completer.load_weights(self.weights(), step)
+
+    def numbers(self) -> Mapping[str, Metric]:
+        return {}
+
+    def state(self) -> Any:
+        return None
+
+    def load_state(self, state: Any) -> None:
+        """There is nothing to go on from: a step needs nothing of the step before."""
+
+    def sample(self, step: int) -> list[RolloutGroup]:
+        """The groups of `step`, sampled with the weights that the engine has."""
         groups = self._sample(self.prompts(step), derive_seed(self.seed, "rollout", step))
         # DAPO's dynamic sampling (arXiv 2503.14476, section 3.2): problems of later epochs stand in for those whose
         # rewards are all equal, so that the batch is full; which problems depends on the step alone.
@@ -132,11 +173,18 @@ def collect_rollouts(
     completions = {int(done.request_id): done for done in completer.complete(requests)}
     groups = []
     for i, (example, prompt_ids) in enumerate(prompts):
-        rollouts = []
-        for j in range(group_size):
-            completion = completions[i * group_size + j]
-            text = tokenizer.decode(list(completion.token_ids))
-            verdict = task.grade(example, text, finished=completion.finish_reason == "stop")
-            rollouts.append(Rollout(completion, text, verdict))
-        groups.append(RolloutGroup(example, tuple(prompt_ids), tuple(rollouts)))
+        own_completions = [completions[i * group_size + j] for j in range(group_size)]
+        groups.append(grade_group(tokenizer, task, example, prompt_ids, own_completions))
     return groups
+
+
+def grade_group(
+    tokenizer: Tokenizer, task: Task, example: Example, prompt_ids: Sequence[int], completions: Sequence[Completion]
+) -> RolloutGroup:
+    """All completions of one prompt with their texts and verdicts."""
+    rollouts = []
+    for completion in completions:
+        text = tokenizer.decode(list(completion.token_ids))
+        verdict = task.grade(example, text, finished=completion.finish_reason == "stop")
+        rollouts.append(Rollout(completion, text, verdict))
+    return RolloutGroup(example, tuple(prompt_ids), tuple(rollouts))

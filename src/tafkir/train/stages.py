@@ -32,14 +32,15 @@ from tafkir.recipe.model import ModelConfig
 from tafkir.recipe.schema import PretrainConfig, SftConfig, TrainTable
 from tafkir.recipe.seeds import derive_seed
 from tafkir.recipe.stage import StageContext
+from tafkir.runlog.rollouts import Keep, RolloutLog
 from tafkir.tasks.math import WordProblems
 from tafkir.train.language import DocumentBatch, language_step, validation_loss
+from tafkir.train.long_tail import open_rollouts
 from tafkir.train.loop import FitResult, Trainer, fit
 from tafkir.train.mtp import measure_mtp
 from tafkir.train.mtp_distill import distill_step, freeze_all_but_mtp
 from tafkir.train.ranks import open_ranks
 from tafkir.train.rlvr import RlvrStep
-from tafkir.train.rollout import SynchronousRollouts
 
 __all__ = [
     "as_written",
@@ -132,7 +133,7 @@ def run_rlvr(ctx: StageContext) -> dict[str, Any]:
         seed=derive_seed(ctx.seed, "rlvr"),
     )
     trainer = Trainer(decoder, config, open_ranks(ctx.recipe.parallel, ctx.recipe.model))
-    rollouts = SynchronousRollouts(
+    rollouts = open_rollouts(
         ctx.build_completer(ctx.previous),
         tokenizer,
         WordProblems(),
@@ -142,8 +143,10 @@ def run_rlvr(ctx: StageContext) -> dict[str, Any]:
         seed=derive_seed(ctx.seed, "rlvr"),
     )
     reference = copy.deepcopy(decoder).requires_grad_(False) if config.kl.coef > 0 else None
-    step = RlvrStep(trainer, rollouts, config, reference=reference)
-    result = fit(trainer, ctx.stage, step, keep=keep_checkpoints(ctx, trainer, tokenizer), label="rlvr")
+    log = RolloutLog(ctx.stage.rollouts_dir, Keep.parse(config.keep_rollouts))
+    step = RlvrStep(trainer, rollouts, config, reference=reference, log=log)
+    keep, carried = keep_checkpoints(ctx, trainer, tokenizer), {"rollouts": rollouts}
+    result = fit(trainer, ctx.stage, step, keep=keep, carried=carried, label="rlvr")
     return _finish(ctx, config, trainer, tokenizer, result, corpus)
 
 
