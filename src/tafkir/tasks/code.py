@@ -9,8 +9,10 @@ import re
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
+from random import Random
 from typing import Any
 
+from tafkir.errors import DataError
 from tafkir.records import Example, Message, Outcome, Split, Verdict
 from tafkir.tasks.answers import extract_text
 from tafkir.tasks.sandbox import ProgramResult, Sandbox
@@ -105,7 +107,15 @@ class CodeProblems:
         """The problems of one part at the task's levels."""
         return [p for p in self.problems if p.split == split and p.extra["level"] in self.levels]
 
+    def example(self, seed: int, level: int, split: Split = "train") -> Example:
+        """One of the problems of a level and part, drawn by the seed. Raises DataError where there is none."""
+        known = [p for p in self.problems if p.split == split and p.extra["level"] == level]
+        if not known:
+            raise DataError(f"there is no {split} problem at level {level}", where="code")
+        return known[Random(seed).randrange(len(known))]
+
     def prompt(self, example: Example) -> list[Message]:
+        """What the function is to do, with its name and arguments and an example."""
         return [Message("user", example.question)]
 
     def solution(self, example: Example) -> tuple[str, str]:
