@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tafkir.records import Completion, Example, Message, Request, Split, Verdict
+    from tafkir.records import Answer, Completion, Example, Message, Request, Split, Verdict
 
-__all__ = ["Completer", "Grader", "MetricSink", "PausingCompleter", "Task"]
+__all__ = ["BatchGrader", "Completer", "Grader", "MetricSink", "PausingCompleter", "Task"]
 
 
 @runtime_checkable
@@ -51,6 +51,15 @@ class Grader(Protocol):
 
     def grade(self, example: Example, text: str, *, finished: bool = True) -> Verdict:
         """Grade the text of an assistant turn; `finished` is False when the length limit cut it off."""
+        ...
+
+
+@runtime_checkable
+class BatchGrader(Protocol):
+    """A grader that takes many answers at once, such as a pool of verifiers."""
+
+    def grade_all(self, answers: Sequence[Answer]) -> list[Verdict]:
+        """Grade all answers; verdicts in their order."""
         ...
 
 

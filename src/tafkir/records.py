@@ -62,6 +62,15 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """What a grader is given: the text of an assistant turn, and whether it ended by itself."""
+
+    example: Example
+    text: str
+    finished: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are drawn. `temperature=0` is greedy; `top_k=0` and `top_p=1` mean no cut.
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from tafkir.data.tokenizer import Tokenizer
-from tafkir.protocols import Completer, Task
+from tafkir.protocols import BatchGrader, Completer, Grader, Task
 from tafkir.recipe.rl import PolicyTable
 from tafkir.recipe.seeds import derive_seed
-from tafkir.records import Completion, Example, Request, SamplingParams, Verdict
+from tafkir.records import Answer, Completion, Example, Request, SamplingParams, Verdict
 from tafkir.runlog.metrics import Metric
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "SynchronousRollouts",
     "collect_rollouts",
     "grade_group",
+    "grade_groups",
 ]
 
 PromptBatch = Callable[[int], Sequence[tuple[Example, Sequence[int]]]]
@@ -171,20 +173,36 @@ def collect_rollouts(
             own = replace(params, seed=derive_seed(seed, i, j))
             requests.append(Request(str(i * group_size + j), tuple(prompt_ids), own))
     completions = {int(done.request_id): done for done in completer.complete(requests)}
-    groups = []
-    for i, (example, prompt_ids) in enumerate(prompts):
-        own_completions = [completions[i * group_size + j] for j in range(group_size)]
-        groups.append(grade_group(tokenizer, task, example, prompt_ids, own_completions))
-    return groups
+    sampled = [
+        (example, prompt_ids, [completions[i * group_size + j] for j in range(group_size)])
+        for i, (example, prompt_ids) in enumerate(prompts)
+    ]
+    return grade_groups(tokenizer, task, sampled)
 
 
 def grade_group(
     tokenizer: Tokenizer, task: Task, example: Example, prompt_ids: Sequence[int], completions: Sequence[Completion]
 ) -> RolloutGroup:
     """All completions of one prompt with their texts and verdicts."""
-    rollouts = []
-    for completion in completions:
-        text = tokenizer.decode(list(completion.token_ids))
-        verdict = task.grade(example, text, finished=completion.finish_reason == "stop")
-        rollouts.append(Rollout(completion, text, verdict))
-    return RolloutGroup(example, tuple(prompt_ids), tuple(rollouts))
+    return grade_groups(tokenizer, task, [(example, prompt_ids, completions)])[0]
+
+
+def grade_groups(
+    tokenizer: Tokenizer, grader: Grader, sampled: Sequence[tuple[Example, Sequence[int], Sequence[Completion]]]
+) -> list[RolloutGroup]:
+    """Groups of an example, its prompt and its completions, graded; all at once where the grader can."""
+    answers = [
+        Answer(example, tokenizer.decode(list(completion.token_ids)), completion.finish_reason == "stop")
+        for example, _, own in sampled
+        for completion in own
+    ]
+    if isinstance(grader, BatchGrader):
+        verdicts = grader.grade_all(answers)
+    else:
+        verdicts = [grader.grade(answer.example, answer.text, finished=answer.finished) for answer in answers]
+    completions = [completion for _, _, own in sampled for completion in own]
+    rollouts = map(Rollout, completions, [answer.text for answer in answers], verdicts)
+    return [
+        RolloutGroup(example, tuple(prompt_ids), tuple(islice(rollouts, len(own))))
+        for example, prompt_ids, own in sampled
+    ]
