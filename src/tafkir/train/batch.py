@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tafkir.models.shared_prompt import SharedPromptCausal
+from tafkir.train.replay import recorded_experts
 from tafkir.train.rollout import RolloutGroup
 
 __all__ = ["RlBatch", "build_rl_batch"]
@@ -18,7 +19,8 @@ __all__ = ["RlBatch", "build_rl_batch"]
 class RlBatch:
     """Groups in the shared-prompt layout. N input tokens; T sampled tokens of S completions.
 
-    `source_T[t]` is the input position whose hidden state predicts sampled token t.
+    `source_T[t]` is the input position whose hidden state predicts sampled token t. `expert_ids` is what the rollouts'
+    tokens went to, int64 [N, A] for each MoE layer, or nothing where they do not say.
     """
 
     input_ids_N: Tensor
@@ -30,6 +32,7 @@ class RlBatch:
     advantages_T: Tensor
     sequence_T: Tensor
     lengths_S: Tensor
+    expert_ids: Sequence[Tensor] = ()
 
 
 def build_rl_batch(groups: Sequence[RolloutGroup], advantages: Sequence[Sequence[float]]) -> RlBatch:
@@ -78,4 +81,5 @@ def build_rl_batch(groups: Sequence[RolloutGroup], advantages: Sequence[Sequence
         advantages_T=torch.tensor(token_advantages),
         sequence_T=torch.tensor(sequence),
         lengths_S=torch.tensor(lengths),
+        expert_ids=recorded_experts(groups),
     )
