@@ -16,6 +16,7 @@ from tafkir.engine.engine import Engine
 from tafkir.errors import CheckpointError, RecipeError
 from tafkir.models.build import build_decoder
 from tafkir.models.decoder import Decoder
+from tafkir.models.experts import Experts
 from tafkir.ops.fp8 import dequantize_fp8_blocks_reference, quantize_fp8_blocks_reference
 from tafkir.ops.moe import moe_experts_reference, swiglu_reference
 from tafkir.ops.nvfp4 import dequantize_nvfp4, quantize_nvfp4
@@ -159,7 +160,7 @@ def test_noise_is_drawn_by_seed_version_and_name_at_the_size_asked_for() -> None
 @torch.no_grad()
 def test_quantized_experts_compute_what_quantized_inputs_give() -> None:
     torch.manual_seed(0)
-    experts = build().layers[1].mlp.experts
+    experts = next(module for module in build().modules() if isinstance(module, Experts))
     x, ids, weights = torch.randn(9, 32), torch.randint(0, 8, (9, 2)), torch.rand(9, 2)
     expected = torch.zeros(9, 32)
     for token in range(9):
@@ -188,8 +189,8 @@ def test_an_engine_in_few_bits_samples_close_to_the_exact_one(precision: Rollout
         gaps.append((own - torch.tensor(completion.logprobs)).abs())
         assert completion.policy_version == 3
     assert 0 < float(torch.cat(gaps).mean()) < 1.5
-    router = engine.decoder.layers[1].mlp.router
-    assert router.weight.dtype == torch.float32 and torch.equal(router.weight, decoder.layers[1].mlp.router.weight)
+    for mine, router in zip(engine.decoder.routers, decoder.routers, strict=True):
+        assert mine.weight.dtype == torch.float32 and torch.equal(mine.weight, router.weight)
 
 
 @pytest.mark.parametrize("precision", ["nvfp4", "nvfp4_w4a4"])

@@ -49,7 +49,9 @@ def recorded_experts(groups: Sequence[RolloutGroup]) -> list[Tensor]:
 
 def _checked(ids: Tensor | None, length: int) -> Tensor | None:
     if ids is not None and len(ids) != length:
-        raise TrainingError(f"a completion records the experts of {len(ids)} tokens", expected=f"{length} that were fed")
+        raise TrainingError(
+            f"a completion records the experts of {len(ids)} tokens", expected=f"{length} that were fed"
+        )
     return ids
 
 
