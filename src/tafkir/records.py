@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "cancelled"]
-Outcome = Literal["correct", "wrong", "no_answer", "length", "error"]
+Outcome = Literal["correct", "wrong", "no_answer", "length", "error", "graded"]
 Split = Literal["train", "validation", "test"]
 StageName = Literal["tokenizer", "pretrain", "sft", "reward", "dpo", "rlvr", "rlhf", "eval", "lab", "report"]
 
@@ -48,7 +48,10 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a grader says of one completion. `reason` tells why the outcome is not "correct"."""
+    """What a grader says of one completion. `reason` tells why the outcome is not "correct".
+
+    "graded" is an answer that is better or worse, not right or wrong: its reward says all.
+    """
 
     outcome: Outcome
     reward: float

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from tafkir.recipe.rl import Acceptance, KlConfig, NoAcceptance, RlvrConfig
+from tafkir.recipe.rl import Acceptance, KlConfig, NoAcceptance, PolicyTable
 from tafkir.recipe.tables import Positive, Table, TrainTable
 
 __all__ = ["DpoConfig", "GuardConfig", "JudgeConfig", "PreferencesConfig", "RewardConfig", "RlhfConfig"]
@@ -103,7 +103,7 @@ class JudgeConfig(Table):
     )
 
 
-class RlhfConfig(RlvrConfig):
+class RlhfConfig(PolicyTable):
     """The step of `[rlvr]` with a reward model, or a judge, as grader, on the prompts of `[preferences]`.
 
     With `verifiable_share` above 0 it is the joint stage: that share of a step's prompts are word problems, graded by
@@ -125,3 +125,11 @@ class RlhfConfig(RlvrConfig):
     )
     guard: GuardConfig = GuardConfig()
     judge: JudgeConfig | None = None
+
+    @model_validator(mode="after")
+    def _check_rlhf(self) -> Self:
+        if self.grader == "judge" and self.judge is None:
+            raise ValueError('grader = "judge" needs a [rlhf.judge] table with url and model')
+        if self.max_resamples:
+            raise ValueError("max_resamples is for verifiable rewards, whose groups are often all alike")
+        return self

@@ -26,7 +26,7 @@ from tafkir.runlog.metrics import JsonlWriter, read_jsonl
 
 __all__ = ["JudgeCounts", "RubricJudge", "read_score", "rubric_prompt"]
 
-_SCORE = re.compile(r"score\W{0,3}\s*(-?\d+(?:\.\d+)?)", re.IGNORECASE)
+_SCORE = re.compile(r"score[^\w-]{0,5}(-?\d+(?:\.\d+)?)", re.IGNORECASE)
 # Busy or broken for now; any other 4xx will not be different the next time.
 _AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _LONGEST_PAUSE_S = 60.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -11,26 +12,46 @@ from typing import Any
 
 import torch
 
+from tafkir.checkpoint.load import load_reward_model
 from tafkir.checkpoint.save import save_checkpoint
+from tafkir.data.corpus import load_corpus
+from tafkir.data.loader import PromptStream, repeat_sources
 from tafkir.data.preference import EncodedPair, PairStream, PreferenceSet, load_preferences
 from tafkir.data.tokenizer import Tokenizer
 from tafkir.errors import DataError, RecipeError
 from tafkir.intervals import accuracy
 from tafkir.models.decoder import Decoder
 from tafkir.models.reward import reward_model_from
+from tafkir.recipe.rlhf import RlhfConfig
 from tafkir.recipe.seeds import derive_seed
 from tafkir.recipe.stage import StageContext
 from tafkir.runlog.atomic import write_text
 from tafkir.runlog.metrics import Metric
+from tafkir.runlog.rollouts import Keep, RolloutLog
 from tafkir.runlog.rundir import StageDir
+from tafkir.tasks.judge import RubricJudge
+from tafkir.tasks.math import WordProblems
 from tafkir.train.dpo import dpo_step, measure_dpo, reference_logprobs
+from tafkir.train.long_tail import open_rollouts
 from tafkir.train.loop import FitResult, Trainer, fit
 from tafkir.train.ranks import open_ranks
+from tafkir.train.reward_guard import RewardGuard
 from tafkir.train.reward_model import ScoredPair, reward_step, score_pairs
 from tafkir.train.reward_quality import measure_reward_model, reward_scale
+from tafkir.train.rlhf import (
+    GradedRollouts,
+    Grader,
+    OpenPrompts,
+    OpenTask,
+    RewardModelGrader,
+    RlhfStep,
+    RubricGrader,
+)
+from tafkir.train.rlvr import RlvrStep
 from tafkir.train.stages import as_written, finish_policy, keep_checkpoints, open_policy
+from tafkir.train.state import Carried
 
-__all__ = ["JUDGE", "run_dpo", "run_reward"]
+__all__ = ["JUDGE", "run_dpo", "run_reward", "run_rlhf"]
 
 JUDGE = "judge"
 """Where in its folder the reward stage leaves the second model."""
@@ -90,6 +111,95 @@ def run_dpo(ctx: StageContext) -> dict[str, Any]:
         right = accuracy([margin > 0 for margin in margins_P.tolist()])
         finished["heldout"] = {"accuracy": right.to_dict(), "loss": float(losses_P.mean())}
     return finished
+
+
+def run_rlhf(ctx: StageContext) -> dict[str, Any]:
+    """Reinforcement learning on the prompts of the preference pairs, graded by the reward model or by a judge.
+
+    Raises:
+        RecipeError: the recipe trains no reward model, or no judge, that the stage needs.
+    """
+    config = ctx.recipe.rlhf
+    assert config is not None and ctx.previous is not None
+    _check_rlhf(ctx, config)
+    decoder, tokenizer = open_policy(ctx)
+    prompts = _open_prompts(ctx, config, tokenizer)
+    trainer = Trainer(decoder, config, open_ranks(ctx.recipe.parallel, ctx.recipe.model))
+    source = open_rollouts(
+        ctx.build_completer(ctx.previous),
+        tokenizer,
+        OpenTask(WordProblems()),
+        prompts.batch_at,
+        config,
+        weights=lambda: trainer.decoder.state_dict().items(),
+        seed=derive_seed(ctx.seed, "rlhf"),
+    )
+    watched = bool(config.guard.kl_budget)
+    reference = copy.deepcopy(decoder).requires_grad_(False) if watched or config.kl.coef > 0 else None
+    grader, judge = _graders(ctx, config, tokenizer)
+    rollouts = GradedRollouts(source, grader, config, judge=judge, reference=reference if watched else None)
+    guard = RewardGuard(config.guard)
+    log = RolloutLog(ctx.stage.rollouts_dir, Keep.parse(config.keep_rollouts))
+    step = RlhfStep(trainer, rollouts, RlvrStep(trainer, rollouts, config, reference=reference, log=log), guard)
+    carried: dict[str, Carried] = {"rollouts": rollouts, "guard": guard}
+    if isinstance(grader, RubricGrader):
+        carried["judge"] = grader.judge
+    keep = keep_checkpoints(ctx, trainer, tokenizer)
+    result = fit(trainer, ctx.stage, step, keep=keep, carried=carried, label="rlhf")
+    told = finish_policy(ctx, config, trainer, tokenizer, result)
+    told |= {"prompts": len(prompts.prompts), "overlong_prompts": prompts.overlong}
+    told["guard"] = {"stopped": guard.stopped, "rate": guard.rate, "trips": guard.trips}
+    if isinstance(grader, RubricGrader):
+        told["judge"] = grader.judge.state()
+        grader.judge.close()
+    return told
+
+
+def _check_rlhf(ctx: StageContext, config: RlhfConfig) -> None:
+    reward = ctx.recipe.reward
+    if config.grader == "reward_model" and reward is None:
+        raise RecipeError(
+            "there is no reward model", where="rlhf.grader", fix='add a [reward] stage, or set it to "judge"'
+        )
+    if config.guard.judge and (reward is None or not reward.judge_share):
+        raise RecipeError(
+            "there is no judge to watch", where="rlhf.guard.judge", fix="set reward.judge_share, for example to 0.5"
+        )
+
+
+def _open_prompts(ctx: StageContext, config: RlhfConfig, tokenizer: Tokenizer) -> OpenPrompts:
+    """The training pairs' prompts; in the joint stage with word problems beside them."""
+    num_verifiable = round(config.verifiable_share * config.prompts_per_step)
+    verifiable = None
+    if num_verifiable:
+        verifiable = PromptStream(
+            repeat_sources(load_corpus(ctx.recipe.data).train, ctx.recipe.data.repeat),
+            tokenizer,
+            ctx.recipe.data.augment,
+            prompts_per_step=num_verifiable,
+            seed=derive_seed(ctx.seed, "rlhf", "verifiable"),
+        ).batch_at
+    return OpenPrompts(
+        _load(ctx, tokenizer).train,
+        prompts_per_step=max(1, config.prompts_per_step - num_verifiable),
+        max_prompt_tokens=ctx.recipe.model.max_position_embeddings - config.max_completion_tokens,
+        seed=derive_seed(ctx.seed, "rlhf", "prompts"),
+        verifiable=verifiable,
+    )
+
+
+def _graders(ctx: StageContext, config: RlhfConfig, tokenizer: Tokenizer) -> tuple[Grader, Grader | None]:
+    """What grades the open prompts, and the held-out judge where the guard watches one."""
+    folder = ctx.run.stage("reward").path
+
+    def reward_model(path: Path) -> RewardModelGrader:
+        return RewardModelGrader(load_reward_model(path), tokenizer, config)
+
+    judge = reward_model(folder / JUDGE / "checkpoint") if config.guard.judge else None
+    if config.grader == "judge":
+        assert config.judge is not None
+        return RubricGrader(RubricJudge(config.judge, ctx.stage.path / "judgements.jsonl")), judge
+    return reward_model(folder / "checkpoint"), judge
 
 
 def _load(ctx: StageContext, tokenizer: Tokenizer) -> PreferenceSet:

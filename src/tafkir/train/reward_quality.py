@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import Any
@@ -116,11 +117,9 @@ def _bin(p: float, num_bins: int) -> int:
 
 def correlation(xs: Sequence[float], ys: Sequence[float]) -> float | None:
     """Pearson's r; None where a side does not vary."""
-    mean_x, mean_y = fmean(xs), fmean(ys)
-    spread = math.sqrt(sum((x - mean_x) ** 2 for x in xs) * sum((y - mean_y) ** 2 for y in ys))
-    if spread == 0:
+    if len(set(xs)) < 2 or len(set(ys)) < 2:
         return None
-    return sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / spread
+    return statistics.correlation(xs, ys)
 
 
 def rank_correlation(xs: Sequence[float], ys: Sequence[float]) -> float | None:
