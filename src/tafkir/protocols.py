@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from tafkir.records import Answer, Completion, Example, Message, Request, Split, Verdict
 
-__all__ = ["BatchGrader", "Completer", "Grader", "MetricSink", "PausingCompleter", "Task"]
+__all__ = ["BatchGrader", "Completer", "Counting", "Grader", "MetricSink", "PausingCompleter", "Task"]
 
 
 @runtime_checkable
@@ -43,6 +43,15 @@ class PausingCompleter(Completer, Protocol):
 
         What `complete` has finished already still comes out of its iterator, which then ends.
         """
+        ...
+
+
+@runtime_checkable
+class Counting(Protocol):
+    """What counts the trouble that it made good, such as servers that died: a pool of servers or of workers."""
+
+    def metrics(self) -> Mapping[str, float]:
+        """All that was counted so far, by metric name."""
         ...
 
 

@@ -89,7 +89,7 @@ def make_pool(checkpoint: Path, tokenizer: Tokenizer, tmp_path: Path) -> Iterato
             tokenizer,
             eos_ids=(tokenizer.turn_end_id, tokenizer.document_end_id),
             vocab_size=320,
-            folders=WeightFolders(tmp_path / "weights", checkpoint, torch.float32),
+            folders=WeightFolders(tmp_path / "weights", checkpoint, "float32"),
             limits=limits,
             **options,  # type: ignore[arg-type]
         )

@@ -179,7 +179,8 @@ def test_a_server_that_dies_is_named_and_its_requests_go_to_the_others(
         assert f"rollout server {bad.url} is lost" in caplog.text and "1 left" in caplog.text
         bad.damage = None
         pool.load_weights(engine.decoder.state_dict().items(), 2)
-        assert pool.metrics() == {"engine/servers_alive": 2.0, "engine/servers_back": 1.0}
+        metrics = pool.metrics()
+        assert metrics["engine/servers_alive"] == 2 and metrics["engine/servers_back"] == 1
         assert bad.version == "2"
     for request in requests:
         (expected,) = engine.complete([request])

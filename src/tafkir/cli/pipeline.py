@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tafkir.cli.completer import completer_builder
+from tafkir.cli.rollouts import grading_sharer, rollout_builder
 from tafkir.errors import RecipeError, RunDirError
 from tafkir.native.library import library_path
 from tafkir.recipe.bundled import find_checkpoint
@@ -149,7 +149,7 @@ def _follow(
     for kind in selection.run:
         if followers.hear():
             previous = _previous_checkpoint(run, kind, present, base)
-            context = StageContext(recipe, run, run.stage(kind), previous, recipe.seed, completer_builder(recipe, kind))
+            context = _context(recipe, run, kind, previous)
             find_function(kind)(context)
     return {}
 
@@ -175,11 +175,17 @@ def _lead(
         results = {}
         for kind in selection.run:
             previous = _previous_checkpoint(run, kind, list(fingerprints), base)
-            context = StageContext(recipe, run, run.stage(kind), previous, recipe.seed, completer_builder(recipe, kind))
+            context = _context(recipe, run, kind, previous)
             context.stage.track = recipe.track
             results[kind] = _run_stage(context, fingerprints[kind], find_function, followers)
         (run.path / _FORCED).unlink(missing_ok=True)
     return results
+
+
+def _context(recipe: Recipe, run: RunDir, kind: StageName, previous: Path | None) -> StageContext:
+    stage = run.stage(kind)
+    build = rollout_builder(recipe, kind, stage.path)
+    return StageContext(recipe, run, stage, previous, recipe.seed, build, grading_sharer(recipe))
 
 
 def _describe_kernels(recipe: Recipe) -> dict[str, str | None]:

@@ -166,9 +166,8 @@ class ActorPool:
                 self._replace(call.actor)
 
     def metrics(self) -> dict[str, float]:
-        """What was counted since the last call, as metrics."""
-        taken, self.counts = self.counts, Counter()
-        return {f"cluster/{self._kind}_{name}": float(count) for name, count in taken.items()}
+        """All that was counted so far; nothing where nothing was lost."""
+        return {f"cluster/{self._kind}_{name}": float(count) for name, count in self.counts.items()}
 
     def close(self) -> None:
         """End all actors."""

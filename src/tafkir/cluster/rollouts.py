@@ -157,7 +157,7 @@ class RolloutPool:
         self.policy_version = version
 
     def metrics(self) -> dict[str, float]:
-        """Workers that were lost, and calls that were made again, since the last call."""
+        """Workers that were lost so far, and calls that were made again."""
         return self._actors.metrics()
 
     def close(self) -> None:

@@ -67,7 +67,7 @@ class VerifierPool:
         return [graded[i] for i in range(len(answers))]
 
     def metrics(self) -> dict[str, float]:
-        """Verifiers that were lost, and answers that were graded again, since the last call."""
+        """Verifiers that were lost so far, and answers that were graded again."""
         return self._actors.metrics()
 
     def close(self) -> None:

@@ -40,6 +40,8 @@ class ServerEngine(Table):
         for url in self.urls:
             if not url.startswith(("http://", "https://")):
                 raise ValueError(f"urls: {url!r} does not begin with http:// or https://")
+            if url.rstrip("/").endswith("/v1"):
+                raise ValueError(f"urls: {url!r} has a path; leave /v1 out")
         if len({url.rstrip("/") for url in self.urls}) < len(self.urls):
             raise ValueError("urls names a server twice")
         return self

@@ -54,7 +54,7 @@ def fingerprint_stages(recipe: Recipe, base: Path | None) -> dict[StageName, str
                 sources = [Path(source) for source in recipe.preferences.sources]
                 files = {str(path): _hash_file(path) for path in sources if path.is_file()}
                 previous = _hash([previous, recipe.preferences.model_dump(mode="json"), files])
-            if kind == "rlvr" and recipe.cluster:
+            if kind in ("rlvr", "rlhf") and recipe.cluster:
                 # How prompts are put together changes the last bits; who then computes them does not.
                 previous = _hash([previous, recipe.cluster.prompts_per_call])
             if kind == "lab" and recipe.lab and Path(recipe.lab.text).is_file():

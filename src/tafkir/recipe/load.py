@@ -88,6 +88,7 @@ def _check_stages(recipe: Recipe, where: str) -> None:
             fix="make the model's at least as large",
         )
     _check_mtp(recipe, where)
+    _check_engines(recipe, where)
     if recipe.lab is not None and recipe.model.vocab_size < _BYTES:
         raise RecipeError(
             f"model.vocab_size={recipe.model.vocab_size} does not hold the bytes that [lab] reads",
@@ -109,6 +110,28 @@ def _check_mtp(recipe: Recipe, where: str) -> None:
     if asked and recipe.model.mtp is None:
         raise RecipeError(
             f"{asked[0]} needs multi-token-prediction layers", where=where, fix="add a [model.mtp] table: depth = 1"
+        )
+
+
+def _check_engines(recipe: Recipe, where: str) -> None:
+    """Servers sample with their own arithmetic, and what Ray verifiers grade must be a task that travels."""
+    cluster = recipe.cluster
+    for kind, table in (("rlvr", recipe.rlvr), ("rlhf", recipe.rlhf)):
+        if table is None or table.engine.kind == "in_process":
+            continue
+        if cluster is not None and cluster.num_rollout_workers:
+            what, fix = "would have rollout workers beside its servers", "set cluster.num_rollout_workers to 0"
+        elif not table.rollout.is_exact or table.rollout.replay_experts:
+            what = "asks for rollouts that only the engine in this process can do"
+            fix = f"take {kind}.rollout back to its defaults; a server's precision is set where it is started"
+        else:
+            continue
+        raise RecipeError(f"{kind}.engine.kind = {table.engine.kind} {what}", where=where, fix=fix)
+    if cluster is not None and cluster.num_verifiers and getattr(recipe.rlvr, "reward_file", None):
+        raise RecipeError(
+            "rlvr.reward_file and cluster.num_verifiers exclude each other",
+            where=where,
+            fix="set cluster.num_verifiers to 0: the file's function runs in a process of its own anyway",
         )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tafkir.errors import BackendUnavailable
-from tafkir.protocols import Completer
+from tafkir.protocols import Completer, Task
 from tafkir.recipe.rollout import RolloutConfig
 from tafkir.recipe.schema import Recipe
 from tafkir.runlog.rundir import RunDir, StageDir
@@ -30,13 +30,18 @@ def _no_completer(checkpoint: Path, rollout: RolloutConfig | None = None) -> Com
     )
 
 
+def _grade_here(task: Task) -> Task:
+    return task
+
+
 @dataclass(frozen=True, slots=True)
 class StageContext:
     """Everything that a stage function may read.
 
     `previous` is the checkpoint folder of the nearest earlier stage, or of the recipe's base, or None where the
     stage starts from nothing. `seed` is the recipe's. `build_completer` is how training reaches the engine without
-    importing it: `ctx.build_completer(ctx.previous)`, then `load_weights` after each update.
+    importing it: `ctx.build_completer(ctx.previous)`, then `load_weights` after each update. `share_grading` makes a
+    task whose answers others grade, where the recipe has verifiers for it.
     """
 
     recipe: Recipe
@@ -45,6 +50,7 @@ class StageContext:
     previous: Path | None
     seed: int
     build_completer: BuildCompleter = _no_completer
+    share_grading: Callable[[Task], Task] = _grade_here
 
 
 StageFunction = Callable[[StageContext], dict[str, Any]]

@@ -159,10 +159,9 @@ class ServerPool:
         self._need_one()
 
     def metrics(self) -> dict[str, float]:
-        """What was counted since the last call, as metrics."""
-        taken, self.counts = self.counts, Counter()
+        """Servers that are alive, and all that was counted so far."""
         alive = sum(member.alive for member in self._members)
-        return {"engine/servers_alive": float(alive)} | {f"engine/{name}": float(n) for name, n in taken.items()}
+        return {"engine/servers_alive": float(alive)} | {f"engine/{name}": float(n) for name, n in self.counts.items()}
 
     def close(self) -> None:
         """Close all connections."""

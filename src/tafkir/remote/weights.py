@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,8 +30,8 @@ class WeightFolders:
         dtype: of the weights on disk.
     """
 
-    def __init__(self, root: Path, checkpoint: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-        self._root, self._checkpoint, self._dtype = root.absolute(), checkpoint, dtype
+    def __init__(self, root: Path, checkpoint: Path, dtype: Literal["bfloat16", "float32"] = "bfloat16") -> None:
+        self._root, self._checkpoint, self._dtype = root.absolute(), checkpoint, getattr(torch, dtype)
         self._config = load_config(checkpoint)
 
     def write(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Path:

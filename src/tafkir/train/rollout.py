@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from tafkir.data.tokenizer import Tokenizer
-from tafkir.protocols import BatchGrader, Completer, Grader, Task
+from tafkir.protocols import BatchGrader, Completer, Counting, Grader, Task
 from tafkir.recipe.rl import PolicyTable
 from tafkir.recipe.seeds import derive_seed
 from tafkir.records import Answer, Completion, Example, Request, SamplingParams, Verdict
@@ -112,7 +112,9 @@ class SynchronousRollouts:
         self.completer.load_weights(self.weights(), step)
 
     def numbers(self) -> Mapping[str, Metric]:
-        return {}
+        """What a pool of servers, workers or verifiers lost and made good; nothing otherwise."""
+        pools = [pool for pool in (self.completer, self.task) if isinstance(pool, Counting)]
+        return {name: value for pool in pools for name, value in pool.metrics().items()}
 
     def state(self) -> Any:
         return None

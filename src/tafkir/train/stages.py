@@ -136,7 +136,7 @@ def run_rlvr(ctx: StageContext) -> dict[str, Any]:
     rollouts = open_rollouts(
         ctx.build_completer(ctx.previous),
         tokenizer,
-        WordProblems(),
+        ctx.share_grading(WordProblems()),
         stream.batch_at,
         config,
         weights=lambda: trainer.decoder.state_dict().items(),
