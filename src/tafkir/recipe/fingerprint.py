@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from tafkir.recipe.schema import Recipe
 from tafkir.records import STAGES, StageName
 
@@ -15,6 +17,7 @@ __all__ = ["fingerprint_stages"]
 # How often a state is saved changes nothing in what comes out; nor does where servers are, and how long to wait.
 _WITHOUT_EFFECT: Any = {
     "save_every": True,
+    "monitor": {"dump_tokens"},
     "keep_rollouts": True,
     "engine": {
         "urls", "timeout_s", "weight_timeout_s", "max_concurrency", "max_retries", "weight_dir", "weight_sync",
@@ -49,7 +52,12 @@ def fingerprint_stages(recipe: Recipe, base: Path | None) -> dict[StageName, str
     for kind in STAGES:
         table = getattr(recipe, kind)
         if table is not None:
-            previous = _hash([previous, kind, table.model_dump(mode="json", exclude=_WITHOUT_EFFECT)])
+            previous = _hash([previous, kind, _effective(table)])
+            if kind in ("rlvr", "rlhf") and recipe.cluster:
+                # How prompts are put together changes the last bits; who then computes them does not.
+                previous = _hash([previous, recipe.cluster.prompts_per_call])
+            if kind == "rlvr" and recipe.rlvr and recipe.rlvr.reward_file and Path(recipe.rlvr.reward_file).is_file():
+                previous = _hash([previous, _hash_file(Path(recipe.rlvr.reward_file))])
             if kind in _FROM_PREFERENCES:
                 sources = [Path(source) for source in recipe.preferences.sources]
                 files = {str(path): _hash_file(path) for path in sources if path.is_file()}
@@ -60,6 +68,15 @@ def fingerprint_stages(recipe: Recipe, base: Path | None) -> dict[StageName, str
             if kind == "lab" and recipe.lab and Path(recipe.lab.text).is_file():
                 previous = _hash([previous, _hash_file(Path(recipe.lab.text))])
             fingerprints[kind] = previous
+def _effective(table: BaseModel) -> dict[str, Any]:
+    """What a stage's table says about its result."""
+    keys: dict[str, Any] = table.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
+    # A run that stops at the red light and one that goes on are the same run; one that protects itself is another.
+    if (monitor := keys.get("monitor")) is not None and monitor["on_red"] != "protect":
+        del monitor["on_red"], monitor["protection"]
+    return keys
+
+
     return fingerprints
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from tafkir.recipe.cluster import InProcessEngine, RolloutEngine
 from tafkir.recipe.long_tail import KeepRollouts, LongTailConfig
@@ -23,6 +23,7 @@ __all__ = [
     "KlEstimator",
     "Mis",
     "NoAcceptance",
+    "MonitorConfig",
     "OverlongConfig",
     "PolicyLossTable",
     "PolicyTable",
@@ -76,6 +77,12 @@ class IcePop(Table):
     beta: float = Field(5.0, gt=0, description="Upper end of IcePop's band; Ring's authors saw 2 destabilise at once.")
 
 
+    @model_validator(mode="after")
+    def _check_band(self) -> Self:
+        if self.alpha > self.beta:
+            raise ValueError(f"the band is empty: alpha={self.alpha:g} is above beta={self.beta:g}")
+        return self
+
 class KPop(Table):
     """Tokens weigh k unless the two engines' Bernoulli distributions of them are further apart than phi."""
 
@@ -97,6 +104,12 @@ class GeoRs(Table):
     low: float = Field(0.99, ge=0, description="Lower end of the band of the geometric mean.")
     high: float = Field(1.01, gt=0, description="Upper end of the band of the geometric mean.")
 
+
+    @model_validator(mode="after")
+    def _check_band(self) -> Self:
+        if self.low > self.high:
+            raise ValueError(f"the band is empty: low={self.low:g} is above high={self.high:g}")
+        return self
 
 def _acceptance_kind(value: Any) -> str:
     """A table without a `kind` is the default's."""
@@ -137,6 +150,34 @@ class OverlongConfig(Table):
 
 
 class PolicyLossTable(Table):
+class MonitorConfig(Table):
+    """When the mismatch between sampling and training engine turns the light yellow or red, and what red does."""
+
+    warn: float = Field(0.02, gt=0, description="Mean |Δ log p| (nats a token) above which the light is yellow.")
+    stop: float = Field(0.05, gt=0, description="Mean |Δ log p| above which it is red: Ring's authors call a run lost.")
+    min_ess: float = Field(0.3, ge=0, le=1, description="Effective sample size, as a share, below which it is yellow.")
+    max_out_of_band: float = Field(
+        0.01, ge=0, le=1, description="Share of tokens out of the band that turns it yellow."
+    )
+    low: float = Field(0.5, ge=0, description="Lower end of the band of k that the monitor counts by.")
+    high: float = Field(5.0, gt=0, description="Upper end of that band.")
+    on_red: Literal["warn", "stop", "protect"] = Field(
+        "warn", description="At red: say so, stop after the step (resumable), or go on with monitor.protection."
+    )
+    protection: Acceptance = IcePop()
+    dump_tokens: int = Field(
+        20, ge=0, description="Tokens furthest apart that a step with any out of the band leaves in mismatch.jsonl."
+    )
+
+    @model_validator(mode="after")
+    def _check_lights(self) -> Self:
+        if self.warn > self.stop:
+            raise ValueError(f"warn={self.warn:g} is above stop={self.stop:g}")
+        if self.low > self.high:
+            raise ValueError(f"low={self.low:g} is above high={self.high:g}")
+        return self
+
+
     """What the policy loss is made of."""
 
     surrogate: SurrogateKind = Field("ppo", description="What is maximised: clipped PPO, CISPO, GSPO or REINFORCE.")
@@ -177,6 +218,15 @@ class PolicyTable(PolicyLossTable, TrainTable):
     )
     overlong: OverlongConfig = OverlongConfig()
 
+    monitor: MonitorConfig = MonitorConfig()
+
+    @model_validator(mode="after")
+    def _check_policy(self) -> Self:
+        if self.overlong.buffer_tokens > self.max_completion_tokens:
+            raise ValueError("overlong.buffer_tokens is longer than max_completion_tokens")
+        if self.monitor.on_red == "protect" and self.monitor.protection == self.acceptance:
+            raise ValueError("monitor.on_red = protect changes nothing: monitor.protection is what acceptance is")
+        return self
 
 class RlvrConfig(PolicyTable):
     """Reinforcement learning on problems with a checkable answer; the defaults are GRPO with IcePop."""

@@ -28,13 +28,17 @@ __all__ = ["FitResult", "StepOutput", "Trainer", "add_loads", "fit", "peak_rss_b
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What a step function reports: deterministic numbers, clock-dependent ones, and what to show beside the bar."""
+    """What a step function reports: deterministic numbers, clock-dependent ones, and what to show beside the bar.
+
+    With a `stop`, the loop saves the state after this step and raises it, unless the step was the last.
+    """
 
     metrics: Mapping[str, Metric]
     timings: Mapping[str, float] = field(default_factory=dict)
     tokens: int = 0
     shown: Mapping[str, float] = field(default_factory=dict)
 
+    stop: TrainingError | None = None
 
 class Trainer:
     """A decoder with its optimisers, and the average of its weights where one is asked for: what a step changes."""
@@ -138,6 +142,12 @@ class _Rows:
         self._metrics, self._timings = stage.metrics(), stage.timings()
         self._metrics.truncate_to(start)
         self._timings.truncate_to(start)
+def _save_state(trainer: Trainer, stage: StageDir, carriers: Mapping[str, Carried], so_far: FitResult) -> None:
+    carried = {name: state for name, each in carriers.items() if (state := each.state()) is not None}
+    parts = (trainer.decoder, trainer.optimizers, trainer.average)
+    trainer.ranks.save_state(stage.state_dir, *parts, so_far.steps, asdict(so_far), carried)
+
+
         self._trackers = stage.trackers(start)
 
     def write(self, done: int, metrics: Mapping[str, Metric], timings: Mapping[str, float]) -> None:
@@ -193,7 +203,8 @@ def fit(
             tokens += output.tokens
             done = step + 1
             row: dict[str, Metric] = {}
-            if done % config.log_every == 0 or done == config.steps:
+            last = done == config.steps or output.stop is not None
+            if done % config.log_every == 0 or last:
                 row = {**output.metrics, "train/learning_rate": rate}
             if validate and (done == config.steps or (config.validate_every and done % config.validate_every == 0)):
                 row |= validate()
@@ -204,16 +215,10 @@ def fit(
             # Before the state: a kill in between repeats these steps, and so what is kept of them.
             if keep and config.checkpoint_every and done % config.checkpoint_every == 0:
                 keep(done)
-            if done % config.save_every == 0 or done == config.steps:
-                ranks.save_state(
-                    stage.state_dir,
-                    trainer.decoder,
-                    trainer.optimizers,
-                    trainer.average,
-                    done,
-                    asdict(totals(done)),
-                    {name: state for name, each in carriers.items() if (state := each.state()) is not None},
-                )
+            if done % config.save_every == 0 or last:
+                _save_state(trainer, stage, carriers, totals(done))
+            if output.stop and done < config.steps:
+                raise output.stop
     if rows:
         rows.close()
     return totals(config.steps)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tafkir.errors import TrainingError
 from tafkir.models.decoder import Decoder, DecoderOutput
 from tafkir.ops.loss import linear_logprobs
 from tafkir.recipe.rl import PolicyTable
@@ -22,8 +23,10 @@ from tafkir.train.batch import RlBatch, build_rl_batch
 from tafkir.train.language import split_evenly
 from tafkir.train.loop import StepOutput, Trainer, add_loads, router_metrics
 from tafkir.train.losses import policy_loss
-from tafkir.train.mismatch import mismatch_metrics
+from tafkir.train.mismatch import EntropyProbe, mismatch_metrics
+from tafkir.train.monitor import MismatchMonitor, SeenTokens
 from tafkir.train.record import Learned, record_rollouts
+from tafkir.train.replay import ExpertAgreement, compare_experts
 from tafkir.train.rollout import RolloutGroup, RolloutSource
 
 __all__ = ["RlvrStep"]
@@ -47,6 +50,7 @@ class RlvrStep:
         config: advantages, loss and updates.
         reference: frozen first policy, needed when `config.kl.coef > 0`.
         log: keeps every rollout with what the update knew of it.
+        monitor: watches the mismatch; without one it is watched, and nothing is written.
     """
 
     def __init__(
@@ -57,9 +61,11 @@ class RlvrStep:
         *,
         reference: Decoder | None,
         log: RolloutLog | None = None,
+        monitor: MismatchMonitor | None = None,
     ) -> None:
         self.trainer, self.rollouts, self.config, self.reference = trainer, rollouts, config, reference
         self.log = log
+        self.monitor = monitor or MismatchMonitor(config.monitor, config.acceptance)
 
     def __call__(self, step: int) -> StepOutput:
         began = time.perf_counter()
@@ -69,12 +75,25 @@ class RlvrStep:
         learned = self.learn(groups, rewards_PG, where=f"rlvr step {step + 1}")
         if self.log is not None:
             record_rollouts(self.log, step + 1, groups, learned)
+        lights, stop = self._watch(step + 1, groups, learned)
         return StepOutput(
-            metrics={**rollout_metrics(groups, rewards_PG), **self.rollouts.numbers(), **learned.metrics},
+            metrics={**rollout_metrics(groups, rewards_PG), **self.rollouts.numbers(), **learned.metrics, **lights},
             timings={"time/rollout_s": sampled - began, "time/train_s": time.perf_counter() - sampled},
             tokens=sum(len(r.completion.token_ids) for group in groups for r in group.rollouts),
             shown={"reward": float(rewards_PG.mean())},
+            stop=stop,
         )
+
+    def _watch(
+        self, step: int, groups: Sequence[RolloutGroup], learned: Learned
+    ) -> tuple[dict[str, float], TrainingError | None]:
+        """What the monitor says of a step that learned something."""
+        if learned.train_logprobs_T is None or learned.masked_T is None:
+            return {}, None
+        kept = [groups[i] for i in learned.kept]
+        sampled_T = torch.tensor([x for group in kept for r in group.rollouts for x in r.completion.logprobs])
+        seen = SeenTokens(kept, learned.train_logprobs_T, sampled_T, learned.masked_T)
+        return self.monitor.observe(step, learned.metrics, seen)
 
     def learn(self, groups: Sequence[RolloutGroup], rewards_PG: Tensor, *, where: str) -> Learned:
         """Turn graded groups into `updates_per_rollout` optimiser steps; returns what the last one knew."""
@@ -117,29 +136,44 @@ class RlvrStep:
         old = ref = None
         with torch.no_grad():
             if self.config.updates_per_rollout > 1:
-                old, _ = self._logprobs(self.trainer.decoder, batch)
+                old, _ = self._logprobs(self.trainer.decoder, batch, self._replayed(batch))
             if self.config.kl.coef > 0:
                 assert self.reference is not None
                 ref, _ = self._logprobs(self.reference, batch)
         return _Scored(batch, old, ref)
 
-    def _logprobs(self, decoder: Decoder, batch: RlBatch) -> tuple[Tensor, DecoderOutput]:
-        out = decoder(batch.input_ids_N, batch.positions_N, batch.attention)
+    def _replayed(self, batch: RlBatch) -> Sequence[Tensor] | None:
+        """The experts that the policy has to take; None leaves the choice to its routers."""
+        if not self.config.rollout.replay_experts:
+            return None
+        if not batch.expert_ids:
+            raise TrainingError(
+                "the rollouts do not say which experts their tokens went to",
+                where="rollout.replay_experts",
+                fix="set it to false, or use the in-process engine",
+            )
+        return batch.expert_ids
+
+    def _logprobs(
+        self, decoder: Decoder, batch: RlBatch, replayed: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, DecoderOutput]:
+        out = decoder(batch.input_ids_N, batch.positions_N, batch.attention, replayed)
         hidden_TD = out.hidden_ND.index_select(0, batch.source_T)
         return linear_logprobs(hidden_TD, decoder.head_weight, batch.targets_T, self.config.temperature), out
 
     def _update(self, pieces: Sequence[_Scored], where: str) -> tuple[dict[str, Metric], Tensor, Tensor]:
         """One optimiser step; its metrics, and of every token the training log-probability and whether it is masked."""
         config, decoder = self.config, self.trainer.decoder
+        loss_table = config.model_copy(update={"acceptance": self.monitor.acceptance})
         num_sequences = sum(piece.batch.lengths_S.numel() for piece in pieces)
         num_tokens = sum(piece.batch.targets_T.numel() for piece in pieces)
         loads: list[Tensor] = []
         total = clipped = nonfinite = 0.0
         seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        offset = 0
+        agreement, entropy, offset = ExpertAgreement(), EntropyProbe(), 0
         for piece in pieces:
             batch = piece.batch
-            logprobs_T, out = self._logprobs(decoder, batch)
+            logprobs_T, out = self._logprobs(decoder, batch, self._replayed(batch))
             old_T = logprobs_T.detach() if piece.old_logprobs_T is None else piece.old_logprobs_T
             result = policy_loss(
                 logprobs_T,
@@ -148,7 +182,7 @@ class RlvrStep:
                 batch.advantages_T,
                 batch.sequence_T,
                 batch.lengths_S,
-                config=config,
+                config=loss_table,
                 num_sequences=num_sequences,
                 num_tokens=num_tokens,
                 ref_logprobs_T=piece.ref_logprobs_T,
@@ -158,6 +192,9 @@ class RlvrStep:
             clipped += float(result.clipped_T.sum())
             nonfinite += result.nonfinite
             loads = add_loads(loads, out.expert_load)
+            hidden_TD = out.hidden_ND.detach().index_select(0, batch.source_T)
+            entropy.add(hidden_TD, decoder.head_weight, result.masked_T, config.temperature)
+            agreement += compare_experts(out.expert_ids, batch.expert_ids)
             seen.append((old_T, batch.sampling_logprobs_T, result.masked_T, batch.sequence_T + offset))
             offset += batch.lengths_S.numel()
         norm = self.trainer.update(loads, where=where)
@@ -168,7 +205,17 @@ class RlvrStep:
             "train/entropy": float(-old_T.mean()),
             "train/clip_fraction": clipped / num_tokens,
             "train/nonfinite_ratios": nonfinite,
-            **mismatch_metrics(old_T, sampling_T, masked_T, sequence_T, num_sequences),
+            **mismatch_metrics(
+                old_T,
+                sampling_T,
+                masked_T,
+                sequence_T,
+                num_sequences,
+                low=config.monitor.low,
+                high=config.monitor.high,
+            ),
+            **entropy.metrics(),
+            **agreement.metrics(),
             **router_metrics(loads),
         }
         return metrics, old_T, masked_T

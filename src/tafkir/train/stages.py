@@ -39,6 +39,7 @@ from tafkir.train.long_tail import open_rollouts
 from tafkir.train.loop import FitResult, Trainer, fit
 from tafkir.train.mtp import measure_mtp
 from tafkir.train.mtp_distill import distill_step, freeze_all_but_mtp
+from tafkir.train.monitor import MismatchMonitor
 from tafkir.train.ranks import open_ranks
 from tafkir.train.rlvr import RlvrStep
 
@@ -144,8 +145,15 @@ def run_rlvr(ctx: StageContext) -> dict[str, Any]:
     )
     reference = copy.deepcopy(decoder).requires_grad_(False) if config.kl.coef > 0 else None
     log = RolloutLog(ctx.stage.rollouts_dir, Keep.parse(config.keep_rollouts))
-    step = RlvrStep(trainer, rollouts, config, reference=reference, log=log)
-    keep, carried = keep_checkpoints(ctx, trainer, tokenizer), {"rollouts": rollouts}
+    monitor = MismatchMonitor(
+        config.monitor,
+        config.acceptance,
+        path=ctx.stage.path / "mismatch.jsonl",
+        decode=lambda ids: tokenizer.decode(list(ids)),
+    )
+    step = RlvrStep(trainer, rollouts, config, reference=reference, log=log, monitor=monitor)
+    keep = keep_checkpoints(ctx, trainer, tokenizer)
+    carried: dict[str, Carried] = {"rollouts": rollouts, "monitor": monitor}
     result = fit(trainer, ctx.stage, step, keep=keep, carried=carried, label="rlvr")
     return _finish(ctx, config, trainer, tokenizer, result, corpus)
 
