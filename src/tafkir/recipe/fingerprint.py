@@ -68,6 +68,9 @@ def fingerprint_stages(recipe: Recipe, base: Path | None) -> dict[StageName, str
             if kind == "lab" and recipe.lab and Path(recipe.lab.text).is_file():
                 previous = _hash([previous, _hash_file(Path(recipe.lab.text))])
             fingerprints[kind] = previous
+    return fingerprints
+
+
 def _effective(table: BaseModel) -> dict[str, Any]:
     """What a stage's table says about its result."""
     keys: dict[str, Any] = table.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
@@ -75,9 +78,6 @@ def _effective(table: BaseModel) -> dict[str, Any]:
     if (monitor := keys.get("monitor")) is not None and monitor["on_red"] != "protect":
         del monitor["on_red"], monitor["protection"]
     return keys
-
-
-    return fingerprints
 
 
 def _hash(value: Any) -> str:

@@ -22,8 +22,8 @@ __all__ = [
     "KlConfig",
     "KlEstimator",
     "Mis",
-    "NoAcceptance",
     "MonitorConfig",
+    "NoAcceptance",
     "OverlongConfig",
     "PolicyLossTable",
     "PolicyTable",
@@ -76,12 +76,12 @@ class IcePop(Table):
     alpha: float = Field(0.5, ge=0, description="Lower end of IcePop's band.")
     beta: float = Field(5.0, gt=0, description="Upper end of IcePop's band; Ring's authors saw 2 destabilise at once.")
 
-
     @model_validator(mode="after")
     def _check_band(self) -> Self:
         if self.alpha > self.beta:
             raise ValueError(f"the band is empty: alpha={self.alpha:g} is above beta={self.beta:g}")
         return self
+
 
 class KPop(Table):
     """Tokens weigh k unless the two engines' Bernoulli distributions of them are further apart than phi."""
@@ -104,12 +104,12 @@ class GeoRs(Table):
     low: float = Field(0.99, ge=0, description="Lower end of the band of the geometric mean.")
     high: float = Field(1.01, gt=0, description="Upper end of the band of the geometric mean.")
 
-
     @model_validator(mode="after")
     def _check_band(self) -> Self:
         if self.low > self.high:
             raise ValueError(f"the band is empty: low={self.low:g} is above high={self.high:g}")
         return self
+
 
 def _acceptance_kind(value: Any) -> str:
     """A table without a `kind` is the default's."""
@@ -149,7 +149,6 @@ class OverlongConfig(Table):
     drop_truncated: bool = Field(False, description="Learn nothing from completions that the limit cut off.")
 
 
-class PolicyLossTable(Table):
 class MonitorConfig(Table):
     """When the mismatch between sampling and training engine turns the light yellow or red, and what red does."""
 
@@ -178,6 +177,7 @@ class MonitorConfig(Table):
         return self
 
 
+class PolicyLossTable(Table):
     """What the policy loss is made of."""
 
     surrogate: SurrogateKind = Field("ppo", description="What is maximised: clipped PPO, CISPO, GSPO or REINFORCE.")
@@ -217,7 +217,6 @@ class PolicyTable(PolicyLossTable, TrainTable):
         0, ge=0, description="How often a step draws new problems in place of groups that are left out (DAPO)."
     )
     overlong: OverlongConfig = OverlongConfig()
-
     monitor: MonitorConfig = MonitorConfig()
 
     @model_validator(mode="after")
@@ -227,6 +226,7 @@ class PolicyTable(PolicyLossTable, TrainTable):
         if self.monitor.on_red == "protect" and self.monitor.protection == self.acceptance:
             raise ValueError("monitor.on_red = protect changes nothing: monitor.protection is what acceptance is")
         return self
+
 
 class RlvrConfig(PolicyTable):
     """Reinforcement learning on problems with a checkable answer; the defaults are GRPO with IcePop."""

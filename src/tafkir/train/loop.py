@@ -37,8 +37,8 @@ class StepOutput:
     timings: Mapping[str, float] = field(default_factory=dict)
     tokens: int = 0
     shown: Mapping[str, float] = field(default_factory=dict)
-
     stop: TrainingError | None = None
+
 
 class Trainer:
     """A decoder with its optimisers, and the average of its weights where one is asked for: what a step changes."""
@@ -135,6 +135,12 @@ def _timings_row(output: StepOutput, step_s: float, cpu_s: float) -> dict[str, f
     }
 
 
+def _save_state(trainer: Trainer, stage: StageDir, carriers: Mapping[str, Carried], so_far: FitResult) -> None:
+    carried = {name: state for name, each in carriers.items() if (state := each.state()) is not None}
+    parts = (trainer.decoder, trainer.optimizers, trainer.average)
+    trainer.ranks.save_state(stage.state_dir, *parts, so_far.steps, asdict(so_far), carried)
+
+
 class _Rows:
     """Where the numbers of a stage go: what equal runs share, what depends on the clock, and both to trackers."""
 
@@ -142,12 +148,6 @@ class _Rows:
         self._metrics, self._timings = stage.metrics(), stage.timings()
         self._metrics.truncate_to(start)
         self._timings.truncate_to(start)
-def _save_state(trainer: Trainer, stage: StageDir, carriers: Mapping[str, Carried], so_far: FitResult) -> None:
-    carried = {name: state for name, each in carriers.items() if (state := each.state()) is not None}
-    parts = (trainer.decoder, trainer.optimizers, trainer.average)
-    trainer.ranks.save_state(stage.state_dir, *parts, so_far.steps, asdict(so_far), carried)
-
-
         self._trackers = stage.trackers(start)
 
     def write(self, done: int, metrics: Mapping[str, Metric], timings: Mapping[str, float]) -> None:

@@ -37,9 +37,9 @@ from tafkir.tasks.math import WordProblems
 from tafkir.train.language import DocumentBatch, language_step, validation_loss
 from tafkir.train.long_tail import open_rollouts
 from tafkir.train.loop import FitResult, Trainer, fit
+from tafkir.train.monitor import MismatchMonitor
 from tafkir.train.mtp import measure_mtp
 from tafkir.train.mtp_distill import distill_step, freeze_all_but_mtp
-from tafkir.train.monitor import MismatchMonitor
 from tafkir.train.ranks import open_ranks
 from tafkir.train.rlvr import RlvrStep
 
