@@ -7,26 +7,28 @@ saved state: a run that is killed goes on with the very same tokens.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tafkir.data.tokenizer import Tokenizer
-from tafkir.errors import BackendUnavailable, CheckpointError, RecipeError
+from tafkir.errors import BackendUnavailable, RecipeError
 from tafkir.protocols import Completer, PausingCompleter, Task
 from tafkir.recipe.rl import PolicyTable
 from tafkir.recipe.seeds import derive_seed
-from tafkir.records import Completion, Example, Request, Verdict
+from tafkir.records import Completion, Example, Request
 from tafkir.runlog.metrics import Metric
-from tafkir.train.rollout import (
-    PromptBatch,
-    Rollout,
-    RolloutGroup,
-    RolloutSource,
-    SynchronousRollouts,
-    grade_group,
+from tafkir.train.rollout import PromptBatch, RolloutGroup, RolloutSource, SynchronousRollouts, grade_group
+from tafkir.train.rollout_state import (
+    load_completion,
+    load_example,
+    load_group,
+    save_completion,
+    save_example,
+    save_group,
 )
 
 __all__ = ["PooledRollouts", "StaleRollouts", "join_pieces", "lag_numbers", "open_rollouts"]
@@ -55,12 +57,6 @@ def open_rollouts(
             where="long_tail.token_budget, max_resamples",
             fix="set max_resamples to 0: new problems enter the pool by themselves",
         )
-    if (tail.token_budget or tail.staleness) and config.rollout.replay_experts:
-        raise RecipeError(
-            "experts are replayed for rollouts of the step's own weights only",
-            where="long_tail, rollout.replay_experts",
-            fix="set token_budget and staleness to 0, or replay_experts to false",
-        )
     if tail.token_budget and not isinstance(completer, PausingCompleter):
         raise BackendUnavailable(
             "this engine cannot stop and go on with what it has begun",
@@ -74,7 +70,13 @@ def open_rollouts(
 
 
 def join_pieces(done: Completion, piece: Completion) -> Completion:
-    """A completion and its continuation in one, each token with the version of the weights that sampled it."""
+    """A completion and its continuation in one, each token with the version of the weights that sampled it.
+
+    Where experts are recorded, a token's are those that it went to when it was first fed.
+    """
+    experts = done.expert_ids if piece.expert_ids is None else piece.expert_ids
+    if done.expert_ids is not None and piece.expert_ids is not None:
+        experts = torch.cat((done.expert_ids, piece.expert_ids[len(done.expert_ids) :]))
     old = done.token_versions or (done.policy_version,) * len(done.token_ids)
     versions = old + (piece.policy_version,) * len(piece.token_ids)
     return replace(
@@ -84,6 +86,7 @@ def join_pieces(done: Completion, piece: Completion) -> Completion:
         logprobs=done.logprobs + piece.logprobs,
         token_versions=versions if len(set(versions)) > 1 else (),
         policy_version=versions[-1] if versions else piece.policy_version,
+        expert_ids=experts,
     )
 
 
@@ -161,6 +164,8 @@ class PooledRollouts(SynchronousRollouts):
     def sample(self, step: int) -> list[RolloutGroup]:
         """The groups that finished under the budget, in the order of their problems."""
         tail = self.config.long_tail
+        # A curriculum may have moved on since the last step; a resumed run must not know what it said before.
+        self._batch = None
         dropped = [pending for pending in self._pool if pending.cuts > tail.max_retention]
         self._pool = [pending for pending in self._pool if pending.cuts <= tail.max_retention]
         while len(self._pool) < (tail.pool_prompts or self.config.prompts_per_step):
@@ -193,25 +198,27 @@ class PooledRollouts(SynchronousRollouts):
         pool = [
             {
                 "number": pending.number,
+                "example": save_example(pending.example),
                 "prompt_ids": pending.prompt_ids,
                 "cuts": pending.cuts,
-                "completions": [_completion_state(done) for done in pending.completions],
+                "completions": [save_completion(done) for done in pending.completions],
             }
             for pending in self._pool
         ]
         return {"next": self._next, "pool": pool}
 
     def load_state(self, state: Any) -> None:
-        """Raises CheckpointError when the problems are others than when the state was written."""
-        self._next, self._pool = state["next"], []
-        for saved in state["pool"]:
-            pending = self._fresh(saved["number"])
-            _check_prompt(pending.prompt_ids, saved["prompt_ids"], saved["number"])
-            pending.cuts = saved["cuts"]
-            pending.completions = [
-                _completion(self._id(pending.number, j), each) for j, each in enumerate(saved["completions"])
-            ]
-            self._pool.append(pending)
+        self._next = state["next"]
+        self._pool = [
+            _Pending(
+                saved["number"],
+                load_example(saved["example"]),
+                tuple(saved["prompt_ids"]),
+                [load_completion(done) for done in saved["completions"]],
+                saved["cuts"],
+            )
+            for saved in state["pool"]
+        ]
 
     def _fresh(self, number: int) -> _Pending:
         step, place = divmod(number, self.config.prompts_per_step)
@@ -294,61 +301,11 @@ class StaleRollouts:
 
     def state(self) -> dict[str, Any]:
         """The rollouts that wait for their step, with their verdicts, and what the source itself carries."""
-        queue = [[[_group_state(group) for group in groups], numbers] for groups, numbers in self._queue]
+        queue = [[[save_group(group) for group in groups], numbers] for groups, numbers in self._queue]
         return {"sampled": self._sampled, "queue": queue, "source": self.source.state()}
 
     def load_state(self, state: Any) -> None:
         self._sampled = state["sampled"]
-        self._queue = deque(([_group(saved) for saved in groups], numbers) for groups, numbers in state["queue"])
+        self._queue = deque(([load_group(saved) for saved in groups], numbers) for groups, numbers in state["queue"])
         if state["source"] is not None:
             self.source.load_state(state["source"])
-
-
-def _completion_state(done: Completion) -> dict[str, Any]:
-    # Python writes the shortest text that reads back as the same float.
-    return {
-        "token_ids": done.token_ids,
-        "logprobs": done.logprobs,
-        "finish_reason": done.finish_reason,
-        "policy_version": done.policy_version,
-        "token_versions": done.token_versions,
-    }
-
-
-def _completion(request_id: str, saved: Mapping[str, Any]) -> Completion:
-    return Completion(
-        request_id,
-        tuple(saved["token_ids"]),
-        tuple(saved["logprobs"]),
-        saved["finish_reason"],
-        saved["policy_version"],
-        token_versions=tuple(saved["token_versions"]),
-    )
-
-
-def _group_state(group: RolloutGroup) -> dict[str, Any]:
-    # What only the grader reads of an example is left out: the verdicts are there.
-    return {
-        "example": asdict(replace(group.example, extra={})),
-        "prompt_ids": group.prompt_ids,
-        "rollouts": [
-            {"text": r.text, "verdict": asdict(r.verdict), **_completion_state(r.completion)} for r in group.rollouts
-        ],
-    }
-
-
-def _group(saved: Mapping[str, Any]) -> RolloutGroup:
-    rollouts = [
-        Rollout(_completion(str(j), each), each["text"], Verdict(**each["verdict"]))
-        for j, each in enumerate(saved["rollouts"])
-    ]
-    return RolloutGroup(Example(**saved["example"]), tuple(saved["prompt_ids"]), tuple(rollouts))
-
-
-def _check_prompt(prompt_ids: Sequence[int], saved: Sequence[int], number: int) -> None:
-    if list(prompt_ids) != list(saved):
-        raise CheckpointError(
-            f"problem {number} has another prompt than when its rollouts were begun",
-            where="the stage's saved rollouts",
-            fix="restore the data that the run was begun with, or do the stage again with --only",
-        )
