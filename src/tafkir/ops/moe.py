@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from tafkir.ops import native
 
-__all__ = ["moe_experts", "moe_experts_reference", "swiglu", "swiglu_reference"]
+__all__ = ["moe_experts", "moe_experts_reference", "swiglu", "swiglu_backward", "swiglu_reference"]
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
@@ -76,6 +76,17 @@ def swiglu(gate_up: Tensor) -> Tensor:
     if native.takes(gate_up):
         return cast(Tensor, _NativeSwiGLU.apply(gate_up.contiguous()))  # type: ignore[no-untyped-call]
     return cast(Tensor, _SwiGLU.apply(gate_up))  # type: ignore[no-untyped-call]
+
+
+def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+    """The gradient with respect to `swiglu`'s contiguous [..., 2I] input, for autograd functions that contain it."""
+    out = torch.empty_like(gate_up)
+    if native.takes(grad, gate_up):
+        width = grad.shape[-1]
+        native.call("tafkir_swiglu_backward", grad.contiguous(), gate_up, grad.numel() // width, width, out)
+    else:
+        _swiglu_backward(grad, gate_up, out)
+    return out
 
 
 def moe_experts_reference(

@@ -1,0 +1,141 @@
+"""A residual sublayer with a weightless RMSNorm after it, rms(x + f(x)), whose f is a SwiGLU or any other map.
+
+The SwiGLU may run over the last dim (each position by itself) or over the first one (positions mixed): then the
+same matrices stand on the left, and nothing is transposed.
+
+Shapes: ... any dims, D the dim of the norm, I hidden width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tafkir.ops.moe import swiglu, swiglu_backward, swiglu_reference
+
+__all__ = ["post_norm", "post_norm_reference", "swiglu_post_norm", "swiglu_post_norm_reference"]
+
+Dim = Literal[0, -1]
+
+
+def post_norm_reference(x: Tensor, update: Tensor, eps: float, dim: Dim = -1) -> Tensor:
+    """(x + update) / rms over `dim`, statistics in float32."""
+    total = (x + update).float()
+    return (total * torch.rsqrt(total.square().mean(dim, keepdim=True) + eps)).to(x.dtype)
+
+
+def swiglu_post_norm_reference(x: Tensor, gate_up: Tensor, down: Tensor, eps: float, dim: Dim = -1) -> Tensor:
+    """rms(x + down swiglu(gate_up x)) with both matrices applied along `dim`."""
+    moved = x.movedim(dim, -1)
+    update = swiglu_reference(moved @ gate_up.t()) @ down.t()
+    return post_norm_reference(moved, update, eps).movedim(-1, dim)
+
+
+def _normalize(total: Tensor, eps: float, dim: Dim) -> tuple[Tensor, Tensor]:
+    """In place where the dtype allows; the result and its inverse rms, float32."""
+    rstd = torch.linalg.vector_norm(total, dim=dim, keepdim=True, dtype=torch.float32)
+    rstd = rstd.square_().div_(total.shape[dim]).add_(eps).rsqrt_()
+    if total.dtype == torch.float32:
+        return total.mul_(rstd), rstd
+    return (total * rstd).to(total.dtype), rstd
+
+
+def _normalize_backward(grad: Tensor, out: Tensor, rstd: Tensor, dim: Dim) -> Tensor:
+    """Of the sum that was normalised: rstd (g - out mean(g out))."""
+    mean = (grad * out).sum(dim, keepdim=True, dtype=torch.float32).div_(out.shape[dim])
+    if out.dtype == torch.float32:
+        return torch.addcmul(grad, out, mean, value=-1.0).mul_(rstd)
+    return ((grad - out * mean) * rstd).to(out.dtype)
+
+
+class _PostNorm(torch.autograd.Function):
+    """Keeps the result alone: x + update is the result divided by the inverse rms."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, update: Tensor, eps: float, dim: Dim) -> Tensor:
+        out, rstd = _normalize(x + update, eps, dim)
+        ctx.save_for_backward(out, rstd)
+        ctx.dim = dim
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        out, rstd = ctx.saved_tensors
+        grad_total = _normalize_backward(grad, out, rstd, ctx.dim)
+        return grad_total, grad_total, None, None
+
+
+def _mix(matrix: Tensor, x: Tensor, dim: Dim) -> Tensor:
+    """A matrix along the first dim of x [D, M], or along the last one of x [M, D]."""
+    return torch.mm(matrix, x) if dim == 0 else torch.mm(x, matrix.t())
+
+
+def _halves(gate_up: Tensor, dim: Dim) -> Tensor:
+    """Gates before ups along the last dim, as `swiglu` has them: with the positions first, all gates stand first."""
+    return gate_up.view(-1) if dim == 0 else gate_up
+
+
+class _SwigluPostNorm(torch.autograd.Function):
+    """Keeps x, the widened x and the result; what SwiGLU made of the widened x is computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, eps: float, dim: Dim) -> Tensor:
+        wide = _mix(gate_up, x, dim)
+        hidden = swiglu(_halves(wide, dim)).view(-1, x.shape[1]) if dim == 0 else swiglu(wide)
+        out, rstd = _normalize(_mix(down, hidden, dim).add_(x), eps, dim)
+        ctx.save_for_backward(x, gate_up, down, wide, out, rstd)
+        ctx.dim = dim
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        x, gate_up, down, wide, out, rstd = ctx.saved_tensors
+        dim: Dim = ctx.dim
+        grad_total = _normalize_backward(grad, out, rstd, dim)
+        flat = _halves(wide, dim)
+        hidden = swiglu(flat)
+        grad_hidden = _mix(down.t(), grad_total, dim)
+        grad_wide = swiglu_backward(_flat(grad_hidden, dim), flat).view_as(wide)
+        if dim == 0:
+            hidden = hidden.view(-1, x.shape[1])
+            grad_down, grad_gate_up = grad_total @ hidden.t(), grad_wide @ x.t()
+        else:
+            grad_down, grad_gate_up = grad_total.t() @ hidden, grad_wide.t() @ x
+        grad_x = grad_total.add_(_mix(gate_up.t(), grad_wide, dim))
+        return grad_x, grad_gate_up, grad_down, None, None
+
+
+def _flat(x: Tensor, dim: Dim) -> Tensor:
+    return x.reshape(-1) if dim == 0 else x
+
+
+def post_norm(x: Tensor, update: Tensor, eps: float, dim: Dim = -1) -> Tensor:
+    """The same numbers as `post_norm_reference`, keeping only the result for the backward.
+
+    Args:
+        x: any shape, float32 or bfloat16.
+        update: as x.
+        eps: added to the mean square.
+        dim: of the norm.
+    """
+    return cast(Tensor, _PostNorm.apply(x, update, eps, dim))  # type: ignore[no-untyped-call]
+
+
+def swiglu_post_norm(x: Tensor, gate_up: Tensor, down: Tensor, eps: float, dim: Dim = -1) -> Tensor:
+    """The same numbers as `swiglu_post_norm_reference`, in one step.
+
+    Args:
+        x: [..., D] for dim -1, [D, ...] for dim 0; contiguous, float32 or bfloat16.
+        gate_up: [2I, D], gate rows first, in x's dtype.
+        down: [D, I].
+        eps: of the norm.
+        dim: along which matrices and norm work.
+    """
+    rows = x.reshape(x.shape[0], -1) if dim == 0 else x.reshape(-1, x.shape[-1])
+    out = _SwigluPostNorm.apply(rows, gate_up, down, eps, dim)  # type: ignore[no-untyped-call]
+    return cast(Tensor, out).view(x.shape)
