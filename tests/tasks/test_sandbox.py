@@ -35,7 +35,9 @@ def _works() -> bool:
 
 needs_bwrap = pytest.mark.skipif(not _works(), reason="bubblewrap does not work here")
 
-SQUARE = Example("i", "code/1", "test", "q", "", {"entry": "square", "tests": (((3,), 9), ((5,), 25)), "level": 1})
+SQUARE = Example(
+    "i", "code/1", "test", "q", "", {"entry": "square", "tests": [["(3,)", "9"], ["(5,)", "25"]], "level": 1}
+)
 
 
 @pytest.fixture(scope="module")

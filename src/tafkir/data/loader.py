@@ -159,8 +159,11 @@ class SftStream:
     def batch_at(self, step: int) -> list[tuple[Ids, Mask]]:
         """The conversations of a step, counted from 0, each with its mask of targets."""
         first = step * self.batch_problems
-        positions = range(first, first + self.batch_problems)
-        return [encode_conversation(self.tokenizer, self._problem(position)) for position in positions]
+        return [self.at(position) for position in range(first, first + self.batch_problems)]
+
+    def at(self, position: int) -> tuple[Ids, Mask]:
+        """The conversation at a position of the endless sequence, with its mask of targets."""
+        return encode_conversation(self.tokenizer, self._problem(position))
 
     def _problem(self, position: int) -> Problem:
         kind = Random(derive_seed(self.seed, "kind", position)).random()
@@ -201,8 +204,12 @@ class PromptStream:
     def batch_at(self, step: int) -> list[tuple[Example, Ids]]:
         """The problems of a step, counted from 0, each with the tokens of its prompt."""
         first = step * self.prompts_per_step
-        problems = [self._problem(position) for position in range(first, first + self.prompts_per_step)]
-        return [(problem.as_example(), encode_prompt(self.tokenizer, problem.question)) for problem in problems]
+        return [self.at(position) for position in range(first, first + self.prompts_per_step)]
+
+    def at(self, position: int) -> tuple[Example, Ids]:
+        """The problem at a position of the endless sequence, with the tokens of its prompt."""
+        problem = self._problem(position)
+        return problem.as_example(), encode_prompt(self.tokenizer, problem.question)
 
     def _problem(self, position: int) -> Problem:
         if Random(derive_seed(self.seed, "kind", position)).random() >= self.story_share:

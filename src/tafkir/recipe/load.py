@@ -309,6 +309,8 @@ def _path_of(location: Sequence[int | str]) -> str:
     """The dotted path of an error. After a table that has variants, pydantic names the variant, which is no key."""
     path, after_variant = "", False
     for part in map(str, location):
+        if part.isdecimal() and table_of(path) is not None:
+            continue  # a place in an array of tables
         after_variant = not after_variant and part in _variants(path)
         if not after_variant:
             path = f"{path}.{part}" if path else part

@@ -11,6 +11,7 @@ from tafkir.recipe.cluster import InProcessEngine, RolloutEngine
 from tafkir.recipe.long_tail import KeepRollouts, LongTailConfig
 from tafkir.recipe.rollout import RolloutConfig
 from tafkir.recipe.tables import Positive, Table, TrainTable
+from tafkir.recipe.tasks import CurriculumConfig, PassRateConfig, Tasks
 
 __all__ = [
     "Acceptance",
@@ -235,3 +236,10 @@ class RlvrConfig(PolicyTable):
         0, ge=0, description="Only problems whose solution has at most this many steps; 0 takes all."
     )
     story_share: float = Field(0.0, ge=0, le=1, description="Share of the problems that are made up.")
+    tasks: Tasks = Field((), description="Kinds of problems in the mixture; none means the word problems alone.")
+    curriculum: CurriculumConfig | None = None
+    pass_rate: PassRateConfig | None = None
+    reward_file: str | None = Field(
+        None, description="Python file with a function reward(example, text) -> float in place of the tasks' rewards."
+    )
+    reward_timeout_s: float = Field(5.0, gt=0, description="How long one call of that function may take.")

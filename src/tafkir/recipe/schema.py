@@ -16,6 +16,7 @@ from tafkir.recipe.model import ModelConfig
 from tafkir.recipe.rl import RlvrConfig
 from tafkir.recipe.rlhf import DpoConfig, PreferencesConfig, RewardConfig, RlhfConfig
 from tafkir.recipe.tables import DecayShape, EmaConfig, OptimConfig, Positive, Table, TrainTable
+from tafkir.recipe.tasks import Tasks
 from tafkir.records import STAGES, StageName
 from tafkir.runlog.trackers import TrackerName
 
@@ -120,6 +121,7 @@ class SftConfig(LanguageTable):
     crowded_share: float = Field(
         0.5, ge=0, le=1, description="Share of the made-up problems with more numbers than the question needs."
     )
+    tasks: Tasks = Field((), description="Kinds of solved problems to learn from; none means the word problems alone.")
 
 
 class EvalConfig(Table):

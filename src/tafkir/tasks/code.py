@@ -36,11 +36,15 @@ def bundled_problems() -> tuple[Example, ...]:
 
 
 def _example(row: dict[str, Any]) -> Example:
-    tests = tuple((ast.literal_eval(arguments), ast.literal_eval(value)) for arguments, value in row["tests"])
-    shown = f"{row['entry']}({', '.join(map(repr, tests[0][0]))}) is {tests[0][1]!r}"
+    arguments, value = _read_tests(row["tests"])[0]
+    shown = f"{row['entry']}({', '.join(map(repr, arguments))}) is {value!r}"
     question = f"Write a Python function {row['signature']}: {row['task']} For example, {shown}."
-    extra = {"level": row["level"], "entry": row["entry"], "tests": tests}
+    extra = {"level": row["level"], "entry": row["entry"], "tests": row["tests"]}
     return Example(f"code-{row['entry']}", f"code/{row['level']}", row["split"], question, row["program"], extra)
+
+
+def _read_tests(tests: Sequence[Sequence[str]]) -> list[tuple[tuple[Any, ...], Any]]:
+    return [(ast.literal_eval(arguments), ast.literal_eval(value)) for arguments, value in tests]
 
 
 def extract_program(text: str, *, finished: bool = True) -> tuple[str | None, str]:
@@ -130,18 +134,19 @@ class CodeProblems:
         if len(program) > MAX_PROGRAM_LENGTH:
             reason = f"the program has {len(program)} characters; at most {MAX_PROGRAM_LENGTH} are run"
             return _verdict(example, "wrong", program[:40] + "…", reason)
-        tests = example.extra["tests"]
-        result = self.sandbox.run(program, example.extra["entry"], [arguments for arguments, _ in tests])
-        outcome, reason = _compare(example, result)
+        tests = _read_tests(example.extra["tests"])
+        entry = example.extra["entry"]
+        outcome, reason = _compare(
+            entry, tests, self.sandbox.run(program, entry, [arguments for arguments, _ in tests])
+        )
         return _verdict(example, outcome, program, reason)
 
 
-def _compare(example: Example, result: ProgramResult) -> tuple[Outcome, str]:
+def _compare(entry: str, tests: Sequence[tuple[tuple[Any, ...], Any]], result: ProgramResult) -> tuple[Outcome, str]:
     if result.ending == "sandbox":
         return "error", result.detail
-    tests = example.extra["tests"]
     for number, (call, (arguments, expected)) in enumerate(zip(result.calls, tests, strict=False), start=1):
-        where = f"test {number} of {len(tests)}: {example.extra['entry']}({', '.join(map(repr, arguments))})"
+        where = f"test {number} of {len(tests)}: {entry}({', '.join(map(repr, arguments))})"
         if call.error:
             return "wrong", f"{where} raised {call.error}"
         if not same_value(expected, call.value):

@@ -23,10 +23,23 @@ from tafkir.tasks.puzzles.maze import MAZE
 from tafkir.tasks.puzzles.sudoku import SUDOKU
 from tafkir.tasks.sandbox import Sandbox
 
-__all__ = ["KINDS", "DrawnTask", "MixtureStream", "Prompted", "TaskMixture", "build_task", "kind_of"]
+__all__ = [
+    "KINDS",
+    "Conversation",
+    "DrawnTask",
+    "MixtureStream",
+    "Prompted",
+    "TaskMixture",
+    "build_task",
+    "kind_of",
+    "solved_texts",
+]
 
 Prompted = tuple[Example, list[int]]
 """A problem with the tokens of its prompt."""
+
+Conversation = tuple[list[int], list[bool]]
+"""Token ids, and which of them are targets."""
 
 Levels = Callable[[str, int], int]
 """From a kind and a seed to the level that a problem is drawn from."""
@@ -121,8 +134,8 @@ class MixtureStream:
     Args:
         per_step: problems a step.
         levels: chooses a problem's level; any of the recipe's levels, each as often, when None.
-        word_problem: the word problem at a position, with its prompt; needed where the mixture has them.
-        split: the part that generated problems come from.
+        word_problem: the word problem at a position, with its prompt; for `at`, where the mixture has them.
+        word_conversation: the same with its solution, for `solved_at`.
     """
 
     def __init__(
@@ -134,38 +147,75 @@ class MixtureStream:
         seed: int,
         levels: Levels | None = None,
         word_problem: Callable[[int], Prompted] | None = None,
-        split: Split = "train",
+        word_conversation: Callable[[int], Conversation] | None = None,
     ) -> None:
         self.mixture, self.tokenizer, self.per_step, self.seed = mixture, tokenizer, per_step, seed
-        self.word_problem, self.split = word_problem, split
+        self.word_problem, self.word_conversation = word_problem, word_conversation
         self._difficulty: dict[str, tuple[int, ...]] = {each.kind: each.difficulty for each in mixture.configs}
         self.levels: Levels = levels or self._any_level
 
     def at(self, position: int) -> Prompted:
-        """The problem at a position of the endless sequence."""
-        seed = derive_seed(self.seed, "problem", position)
-        kind = self.mixture.choose(seed)
+        """The problem at a position of the endless sequence, with the tokens of its prompt."""
+        kind, seed = self._choose(position)
         if kind == WORD_PROBLEMS:
             assert self.word_problem is not None
             return self.word_problem(position)
-        task = self.mixture.drawn[kind]
-        example = task.example(seed, self.levels(kind, derive_seed(seed, "level")), self.split)
-        return example, encode_chat(self.tokenizer, task.prompt(example))
+        example = self._draw(kind, seed)
+        return example, encode_chat(self.tokenizer, self.mixture.prompt(example))
 
     def batch_at(self, step: int) -> list[Prompted]:
-        """The problems of a step, counted from 0, each with the tokens of its prompt."""
-        first = step * self.per_step
-        return [self.at(position) for position in range(first, first + self.per_step)]
+        """The problems of a step, counted from 0."""
+        return [self.at(position) for position in self._positions(step)]
 
-    def solved_batch_at(self, step: int) -> list[tuple[list[int], list[bool]]]:
-        """The problems of a step as conversations with their solutions, each with its mask of targets."""
-        return [self.solved(example, prompt) for example, prompt in self.batch_at(step)]
+    def solved_at(self, position: int) -> Conversation:
+        """The same problem as a conversation with its solution, which is the target."""
+        kind, seed = self._choose(position)
+        if kind == WORD_PROBLEMS:
+            assert self.word_conversation is not None
+            return self.word_conversation(position)
+        return self.solved(self._draw(kind, seed))
 
-    def solved(self, example: Example, prompt: list[int]) -> tuple[list[int], list[bool]]:
-        """A problem with its solution; the assistant's body with its `<|im_end|>` is the target."""
-        reasoning, content = self.mixture.drawn[kind_of(example)].solution(example)
-        body = [*self.tokenizer.encode(render_assistant(content, reasoning)), self.tokenizer.turn_end_id]
+    def solved_batch_at(self, step: int) -> list[Conversation]:
+        """The conversations of a step, counted from 0."""
+        return [self.solved_at(position) for position in self._positions(step)]
+
+    def solved(self, example: Example) -> Conversation:
+        """A problem with its solution; the assistant's body with its `<|im_end|>` is the target.
+
+        Raises:
+            KeyError: it is a word problem, whose solutions belong to its stream.
+        """
+        prompt = encode_chat(self.tokenizer, self.mixture.prompt(example))
+        body = [*self.tokenizer.encode(_render_solution(self.mixture, example)), self.tokenizer.turn_end_id]
         return prompt + body, [False] * len(prompt) + [True] * len(body)
+
+    def _positions(self, step: int) -> range:
+        return range(step * self.per_step, (step + 1) * self.per_step)
+
+    def _choose(self, position: int) -> tuple[str, int]:
+        seed = derive_seed(self.seed, "problem", position)
+        return self.mixture.choose(seed), seed
+
+    def _draw(self, kind: str, seed: int) -> Example:
+        return self.mixture.drawn[kind].example(seed, self.levels(kind, derive_seed(seed, "level")))
 
     def _any_level(self, kind: str, seed: int) -> int:
         return Random(seed).choice(self._difficulty[kind])
+
+
+def _render_solution(mixture: TaskMixture, example: Example) -> str:
+    reasoning, content = mixture.drawn[kind_of(example)].solution(example)
+    return render_assistant(content, reasoning)
+
+
+def solved_texts(mixture: TaskMixture, count: int, seed: int) -> list[str]:
+    """Questions and solutions of `count` problems, word problems left out: what a tokenizer is trained on."""
+    texts = []
+    for index in range(count):
+        own = derive_seed(seed, index)
+        kind = mixture.choose(own)
+        if kind in mixture.drawn:
+            level = Random(own).choice(next(each.difficulty for each in mixture.configs if each.kind == kind))
+            example = mixture.drawn[kind].example(own, level)
+            texts += [example.question, _render_solution(mixture, example)]
+    return texts

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import tafkir
 from tafkir.errors import GradingError
@@ -81,6 +81,14 @@ class RewardFile:
     def close(self) -> None:
         """End the idle workers."""
         self.pool.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process it starts workers of its own."""
+        return _open, (str(self.path), self.pool.timeout_s)
+
+
+def _open(path: str, timeout_s: float) -> RewardFile:
+    return RewardFile(path, timeout_s=timeout_s)
 
 
 class RewardedTask:

@@ -34,6 +34,7 @@ from tafkir.recipe.seeds import derive_seed
 from tafkir.recipe.stage import StageContext
 from tafkir.runlog.rollouts import Keep, RolloutLog
 from tafkir.tasks.math import WordProblems
+from tafkir.tasks.mixture import MixtureStream, TaskMixture, solved_texts
 from tafkir.train.language import DocumentBatch, language_step, validation_loss
 from tafkir.train.long_tail import open_rollouts
 from tafkir.train.loop import FitResult, Trainer, fit
@@ -42,6 +43,8 @@ from tafkir.train.mtp import measure_mtp
 from tafkir.train.mtp_distill import distill_step, freeze_all_but_mtp
 from tafkir.train.ranks import open_ranks
 from tafkir.train.rlvr import RlvrStep
+from tafkir.train.state import Carried
+from tafkir.train.task_rollouts import open_tasks
 
 __all__ = [
     "as_written",
@@ -56,6 +59,8 @@ __all__ = [
 ]
 
 _NUM_TOKENIZER_STORIES = 2000
+_NUM_TOKENIZER_TASKS = 500
+_NUM_HELDOUT_TASKS = 20
 
 
 def run_tokenizer(ctx: StageContext) -> dict[str, Any]:
@@ -67,6 +72,9 @@ def run_tokenizer(ctx: StageContext) -> dict[str, Any]:
         problems += [make_story(derive_seed(ctx.seed, "tokenizer", i)) for i in range(_NUM_TOKENIZER_STORIES)]
     texts = [problem.question for problem in problems]
     texts += ["\n".join(map(str, problem.steps)) for problem in problems if problem.steps]
+    if ctx.recipe.sft is not None and ctx.recipe.sft.tasks:
+        mixture = TaskMixture(ctx.recipe.sft.tasks, WordProblems())
+        texts += solved_texts(mixture, _NUM_TOKENIZER_TASKS, derive_seed(ctx.seed, "tokenizer", "tasks"))
     tokenizer = Tokenizer.train(texts, ctx.recipe.tokenizer.vocab_size)
     tokenizer.save(ctx.stage.checkpoint_dir)
     tokens = sum(len(tokenizer.encode(text)) for text in texts)
@@ -102,6 +110,8 @@ def run_sft(ctx: StageContext) -> dict[str, Any]:
     config = ctx.recipe.sft
     assert config is not None
     corpus, decoder, tokenizer = _start(ctx)
+    if config.tasks:
+        return _fit_language(ctx, config, decoder, tokenizer, *_solved_tasks(ctx, config, tokenizer, corpus), corpus)
     stream = SftStream(
         repeat_sources(corpus.train, ctx.recipe.data.repeat),
         tokenizer,
@@ -115,6 +125,29 @@ def run_sft(ctx: StageContext) -> dict[str, Any]:
     if config.method == "mtp_distill":
         freeze_all_but_mtp(decoder)
     return _fit_language(ctx, config, decoder, tokenizer, stream.batch_at, heldout, corpus)
+
+
+def _solved_tasks(
+    ctx: StageContext, config: SftConfig, tokenizer: Tokenizer, corpus: Corpus
+) -> tuple[DocumentBatch, list[Document]]:
+    """Solved problems of the tasks that the recipe names, and some held-out ones of the generated kinds."""
+    seed = derive_seed(ctx.seed, "sft")
+    mixture = TaskMixture(config.tasks, WordProblems())
+    words = SftStream(
+        repeat_sources(corpus.train, ctx.recipe.data.repeat),
+        tokenizer,
+        ctx.recipe.data.augment,
+        batch_problems=config.batch_problems,
+        story_share=config.story_share,
+        crowded_share=config.crowded_share,
+        seed=seed,
+    )
+    stream = MixtureStream(mixture, tokenizer, per_step=config.batch_problems, seed=seed, word_conversation=words.at)
+    heldout = TaskMixture(config.tasks, WordProblems(), samples=_NUM_HELDOUT_TASKS, seed=seed)
+    documents: list[Document] = [
+        stream.solved(example) for example in heldout.examples("validation") if example.extra.get("level")
+    ]
+    return stream.solved_batch_at, documents
 
 
 def run_rlvr(ctx: StageContext) -> dict[str, Any]:
@@ -134,15 +167,19 @@ def run_rlvr(ctx: StageContext) -> dict[str, Any]:
         seed=derive_seed(ctx.seed, "rlvr"),
     )
     trainer = Trainer(decoder, config, open_ranks(ctx.recipe.parallel, ctx.recipe.model))
+    completer = ctx.build_completer(ctx.previous)
+    seed = derive_seed(ctx.seed, "rlvr")
+    tasks = open_tasks(config, tokenizer, completer, WordProblems(), stream, folder=ctx.stage.path, seed=seed)
     rollouts = open_rollouts(
-        ctx.build_completer(ctx.previous),
+        completer,
         tokenizer,
-        ctx.share_grading(WordProblems()),
-        stream.batch_at,
+        ctx.share_grading(tasks.task),
+        tasks.prompts,
         config,
         weights=lambda: trainer.decoder.state_dict().items(),
-        seed=derive_seed(ctx.seed, "rlvr"),
+        seed=seed,
     )
+    rollouts = tasks.watch(rollouts)
     reference = copy.deepcopy(decoder).requires_grad_(False) if config.kl.coef > 0 else None
     log = RolloutLog(ctx.stage.rollouts_dir, Keep.parse(config.keep_rollouts))
     monitor = MismatchMonitor(
