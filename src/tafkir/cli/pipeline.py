@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tafkir.cli.rollouts import grading_sharer, rollout_builder
 from tafkir.errors import RecipeError, RunDirError
 from tafkir.native.library import library_path
+from tafkir.recipe.advice import advise
 from tafkir.recipe.bundled import find_checkpoint
 from tafkir.recipe.fingerprint import fingerprint_stages
 from tafkir.recipe.load import LoadedRecipe
@@ -167,6 +168,8 @@ def _lead(
     fingerprints = fingerprint_stages(recipe, base)
     RunDir.create(run.path)
     with run.lock(), log_to(run.log_path):
+        for line in advise(recipe):
+            _logger.warning("%s", line)
         _check_earlier(run, fingerprints, selection)
         _set_aside(run, fingerprints, selection)
         write_text(run.recipe_path, dump_toml(recipe, loaded.origins))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -55,7 +56,8 @@ def show(
 
 @app.command("check")
 def check(recipes: Recipes, overrides: Overrides = None) -> None:
-    """Check a recipe and say what it would run."""
+    """Check a recipe and say what it would run, and what it might be better without."""
+    from tafkir.recipe.advice import advise
     from tafkir.recipe.bundled import find_checkpoint
     from tafkir.recipe.load import load_recipe
     from tafkir.records import STAGES
@@ -66,6 +68,8 @@ def check(recipes: Recipes, overrides: Overrides = None) -> None:
     stages = [kind for kind in STAGES if getattr(recipe, kind) is not None]
     start = f"{recipe.base} → " if recipe.base else ""
     print(f"{recipe.name}: valid; {start}{' → '.join(stages)}; {recipe.model.num_parameters():,} parameters")
+    for line in advise(recipe):
+        print(f"warning: {line}", file=sys.stderr)
 
 
 @app.command("diff")
