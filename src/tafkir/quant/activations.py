@@ -13,18 +13,23 @@ from torch import Tensor, nn
 from tafkir.models.decoder import Decoder
 from tafkir.models.experts import Experts, MoE
 from tafkir.models.layers import Linear
+from tafkir.ops.fp8 import FP8_MAX
 from tafkir.ops.moe import swiglu
-from tafkir.ops.nvfp4 import fake_quantize_nvfp4
+from tafkir.ops.nvfp4 import E2M1_MAX, fake_quantize_nvfp4
 
 __all__ = ["QuantizedExperts", "quantize_activations", "quantize_inputs"]
 
 
-def quantize_inputs(x: Tensor) -> Tensor:
-    """Activations [N, K] in NVFP4, a global scale for each token.
+_INPUT_AMAX = E2M1_MAX * FP8_MAX
 
-    A scale over the whole batch would make a request's tokens depend on who else runs.
+
+def quantize_inputs(x: Tensor) -> Tensor:
+    """Activations [N, K] in NVFP4, with block scales of their own and a global scale of one.
+
+    One stands for an amax of 2688, which needs no calibration (ModelOpt ships recipes with `input_scale` 1). A scale
+    over the whole batch would make a request's tokens depend on who else runs.
     """
-    return fake_quantize_nvfp4(x, lead=x.dim() - 1)
+    return fake_quantize_nvfp4(x, amax=_INPUT_AMAX)
 
 
 class QuantizedExperts(nn.Module):
