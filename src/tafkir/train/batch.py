@@ -61,8 +61,8 @@ def build_rl_batch(groups: Sequence[RolloutGroup], advantages: Sequence[Sequence
             # The last token predicts nothing; the first is predicted by the prompt's last position.
             input_ids.extend(tokens[:-1])
             positions.extend(range(prompt, prompt + len(tokens) - 1))
-            source.append(last_prompt)
-            source.extend(range(start, start + len(tokens) - 1))
+            # A completion without a token has no loss; it counts in the mean over completions.
+            source.extend([last_prompt, *range(start, start + len(tokens) - 1)][: len(tokens)])
             targets.extend(tokens)
             logprobs.extend(rollout.completion.logprobs)
             token_advantages.extend([advantage] * len(tokens))
@@ -73,7 +73,7 @@ def build_rl_batch(groups: Sequence[RolloutGroup], advantages: Sequence[Sequence
         positions_N=torch.tensor(positions),
         attention=SharedPromptCausal(
             [len(group.prompt_ids) for group in groups],
-            [[len(rollout.completion.token_ids) - 1 for rollout in group.rollouts] for group in groups],
+            [[max(0, len(rollout.completion.token_ids) - 1) for rollout in group.rollouts] for group in groups],
         ),
         source_T=torch.tensor(source),
         targets_T=torch.tensor(targets),

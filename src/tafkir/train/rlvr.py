@@ -5,6 +5,7 @@ One step, one direction: prompts -> rollouts -> verdicts -> advantages -> batch 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ class RlvrStep:
         began = time.perf_counter()
         groups = self.rollouts(step)
         sampled = time.perf_counter()
-        rewards_PG = torch.tensor([[r.verdict.reward for r in group.rollouts] for group in groups])
+        rewards_PG = _rewards(groups)
         learned = self.learn(groups, rewards_PG, where=f"rlvr step {step + 1}")
         if self.log is not None:
             record_rollouts(self.log, step + 1, groups, learned)
@@ -103,6 +104,7 @@ class RlvrStep:
         if config.drop_zero_variance:
             dull_P = zero_variance_groups(self._shaped(groups, rewards_PG))
             kept = [i for i in kept if not dull_P[i]]
+        kept = [i for i in kept if any(r.completion.token_ids for r in groups[i].rollouts)]
         if not kept:
             return Learned({"train/skipped": 1.0}, advantages_PG)
         pieces = [
@@ -221,6 +223,24 @@ class RlvrStep:
         return metrics, old_T, masked_T
 
 
+def _rewards(groups: Sequence[RolloutGroup]) -> Tensor:
+    """Rewards (P, G).
+
+    Raises:
+        TrainingError: one is not a finite number.
+    """
+    for group in groups:
+        for place, rollout in enumerate(group.rollouts):
+            if not math.isfinite(rollout.verdict.reward):
+                raise TrainingError(
+                    f"the reward of completion {place} is {rollout.verdict.reward}",
+                    where=f"problem {group.example.id}",
+                    expected="a finite number",
+                    fix="let the grader give 0 and say why, instead",
+                )
+    return torch.tensor([[r.verdict.reward for r in group.rollouts] for group in groups])
+
+
 def rollout_metrics(groups: Sequence[RolloutGroup], rewards_PG: Tensor) -> dict[str, Metric]:
     """What the rollouts of one step look like before any update."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
@@ -230,6 +250,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], rewards_PG: Tensor) -> dict[
         "rollout/accuracy": sum(r.verdict.correct for r in rollouts) / count,
         "rollout/length_mean": sum(len(r.completion.token_ids) for r in rollouts) / count,
         "rollout/truncated": sum(r.completion.finish_reason == "length" for r in rollouts) / count,
+        "rollout/empty": sum(not r.completion.token_ids for r in rollouts) / count,
         "rollout/unanswered": sum(r.verdict.outcome in ("no_answer", "length", "error") for r in rollouts) / count,
         "rollout/zero_variance_groups": float(zero_variance_groups(rewards_PG).float().mean()),
     }
