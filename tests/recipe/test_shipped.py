@@ -26,6 +26,17 @@ TWO_STEPS = {
         "rlvr.micro_batches=1",
         "rlvr.max_completion_tokens=8",
     ),
+    "reward": ("reward.steps=2", "reward.batch_pairs=2", "preferences.made_up=40", "preferences.max_length=160"),
+    "dpo": ("dpo.steps=2", "dpo.batch_pairs=2", "preferences.made_up=40", "preferences.max_length=160"),
+    "rlhf": (
+        "rlhf.steps=2",
+        "rlhf.prompts_per_step=2",
+        "rlhf.group_size=2",
+        "rlhf.micro_batches=1",
+        "rlhf.max_completion_tokens=8",
+        "rlhf.guard.tolerance=100",
+        "rlhf.guard.kl_budget=0",
+    ),
     "lab": ("lab.steps=2", "lab.depths=[1,2]", "lab.batch_sequences=2", "lab.validation_sequences=4"),
     "eval": ("eval.max_problems=2", "eval.samples=1", "eval.max_tokens=8"),
 }
@@ -70,7 +81,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_shipped_recipe_runs_for_two_steps(name: str, base: Path, tmp_path: Path) -> None:
     own_base = load_recipe([name]).recipe.base
     recipe, run = run_two_steps(name, tmp_path, *([f"base={json.dumps(str(base))}"] if own_base else []))
-    for kind in ("pretrain", "sft", "rlvr"):
+    for kind in ("pretrain", "sft", "reward", "dpo", "rlvr", "rlhf"):
         if getattr(recipe, kind):
             result = run.stage(kind).read_result()
             assert result is not None and result["steps"] == 2

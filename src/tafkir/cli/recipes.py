@@ -22,8 +22,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @app.command("ls")
 def ls(as_json: AsJson = False) -> None:
-    """List the recipes that ship with Tafkir."""
-    from tafkir.recipe.bundled import bundled_recipes
+    """List the recipes that ship with Tafkir, and the fragments to lay under or over one."""
+    import tomllib
+
+    from tafkir.recipe.bundled import bundled_fragments, bundled_recipes
     from tafkir.recipe.load import load_recipe
 
     recipes = {name: load_recipe([path]).recipe for name, path in bundled_recipes().items()}
@@ -33,6 +35,9 @@ def ls(as_json: AsJson = False) -> None:
     width = max(map(len, recipes), default=0)
     for name, recipe in recipes.items():
         print(f"{name:<{width}}  {recipe.description}")
+    for name, path in bundled_fragments().items():
+        text = tomllib.loads(path.read_text(encoding="utf-8"))["description"]
+        print(f"{name:<{width}}  {text} (a fragment: give it together with a recipe)")
 
 
 @app.command("show")

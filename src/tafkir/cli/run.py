@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["program_name", "run"]
 
-_TRAINING: tuple[StageName, ...] = ("pretrain", "sft", "rlvr")
+_TRAINING: tuple[StageName, ...] = ("pretrain", "sft", "dpo", "rlvr", "rlhf")
 
 
 def run(

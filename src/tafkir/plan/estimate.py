@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tafkir.recipe.model import ModelConfig
-from tafkir.recipe.schema import LabConfig, Recipe
+from tafkir.recipe.schema import DpoConfig, LabConfig, Recipe, RewardConfig
 from tafkir.records import STAGES, StageName
 
 __all__ = ["ASSUMPTIONS", "Rates", "StageEstimate", "estimate_stages"]
@@ -13,6 +13,10 @@ __all__ = ["ASSUMPTIONS", "Rates", "StageEstimate", "estimate_stages"]
 _TOKENS_PER_PROBLEM = 92
 _PROMPT_TOKENS = 60
 _COMPLETION_SHARE = 0.5
+# Tokens of a pair, both answers, as a share of the limit on its prompt and longer answer.
+_PAIR_SHARE = 0.8
+_TRAINING_PROBLEMS = {"gsm8k": 7173, "svamp": 600}
+_TRAINING_OF_ONES_OWN = 2000
 _HELD_OUT_PROBLEMS = {"gsm8k": 1319, "svamp": 300}
 _HELD_OUT_OF_ONES_OWN = 500
 _PROCESS_BYTES = 450 << 20
@@ -109,9 +113,16 @@ def _work(kind: StageName, recipe: Recipe) -> _Work:
         table = recipe.pretrain if kind == "pretrain" else recipe.sft
         assert table is not None
         batch = table.batch_problems * _TOKENS_PER_PROBLEM
-        return _Work(trained=table.steps * batch, batch=batch // table.micro_batches)
-    if kind == "rlvr" and recipe.rlvr:
-        config = recipe.rlvr
+        steps: float = table.steps
+        if recipe.sft and kind == "sft" and recipe.sft.epochs:
+            problems = sum(_TRAINING_PROBLEMS.get(source, _TRAINING_OF_ONES_OWN) for source in recipe.data.sources)
+            steps = recipe.sft.epochs * problems / table.batch_problems
+        at_once = min(batch // table.micro_batches, table.pack_tokens or batch)
+        return _Work(trained=int(steps * batch), batch=at_once)
+    if kind in ("reward", "dpo"):
+        return _pair_work(recipe.reward if kind == "reward" else recipe.dpo, recipe)
+    config = recipe.rlvr if kind == "rlvr" else recipe.rlhf if kind == "rlhf" else None
+    if config is not None:
         completions = config.prompts_per_step * config.group_size
         sampled = int(completions * config.max_completion_tokens * _COMPLETION_SHARE)
         # A group's prompt is computed once for all its completions.
@@ -124,6 +135,14 @@ def _work(kind: StageName, recipe: Recipe) -> _Work:
         answers = sum(min(limit or count, count) for count in held_out) * (recipe.eval.samples + 1)
         return _Work(sampled=int(answers * len(recipe.eval.stages) * recipe.eval.max_tokens * _COMPLETION_SHARE))
     return _Work()
+
+
+def _pair_work(table: RewardConfig | DpoConfig | None, recipe: Recipe) -> _Work:
+    """A prompt is computed once for both answers; DPO's reference and a second model are small beside that."""
+    assert table is not None
+    batch = int(table.batch_pairs * recipe.preferences.max_length * _PAIR_SHARE)
+    models = 1 + bool(recipe.reward and table is recipe.reward and recipe.reward.judge_share)
+    return _Work(trained=models * table.steps * batch, batch=batch // table.micro_batches)
 
 
 def _memory_bytes(model: ModelConfig, batch_tokens: int) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import tafkir
 from tafkir.errors import CheckpointError, RecipeError
 
-__all__ = ["bundled_checkpoints", "bundled_recipes", "find_checkpoint", "find_recipe"]
+__all__ = ["bundled_checkpoints", "bundled_fragments", "bundled_recipes", "find_checkpoint", "find_recipe"]
 
 _PACKAGE = Path(tafkir.__file__).resolve().parent
 
@@ -24,6 +24,11 @@ def bundled_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(_recipes_dir().glob("*.toml"))}
 
 
+def bundled_fragments() -> dict[str, Path]:
+    """Parts of recipes that ship with the package, by name: tables to lay under or over a recipe with a model."""
+    return {path.stem: path for path in sorted((_recipes_dir() / "fragments").glob("*.toml"))}
+
+
 def bundled_checkpoints() -> dict[str, Path]:
     """Checkpoints that ship with the package, by name."""
     folders = (path.parent for path in sorted((_PACKAGE / "checkpoints").glob("*/config.json")))
@@ -31,7 +36,7 @@ def bundled_checkpoints() -> dict[str, Path]:
 
 
 def find_recipe(name: str | Path) -> Path:
-    """The file of a recipe that is given as a path or as the name of a bundled one.
+    """The file of a recipe that is given as a path or as the name of a bundled one, or of a bundled fragment.
 
     Raises:
         RecipeError: there is none; the message names the nearest bundled recipe.
@@ -39,7 +44,7 @@ def find_recipe(name: str | Path) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    recipes = bundled_recipes()
+    recipes = bundled_recipes() | bundled_fragments()
     if path.name == str(name) and str(name) in recipes:
         return recipes[str(name)]
     if path.is_dir():

@@ -15,6 +15,7 @@ from tafkir.recipe.cluster import ClusterConfig
 from tafkir.recipe.model import ModelConfig
 from tafkir.recipe.rl import RlvrConfig
 from tafkir.recipe.rlhf import DpoConfig, PreferencesConfig, RewardConfig, RlhfConfig
+from tafkir.recipe.selection import SelectConfig
 from tafkir.recipe.tables import DecayShape, EmaConfig, OptimConfig, Positive, Table, TrainTable
 from tafkir.recipe.tasks import Tasks
 from tafkir.records import STAGES, StageName
@@ -39,6 +40,7 @@ __all__ = [
     "RewardConfig",
     "RlhfConfig",
     "RlvrConfig",
+    "SelectConfig",
     "SftConfig",
     "StageName",
     "TokenizerConfig",
@@ -93,6 +95,9 @@ class LanguageTable(TrainTable):
     mtp_switch_share: float = Field(
         0.67, ge=0, le=1, description="Share of the steps after which λ changes (DeepSeek-V3: 10T of 14.8T tokens)."
     )
+    pack_tokens: int = Field(
+        0, ge=0, description="Largest packed row, in tokens: a step's documents fill as many as they need; 0 sets none."
+    )
 
 
 class PretrainConfig(LanguageTable):
@@ -122,6 +127,20 @@ class SftConfig(LanguageTable):
         0.5, ge=0, le=1, description="Share of the made-up problems with more numbers than the question needs."
     )
     tasks: Tasks = Field((), description="Kinds of solved problems to learn from; none means the word problems alone.")
+    epochs: float = Field(
+        0.0, ge=0, description="Passes over the training problems, in place of steps; 0 counts by steps."
+    )
+    select: SelectConfig | None = None
+
+    @model_validator(mode="after")
+    def _check_sft(self) -> Self:
+        if self.method == "mtp_distill" and (self.epochs or self.select or self.pack_tokens):
+            raise ValueError("epochs, select and pack_tokens are for next-token training, not for mtp_distill")
+        if self.tasks and self.epochs:
+            raise ValueError("epochs counts word problems, and tasks draws others: set steps")
+        if self.select and (self.ema or not self.checkpoint_every):
+            raise ValueError("select chooses among what checkpoint_every keeps, without ema: set it above 0")
+        return self
 
 
 class EvalConfig(Table):

@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 
 from tafkir.data.packing import Document, PackedBatch, pack_documents
+from tafkir.errors import DataError, RecipeError
 from tafkir.models.attention import VarlenCausal
 from tafkir.models.decoder import Decoder, DecoderOutput
 from tafkir.ops.loss import next_token_loss
+from tafkir.recipe.schema import LanguageTable
 from tafkir.train.loop import StepOutput, Trainer, add_loads, router_metrics
 from tafkir.train.mtp import MtpLoss
 from tafkir.train.ranks import OneProcess, Ranks
 from tafkir.train.router_losses import RouterLosses
 
-__all__ = ["DocumentBatch", "language_loss", "language_step", "split_evenly", "validation_loss"]
+__all__ = ["DocumentBatch", "fill_rows", "language_loss", "language_step", "split_evenly", "validation_loss"]
 
 DocumentBatch = Callable[[int], Sequence[Document]]
 """The documents of a step; a function of the step number alone."""
@@ -32,6 +34,30 @@ def split_evenly(items: Sequence[Item], pieces: int) -> list[Sequence[Item]]:
     return [items[a:b] for a, b in pairwise(bounds) if b > a]
 
 
+def fill_rows(documents: Sequence[Document], limit: int) -> list[Sequence[Document]]:
+    """Documents in their order, in rows of at most `limit` tokens; 0 is one row.
+
+    Raises:
+        DataError: a document alone is longer.
+    """
+    if not limit:
+        return [documents]
+    rows: list[list[Document]] = []
+    room = 0
+    for document in documents:
+        size = len(document[0])
+        if size > limit:
+            raise DataError(
+                f"a document of {size} tokens does not fit a packed row of {limit}", fix="raise pack_tokens"
+            )
+        if size > room:
+            rows.append([])
+            room = limit
+        rows[-1].append(document)
+        room -= size
+    return list(rows)
+
+
 def language_loss(decoder: Decoder, batch: PackedBatch) -> tuple[Tensor, DecoderOutput]:
     """Summed cross entropy of the batch's targets, and the forward that gave it."""
     device = decoder.embed_tokens.weight.device
@@ -43,10 +69,17 @@ def language_loss(decoder: Decoder, batch: PackedBatch) -> tuple[Tensor, Decoder
 def language_step(trainer: Trainer, documents: DocumentBatch, *, label: str) -> Callable[[int], StepOutput]:
     """A step function: mean next-token loss over all targets of the step, whatever the micro-batches and the ranks."""
     ranks = trainer.ranks
+    limit = trainer.config.pack_tokens if isinstance(trainer.config, LanguageTable) else 0
+    if limit and ranks.sizes.world > 1:
+        raise RecipeError(
+            "packed rows of a set size are for one process: ranks would have different numbers of them",
+            where=f"{label}.pack_tokens",
+            fix="set it to 0, and micro_batches to what memory takes",
+        )
 
     def step(step: int) -> StepOutput:
         parts = split_evenly(documents(step), trainer.config.micro_batches * ranks.sizes.data_shards)
-        pieces = [pack_documents(part) for part in ranks.own(parts)]
+        pieces = [pack_documents(row) for part in ranks.own(parts) for row in fill_rows(part, limit)]
         targets = ranks.sum(sum(piece.num_targets for piece in pieces))
         mtp = MtpLoss.of_step(trainer.decoder, trainer.config, step, pieces)
         routers = RouterLosses.of_step(trainer.decoder, trainer.config, pieces, ranks.sum)
