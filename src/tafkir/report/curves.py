@@ -73,9 +73,77 @@ _ACCEPTANCE = Curve(
     y_max=1.0,
 )
 
+_REWARD_CURVES = (
+    Curve(
+        "Loss",
+        "a fall that the validation follows. Where only training falls, the model learns its pairs by heart.",
+        {"train/loss": "training", "validation/loss": "validation"},
+        unit="nats a pair; 0.693 is guessing",
+    ),
+    Curve(
+        "Pairs in the right order",
+        "a rise of the validation's dots above one half.",
+        {"reward/accuracy": "training", "validation/accuracy": "validation"},
+        share=True,
+        y_min=0.0,
+        y_max=1.0,
+    ),
+    _GRAD_NORM,
+)
+_DPO_CURVES = (
+    _REWARD_CURVES[0],
+    Curve(
+        "Pairs in the right order",
+        "a rise: the policy, against its reference, prefers what people prefer.",
+        {"dpo/accuracy": "training", "validation/accuracy": "validation"},
+        share=True,
+        y_min=0.0,
+        y_max=1.0,
+    ),
+    Curve(
+        "Margin and the preferred side's reward",
+        "both above zero. Where the preferred side falls below it, the preferred answers become less likely, too.",
+        {"dpo/margin": "margin", "dpo/chosen_reward": "preferred side"},
+        unit="beta times the log-ratio",
+    ),
+    _GRAD_NORM,
+)
+_RLHF_CURVES = (
+    Curve(
+        "Reward and judge",
+        "two lines that rise together. Where the reward rises and the held-out judge falls, the policy has found what "
+        "only its own reward model likes.",
+        {"rlhf/reward": "reward", "rlhf/judge_reward": "held-out judge"},
+        unit="mean of a step",
+    ),
+    Curve(
+        "Distance from the first policy",
+        "a slow rise below the budget.",
+        {"rlhf/kl": "KL"},
+        unit="nats a completion",
+        y_min=0.0,
+    ),
+    Curve(
+        "Length of the answers",
+        "neither a run to the limit nor a collapse: a reward that likes length shows here first.",
+        {"rlhf/length": "mean"},
+        unit="tokens",
+        y_min=0.0,
+    ),
+    Curve(
+        "Answers without a grade",
+        "none. Their groups are left out.",
+        {"rlhf/ungraded": "answers"},
+        y_min=0.0,
+    ),
+)
+
 CURVES: Mapping[str, Sequence[Curve]] = {
     "pretrain": (_LOSS, _ACCEPTANCE, _GRAD_NORM, _ROUTER),
     "sft": (_LOSS, _ACCEPTANCE, _GRAD_NORM, _ROUTER),
+    "reward": _REWARD_CURVES,
+    "dpo": _DPO_CURVES,
+    "rlhf": _RLHF_CURVES,
     "rlvr": (
         Curve(
             "Reward",

@@ -39,7 +39,10 @@ STAGE_TITLES: Mapping[str, str] = {
     "tokenizer": "Tokenizer",
     "pretrain": "Pre-training",
     "sft": "SFT",
+    "reward": "Reward model",
+    "dpo": "DPO",
     "rlvr": "RLVR",
+    "rlhf": "RLHF",
     "eval": "Evaluation",
     "lab": "Laboratory",
     "base": "Base",
@@ -49,6 +52,9 @@ STAGE_WORDS: Mapping[str, str] = {
     "pretrain": "learns language and arithmetic by predicting the next token",
     "sft": "learns to write out its steps, from worked solutions (supervised fine-tuning)",
     "rlvr": "tries problems itself and is rewarded for right answers (reinforcement learning, GRPO with IcePop)",
+    "reward": "a model of which answers are preferred, learnt from pairs",
+    "dpo": "learns from the preferred and the other answer of each pair directly",
+    "rlhf": "answers open prompts and is rewarded for what is preferred (reinforcement learning, GRPO, under a guard)",
     "eval": "answers problems that no stage was trained on",
     "lab": "trains twins that differ in their residual alone, at growing depth",
 }
@@ -166,7 +172,7 @@ def _headline_without_eval(record: RunRecord) -> Headline:
         return Headline(sentence, [], "plain")
     if measured := lab_sentence(record.variants):
         return Headline(measured, lab_beside(record.variants), "plain")
-    trained = [stage for stage in record.stages.values() if stage.kind in ("pretrain", "sft", "rlvr")]
+    trained = [stage for stage in record.stages.values() if stage.kind in ("pretrain", "sft", "dpo", "rlvr", "rlhf")]
     beside = ["This recipe has no evaluation, so nothing is said about held-out answers."]
     for name, words in (("validation/loss", "validation loss"), ("train/loss", "training loss")):
         values = [value for _, value in series(trained[-1].metrics, name) if value is not None] if trained else []

@@ -11,6 +11,13 @@ from tafkir.report.charts import Point, number
 from tafkir.report.collect import Chain, RunRecord, StageRecord
 from tafkir.report.curves import CURVES, SPEED_CURVES, curve_lines, final_loads, value_words
 from tafkir.report.lab import LAB_HEAD, lab_figures, lab_rows
+from tafkir.report.preference import (
+    QUALITY_HEAD,
+    RELIABILITY_HEAD,
+    guard_sentences,
+    quality_rows,
+    reliability_rows,
+)
 from tafkir.report.words import ACCURACY_HEAD, COST_HEAD, DIFFERENCE_HEAD, WORDS
 
 __all__ = ["render_markdown"]
@@ -31,6 +38,7 @@ def render_markdown(record: RunRecord) -> str:
         parts.append("What this report cannot show:\n\n" + "\n".join(f"- {_plain(note)}" for note in record.notes))
     parts += _scores(record)
     parts += _curves(record)
+    parts += _preference(record)
     parts += _lab(record)
     parts += _chains(record)
     parts += _background(record)
@@ -68,6 +76,17 @@ def _curves(record: RunRecord) -> list[str]:
         _table(("Stage", "Curve", "Over the steps", "First", "Last", "Least", "Most"), rows, escaped=(2,)),
         *(_loads(stage) for stage in record.stages.values()),
     )
+
+
+def _preference(record: RunRecord) -> list[str]:
+    return [
+        *_section(
+            "Reward model",
+            _table(QUALITY_HEAD, quality_rows(record)),
+            _table(RELIABILITY_HEAD, reliability_rows(record)),
+        ),
+        *_section("Guard against reward hacking", *map(_plain, guard_sentences(record))),
+    ]
 
 
 def _lab(record: RunRecord) -> list[str]:

@@ -13,11 +13,18 @@ from tafkir.report.charts import Line, heat_strip, interval_plot
 from tafkir.report.collect import Chain, RunRecord, StageRecord
 from tafkir.report.curves import CURVES, SPEED_CURVES, Curve, curve_lines, draw_lines, final_loads, speed_lines
 from tafkir.report.lab import LAB_HEAD, LabFigure, lab_figures, lab_rows
+from tafkir.report.preference import (
+    QUALITY_HEAD,
+    RELIABILITY_HEAD,
+    guard_sentences,
+    quality_rows,
+    reliability_rows,
+)
 from tafkir.report.words import ACCURACY_HEAD, COST_HEAD, DIFFERENCE_HEAD, WORDS
 
 __all__ = ["render_html"]
 
-_TRAINING: Sequence[StageName] = ("pretrain", "sft", "rlvr")
+_TRAINING: Sequence[StageName] = ("pretrain", "sft", "reward", "dpo", "rlvr", "rlhf")
 
 # Even if an escape were missed, the page could neither run a script nor reach the network.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
@@ -334,6 +341,24 @@ def _glossary(record: RunRecord) -> str:
     return f'<dl class="words">{items}</dl>'
 
 
+def _reward(record: RunRecord) -> str:
+    curves = _training("reward", "A second model learns from pairs which of two answers is preferred.")(record)
+    quality, reliability = quality_rows(record), reliability_rows(record)
+    if not quality:
+        return curves
+    lead = (
+        "On pairs that were held out, with 95 % intervals. A model that only likes length is right where the chosen "
+        "side is longer and wrong where it is shorter; confidence and right answers agree in a calibrated one."
+    )
+    return curves + _lead(lead) + _table(QUALITY_HEAD, quality) + _table(RELIABILITY_HEAD, reliability)
+
+
+def _rlhf(record: RunRecord) -> str:
+    words = "The model answers open prompts several times, and what is preferred becomes more likely."
+    curves = _training("rlhf", words)(record)
+    return curves + "".join(_lead(sentence) for sentence in guard_sentences(record)) if curves else ""
+
+
 _SECTIONS: Sequence[tuple[str, str, Callable[[RunRecord], str]]] = (
     ("run", "What was run", _stages),
     ("accuracy", "Accuracy by stage", _accuracy),
@@ -354,6 +379,9 @@ _SECTIONS: Sequence[tuple[str, str, Callable[[RunRecord], str]]] = (
             "Faint: each step; bold: smoothed.",
         ),
     ),
+    ("reward", "Reward model", _reward),
+    ("dpo", "Direct preference optimisation", _training("dpo", "The model learns from pairs of answers directly.")),
+    ("rlhf", "Reinforcement learning from preferences", _rlhf),
     ("lab", "The laboratory of residuals", _lab),
     ("experts", "Work of the experts", _experts),
     ("cost", "Time, speed and memory", _cost),
