@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
 
+from tafkir.checkpoint.load import load_checkpoint, load_config, outline_checkpoint
 from tafkir.data.packing import Document
 from tafkir.models.build import build_decoder
 from tafkir.recipe.model import ModelConfig
@@ -32,6 +35,24 @@ MODEL = ModelConfig(
 )
 
 
+LATENT = MODEL.model_copy(
+    update={
+        "model_type": "deepseek_v3",
+        "attention_type": "mla",
+        "num_key_value_heads": 4,
+        "head_dim": 12,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+        "rope_interleave": True,
+        "use_qk_norm": False,
+    }
+)
+"""The same with latent attention."""
+
+
 def documents(step: int) -> list[Document]:
     """Nine documents of unequal length, some with masked targets; a function of the step."""
     draw = Random(step)
@@ -40,6 +61,34 @@ def documents(step: int) -> list[Document]:
         ids = [draw.randrange(MODEL.vocab_size) for _ in range(draw.randrange(3, 20))]
         made.append((ids, [draw.random() < 0.7 for _ in ids] if index % 3 == 0 else None))
     return made
+
+
+def read_shards(source: Path, parallel: dict[str, int]) -> dict[str, Any]:
+    """Read this rank's part of a checkpoint; bytes read, entries held, and (on rank 0) all weights.
+
+    What is read is counted where the operating system is asked for it.
+    """
+    model = load_config(source)
+    ranks = open_ranks(ParallelConfig.model_validate(parallel), model)
+    counted, ask = [0], os.preadv
+
+    def count(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        got = ask(descriptor, buffers, offset)
+        counted[0] += got
+        return got
+
+    from torch.distributed.tensor import DTensor
+
+    decoder = outline_checkpoint(source)
+    os.preadv = count  # type: ignore[assignment]
+    try:
+        ranks.shard(decoder, source)
+    finally:
+        os.preadv = ask
+    held = {k: (v.to_local() if isinstance(v, DTensor) else v).numel() for k, v in decoder.state_dict().items()}
+    whole = ranks.whole(decoder)
+    weights = {k: v.detach().clone() for k, v in whole.state_dict().items()} if whole is not None else None
+    return {"bytes": counted[0], "held": held, "weights": weights}
 
 
 class _Stop(Exception):
@@ -53,11 +102,13 @@ def train(
     *,
     stop: int | None = None,
     model: ModelConfig = MODEL,
+    source: Path | None = None,
 ) -> dict[str, Any]:
     """Train, resuming from `folder`; returns the metric rows, the totals and (on rank 0) the weights that came out.
 
     Args:
         stop: end before this step, counted from 0, and return nothing.
+        source: checkpoint to start from; several ranks read their parts of it.
     """
     config = PretrainConfig.model_validate(
         {
@@ -72,7 +123,12 @@ def train(
         }
     )
     ranks = open_ranks(ParallelConfig.model_validate(parallel), model)
-    trainer = Trainer(build_decoder(model, seed=3), config, ranks)
+    if source is None:
+        trainer = Trainer(build_decoder(model, seed=3), config, ranks)
+    elif ranks.sizes.world == 1:
+        trainer = Trainer(load_checkpoint(source).decoder, config, ranks)
+    else:
+        trainer = Trainer(outline_checkpoint(source), config, ranks, source)
     heldout = documents(1000)[:5]
     stage = StageDir(folder, "pretrain")
     one_step = language_step(trainer, documents, label="pretrain")

@@ -24,9 +24,10 @@ def count(model: ModelConfig) -> int:
     [
         ("ring-flash-2.0", ParallelSizes(data=128, expert=8, tensor=2)),
         ("deepseek-v3", ParallelSizes(data=16, expert=64)),
+        pytest.param("deepseek-v3", ParallelSizes(data=8, expert=64, tensor=2), marks=pytest.mark.slow),
         pytest.param("deepseek-v3", ParallelSizes(data=32, expert=64), marks=pytest.mark.slow),
     ],
-    ids=["ring-flash-2048", "671b-1024", "671b-2048"],
+    ids=["ring-flash-2048", "671b-1024", "671b-1024-tensor", "671b-2048"],
 )
 def test_huge_models_are_sharded_over_thousands_of_ranks(preset: str, sizes: ParallelSizes) -> None:
     model = load_preset(preset)

@@ -49,7 +49,8 @@ def test_another_number_of_processes_says_how_to_launch(table: dict[str, int], w
         (ParallelSizes(expert=2), {"num_experts": 0}, "no experts"),
         (ParallelSizes(tensor=4), {}, "4 does not divide model.num_key_value_heads = 2"),
         (ParallelSizes(data=3, tensor=2), {}, "3 does not divide model.hidden_size = 32"),
-        (ParallelSizes(tensor=2), {"attention_bias": True}, "grouped-query attention without biases"),
+        (ParallelSizes(data=4, tensor=2), {"kv_lora_rank": 6}, "4 does not divide model.kv_lora_rank = 6"),
+        (ParallelSizes(tensor=2), {"attention_bias": True}, "attention without biases only"),
     ],
 )
 def test_sizes_that_do_not_divide_the_model_are_refused(

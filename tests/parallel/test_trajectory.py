@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parallel.jobs import LEARNING_RATE, train
+from tests.parallel.jobs import LATENT, LEARNING_RATE, train
 from tests.parallel.ranks import run_ranks
 
 TOLERANCE = 1e-5
@@ -57,3 +57,19 @@ def test_many_ranks_follow_the_trajectory_of_one(sizes: dict[str, int], alone: d
     assert_same_weights(found[0]["weights"], alone["weights"])
     assert [r["weights"] for r in found[1:]] == [None] * (world - 1)
     assert found[0]["tokens"] == alone["tokens"]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"tensor_parallel": 2},
+        pytest.param({"data_parallel": 2, "tensor_parallel": 2}, marks=pytest.mark.slow),
+        pytest.param({"expert_parallel": 2, "tensor_parallel": 2}, marks=pytest.mark.slow),
+    ],
+    ids=lambda sizes: "-".join(f"{name.split('_')[0]}{size}" for name, size in sizes.items()),
+)
+def test_latent_attention_splits_its_heads(sizes: dict[str, int], tmp_path: Path) -> None:
+    wanted = train(tmp_path / "alone", {}, {"steps": 3}, model=LATENT)
+    found = run_ranks(2 ** len(sizes), train, tmp_path / "many", sizes, {"steps": 3}, model=LATENT)
+    assert_same_rows(found[0]["rows"], wanted["rows"])
+    assert_same_weights(found[0]["weights"], wanted["weights"])

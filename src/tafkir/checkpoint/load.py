@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +18,15 @@ from tafkir.checkpoint.manifest import MANIFEST_NAME, Manifest
 from tafkir.checkpoint.read import WeightFiles, fp8_block_size, open_weights, read_json
 from tafkir.errors import CheckpointError
 from tafkir.models.decoder import Decoder
-from tafkir.models.hf import architecture_of, causal_keys, config_from_hf, drop_absent_mtp, read_hf_tensors
+from tafkir.models.hf import (
+    Part,
+    architecture_of,
+    causal_keys,
+    config_from_hf,
+    drop_absent_mtp,
+    read_hf_parts,
+    read_hf_tensors,
+)
 from tafkir.models.reward import RewardModel
 from tafkir.models.router import Router
 from tafkir.recipe.bundled import find_checkpoint as resolve_checkpoint
@@ -31,7 +40,9 @@ __all__ = [
     "load_checkpoint",
     "load_config",
     "load_reward_model",
+    "outline_checkpoint",
     "read_manifest",
+    "read_parts",
     "resolve_checkpoint",
 ]
 
@@ -123,6 +134,36 @@ def load_reward_model(
     return RewardCheckpoint(path, model, _tokenizer_path(path), mean, std)
 
 
+def outline_checkpoint(name: Path | str) -> Decoder:
+    """The decoder of a folder on the meta device: its tensors' names, shapes and dtypes, before a weight is read.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`, as far as config and files' headers go.
+    """
+    path = resolve_checkpoint(name)
+    hf_config = read_json(path / "config.json")
+    with _opened(path, hf_config, verify_hashes=False) as (config, files):
+        return _on_meta(Decoder, drop_absent_mtp(config, files.names), torch.float32)
+
+
+def read_parts(name: Path | str, decoder: Decoder, parts: Mapping[str, Part]) -> None:
+    """Fill what this process holds of a decoder; nothing else is read, so the manifest's hashes are not compared.
+
+    Args:
+        name: the folder that `outline_checkpoint` gave the decoder of.
+        decoder: in whatever way it is sharded; its state dict has the names and whole shapes.
+        parts: what is held of each of its tensors.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`.
+    """
+    path = resolve_checkpoint(name)
+    hf_config = read_json(path / "config.json")
+    with _opened(path, hf_config, verify_hashes=False) as (_, files), _placed(files):
+        table = architecture_of(hf_config, str(path / "config.json"))
+        read_hf_parts(decoder, parts, files.names, files.read_window, table)
+
+
 def _tokenizer_path(path: Path) -> Path | None:
     return path if (path / "tokenizer.json").is_file() else None
 
@@ -131,20 +172,29 @@ def _load(
     path: Path, hf_config: Mapping[str, Any], kind: type[AnyDecoder], dtype: torch.dtype, verify_hashes: bool
 ) -> tuple[AnyDecoder, Manifest | None]:
     """Build a model of a kind from a folder's config and fill it from its files."""
-    where = str(path / "config.json")
-    config = _read_config(hf_config, where)
-    manifest = read_manifest(path)
-    block_size = fp8_block_size(hf_config, where)
-    with open_weights(path, block_size=block_size, manifest=manifest, verify_hashes=verify_hashes) as files:
+    with _opened(path, hf_config, verify_hashes) as (config, files), _placed(files):
         model = _empty(kind, drop_absent_mtp(config, files.names), dtype)
-        table = architecture_of(hf_config, where)
-        try:
-            read_hf_tensors(model, files.names, files.read, table, read_into=files.read_into)
-        except CheckpointError as error:
-            raise CheckpointError(
-                error.what, where=_place(files, error.where), expected=error.expected, fix=error.fix
-            ) from error
-    return model, manifest
+        table = architecture_of(hf_config, str(path / "config.json"))
+        read_hf_tensors(model, files.names, files.read, table, read_into=files.read_into)
+    return model, files.manifest
+
+
+@contextmanager
+def _opened(path: Path, hf_config: Mapping[str, Any], verify_hashes: bool) -> Iterator[tuple[ModelConfig, WeightFiles]]:
+    where = str(path / "config.json")
+    config, block_size, manifest = _read_config(hf_config, where), fp8_block_size(hf_config, where), read_manifest(path)
+    with open_weights(path, block_size=block_size, manifest=manifest, verify_hashes=verify_hashes) as files:
+        yield config, files
+
+
+@contextmanager
+def _placed(files: WeightFiles) -> Iterator[None]:
+    """Errors within say which file they are about."""
+    try:
+        yield
+    except CheckpointError as error:
+        where = _place(files, error.where)
+        raise CheckpointError(error.what, where=where, expected=error.expected, fix=error.fix) from error
 
 
 def _read_config(hf_config: Mapping[str, Any], where: str) -> ModelConfig:
@@ -159,14 +209,19 @@ def empty_decoder(config: ModelConfig, dtype: torch.dtype) -> Decoder:
 
 
 def _empty(kind: type[AnyDecoder], config: ModelConfig, dtype: torch.dtype) -> AnyDecoder:
+    decoder = _on_meta(kind, config, dtype).to_empty(device="cpu")
+    for parameter in decoder.parameters():
+        advise_huge_pages(parameter)
+    return decoder
+
+
+def _on_meta(kind: type[AnyDecoder], config: ModelConfig, dtype: torch.dtype) -> AnyDecoder:
     with torch.device("meta"):
         decoder = kind(config)
-    decoder = decoder.to(dtype).to_empty(device="cpu")
+    decoder = decoder.to(dtype)
     for module in decoder.modules():
         if isinstance(module, Router) and module.expert_bias is not None:
             module.expert_bias = module.expert_bias.float()
-    for parameter in decoder.parameters():
-        advise_huge_pages(parameter)
     return decoder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -255,15 +256,8 @@ class WeightFiles:
             CheckpointError: the shape is another, the file ends early, the values are not finite (before or after
                 the cast), or the tensor is not what the manifest says; the message names file and tensor.
         """
-        stored = self.tensors[name]
         dtype = self._dtype(name)
-        if tuple(place.shape) != stored.shape:
-            raise CheckpointError(
-                f"shape is {list(stored.shape)}",
-                where=f"{stored.file}: {name}",
-                expected=f"{list(place.shape)} by config.json",
-                fix="use the config.json that belongs to these weights",
-            )
+        self._check_shape(name, tuple(place.shape))
         if dtype == torch.float8_e4m3fn:
             self._dequantize(name, place)
         elif place.is_contiguous():
@@ -272,6 +266,50 @@ class WeightFiles:
             whole = torch.empty(place.shape, dtype=place.dtype)
             self._fill(name, whole.view(-1))
             place.copy_(whole)
+
+    def read_window(self, name: str, shape: tuple[int, ...], rows: range, columns: range, place: Tensor) -> None:
+        """Fill a CPU tensor with some rows and columns of a stored one, reading nothing else of it (FP8: whole rows of
+        blocks). What the manifest says of dtype and shape is checked; a hash is one of a whole tensor, and is not.
+
+        Args:
+            name: one of `names`.
+            shape: what the stored tensor must have: one dim or two.
+            rows: along dim 0.
+            columns: along dim 1; range(1) where there is none.
+            place: [rows] or [rows, columns], contiguous.
+
+        Raises:
+            CheckpointError: as in `read_into`.
+        """
+        stored, dtype = self.tensors[name], self._dtype(name)
+        self._check_shape(name, shape)
+        self._check_entry(name)
+        width = math.prod(shape[1:])
+        if dtype == torch.float8_e4m3fn:
+            self._dequantize_window(name, rows, columns, place)
+        elif len(columns) == width:
+            self._fill(name, place.view(-1), skip=rows.start * width * dtype.itemsize)
+        else:
+            step = max(1, CHUNK_BYTES // (len(columns) * dtype.itemsize))
+            scratch = torch.empty(min(step, len(rows)), len(columns), dtype=dtype)
+            for start in range(0, len(rows), step):
+                chunk = rows[start : start + step]
+                for into, row in zip(scratch, chunk, strict=False):
+                    offset = stored.offset + (row * width + columns.start) * dtype.itemsize
+                    self._read_at(stored, offset, _content(into))
+                part, source = place[start : start + len(chunk)], scratch[: len(chunk)]
+                part.copy_(source)
+                self._check_cast(name, source.view(-1), part.view(-1))
+
+    def _check_shape(self, name: str, expected: tuple[int, ...]) -> None:
+        stored = self.tensors[name]
+        if stored.shape != expected:
+            raise CheckpointError(
+                f"shape is {list(stored.shape)}",
+                where=f"{stored.file}: {name}",
+                expected=f"{list(expected)} by config.json",
+                fix="use the config.json that belongs to these weights",
+            )
 
     def _dtype(self, name: str) -> torch.dtype:
         stored = self.tensors[name]
@@ -283,42 +321,67 @@ class WeightFiles:
             )
         return STORED_DTYPES[stored.dtype]
 
-    def _fill(self, name: str, flat: Tensor) -> None:
-        """Read a chunk at a time, and check it while it is in the cache."""
+    def _fill(self, name: str, flat: Tensor, skip: int | None = None) -> None:
+        """Read a chunk at a time, and check it while it is in the cache; `skip` as in `_stream`."""
         dtype = self._dtype(name)
         if flat.dtype != dtype:
-            self._cast(name, flat, dtype)
+            self._cast(name, flat, dtype, skip)
             return
         # Slices of numpy arrays cost less than those of tensors, and a large model has thousands of small chunks.
         content = flat.view(torch.uint8).numpy()
         bits = content.view(np.int16 if dtype.itemsize == 2 else np.int32)
         step = CHUNK_BYTES // dtype.itemsize
-        with self._stream(name) as read:
+        with self._stream(name, skip) as read:
             for start in range(0, flat.numel(), step):
                 read(content[start * dtype.itemsize : (start + step) * dtype.itemsize].data)
                 if not bits_finite(bits[start : start + step], dtype):
                     raise self._not_finite(name, False, dtype)
 
-    def _cast(self, name: str, flat: Tensor, dtype: torch.dtype) -> None:
+    def _cast(self, name: str, flat: Tensor, dtype: torch.dtype, skip: int | None) -> None:
         """Like `_fill`, by way of one chunk in the stored dtype."""
         scratch = torch.empty(min(CHUNK_BYTES // dtype.itemsize, flat.numel()), dtype=dtype)
-        with self._stream(name) as read:
+        with self._stream(name, skip) as read:
             for place in flat.split(len(scratch)) if len(scratch) else ():
                 source = scratch[: len(place)]
                 read(_content(source))
                 place.copy_(source)
-                # A cast can overflow but not repair, so the narrower side tells all.
-                if not all_finite(place if place.dtype.itemsize <= dtype.itemsize else source):
-                    raise self._not_finite(name, all_finite(source), place.dtype)
+                self._check_cast(name, source, place)
 
-    def _dequantize(self, name: str, place: Tensor) -> None:
-        assert self.block_size is not None  # `_check_pairs` refuses FP8 without it
+    def _check_cast(self, name: str, source: Tensor, place: Tensor) -> None:
+        """A cast can overflow but not repair, so the narrower side tells all; both flat."""
+        if not all_finite(place if place.dtype.itemsize <= source.dtype.itemsize else source):
+            raise self._not_finite(name, all_finite(source), place.dtype)
+
+    def _dequantize_window(self, name: str, rows: range, columns: range, place: Tensor) -> None:
+        """Whole rows of blocks through scratch, a row of blocks at a time."""
+        assert self.block_size is not None
+        height, width = self.block_size[0], self.tensors[name].shape[1]
+        scales = self._scales(name)
+        for block_row in range(rows.start // height, -(-rows.stop // height)):
+            first = block_row * height
+            codes = torch.empty(min(height, self.tensors[name].shape[0] - first), width, dtype=torch.float8_e4m3fn)
+            self._read_at(self.tensors[name], self.tensors[name].offset + first * width, _content(codes.view(-1)))
+            values = torch.empty(codes.shape, dtype=place.dtype)
+            dequantize_fp8_blocks(codes, scales[block_row : block_row + 1], self.block_size, out=values)
+            if not all_finite(values):
+                raise self._not_finite(name, bool(codes.float().isfinite().all()), place.dtype)
+            begin, end = max(rows.start, first), min(rows.stop, first + len(codes))
+            wanted = values[begin - first : end - first, columns.start : columns.stop]
+            place[begin - rows.start : end - rows.start] = wanted
+
+    def _scales(self, name: str) -> Tensor:
+        """The scales of an FP8 tensor, float32."""
         scale = torch.empty(self.tensors[name + SCALE_SUFFIX].shape, dtype=self._dtype(name + SCALE_SUFFIX))
         with self._stream(name + SCALE_SUFFIX) as read:
             read(_content(scale.view(-1)))
         scale = scale.float()
         if not (all_finite(scale) and (scale >= 0).all()):
             raise self._not_finite(name + SCALE_SUFFIX, False, scale.dtype)
+        return scale
+
+    def _dequantize(self, name: str, place: Tensor) -> None:
+        assert self.block_size is not None  # `_check_pairs` refuses FP8 without it
+        scale = self._scales(name)
         height = min(scale.shape[0], CHUNK_BYTES // (self.block_size[0] * max(1, place.shape[1]))) or 1
         scratch = torch.empty(height * self.block_size[0], place.shape[1], dtype=torch.float8_e4m3fn)
         with self._stream(name) as read:
@@ -331,26 +394,34 @@ class WeightFiles:
                 if not all_finite(part):
                     raise self._not_finite(name, bool(codes.float().isfinite().all()), place.dtype)
 
+    def _read_at(self, stored: StoredTensor, offset: int, content: memoryview) -> None:
+        """Fill a buffer with the bytes of a file from an offset on."""
+        done = 0
+        while done < len(content):
+            try:
+                count = os.preadv(self.descriptors[stored.file], [content[done:]], offset + done)
+            except OSError as error:
+                raise CheckpointError(f"cannot read the file ({error.strerror})", where=str(stored.file)) from error
+            if count == 0:
+                raise CheckpointError("the file was cut while it was read", where=str(stored.file), fix=_AGAIN)
+            done += count
+
     @contextmanager
-    def _stream(self, name: str) -> Iterator[Callable[[memoryview], None]]:
-        """A function that fills one buffer after the other with the next bytes; the hash is checked at the end."""
+    def _stream(self, name: str, skip: int | None = None) -> Iterator[Callable[[memoryview], None]]:
+        """A function that fills one buffer after the other with the next bytes; the hash is checked at the end.
+
+        Args:
+            skip: bytes to leave out at the beginning; None for a tensor that is read to its end, and so has a hash.
+        """
         stored = self.tensors[name]
         entry = self._check_entry(name)
-        digest = hashlib.sha256() if entry is not None and self.verify_hashes else None
-        descriptor, offset = self.descriptors[stored.file], stored.offset
+        digest = hashlib.sha256() if entry is not None and self.verify_hashes and skip is None else None
+        offset = stored.offset + (skip or 0)
 
         def read(content: memoryview) -> None:
             nonlocal offset
-            done = 0
-            while done < len(content):
-                try:
-                    count = os.preadv(descriptor, [content[done:]], offset + done)
-                except OSError as error:
-                    raise CheckpointError(f"cannot read the file ({error.strerror})", where=str(stored.file)) from error
-                if count == 0:
-                    raise CheckpointError("the file was cut while it was read", where=str(stored.file), fix=_AGAIN)
-                done += count
-            offset += done
+            self._read_at(stored, offset, content)
+            offset += len(content)
             if digest is not None:
                 digest.update(content)
 

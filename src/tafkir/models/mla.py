@@ -50,7 +50,7 @@ class LatentAttention(nn.Module):
 
     def forward(self, x_ND: Tensor, cos: Tensor, sin: Tensor, attention: AttentionState) -> Tensor:
         q_NHP, q_NHR = self._queries(x_ND, cos, sin)
-        latent_NL, k_NR = self._latents(x_ND, cos, sin)
+        latent_NL, k_NR = self.project_latents(x_ND, cos, sin)
         if isinstance(attention, LatentAttentionState):
             out_NHV = self._absorbed(q_NHP, q_NHR, latent_NL, k_NR, attention)
         else:
@@ -70,7 +70,7 @@ class LatentAttention(nn.Module):
         q_NHP, q_NHR = q_NHK.split([self.shape.qk_nope_head_dim, self.shape.qk_rope_head_dim], dim=-1)
         return q_NHP, self._rotate(q_NHR, cos, sin)
 
-    def _latents(self, x_ND: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def project_latents(self, x_ND: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """The normalised latent [N, L] and the rotated key that all heads share [N, R]."""
         latent_NL, k_NR = self.kv_a_proj(x_ND).split([self.shape.kv_lora_rank, self.shape.qk_rope_head_dim], dim=-1)
         return self.kv_a_norm(latent_NL), self._rotate(k_NR.unsqueeze(1), cos, sin).squeeze(1)

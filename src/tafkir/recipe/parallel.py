@@ -81,9 +81,9 @@ def check_shapes(model: ModelConfig, sizes: ParallelSizes) -> None:
         if not model.num_experts:
             raise RecipeError("there are no experts to share out", where="parallel.expert_parallel", fix="set it to 1")
     if sizes.tensor > 1:
-        if model.attention_type != "gqa" or model.attention_bias:
+        if model.attention_bias:
             raise RecipeError(
-                "tensor parallelism splits grouped-query attention without biases only",
+                "tensor parallelism splits attention without biases only",
                 where="parallel.tensor_parallel",
                 fix="set it to 1, and use data_parallel and expert_parallel",
             )
@@ -96,7 +96,9 @@ def check_shapes(model: ModelConfig, sizes: ParallelSizes) -> None:
             moe_intermediate_size=model.moe_intermediate_size,
         )
         # Rows belong to the tensor ranks, so the others cut the columns.
-        _divides("data_parallel x expert_parallel", sizes.data_shards, hidden_size=model.hidden_size)
+        latent = {"kv_lora_rank": model.kv_lora_rank, "q_lora_rank": model.q_lora_rank}
+        widths = {name: width for name, width in latent.items() if width is not None}
+        _divides("data_parallel x expert_parallel", sizes.data_shards, hidden_size=model.hidden_size, **widths)
 
 
 def check_parallel(recipe: Recipe, sizes: ParallelSizes) -> None:

@@ -7,6 +7,7 @@ import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -41,13 +42,19 @@ class StepOutput:
 
 
 class Trainer:
-    """A decoder with its optimisers, and the average of its weights where one is asked for: what a step changes."""
+    """A decoder with its optimisers, and the average of its weights where one is asked for: what a step changes.
 
-    def __init__(self, decoder: Decoder, config: TrainTable, ranks: Ranks | None = None) -> None:
+    Args:
+        source: where a decoder on the meta device is read from; see `Ranks.shard`.
+    """
+
+    def __init__(
+        self, decoder: Decoder, config: TrainTable, ranks: Ranks | None = None, source: Path | None = None
+    ) -> None:
         self.decoder = decoder
         self.config = config
         self.ranks: Ranks = ranks or OneProcess()
-        self.ranks.shard(decoder)
+        self.ranks.shard(decoder, source)
         self.optimizers = self.ranks.adapt(build_optimizers(decoder, config))
         self.average = WeightAverage(decoder, config.ema.decay, warmup=config.ema.warmup) if config.ema else None
 

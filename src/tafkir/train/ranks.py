@@ -37,8 +37,12 @@ class Ranks(Protocol):
         """Whether this process writes files and speaks."""
         ...
 
-    def shard(self, decoder: Decoder) -> None:
-        """Move the decoder to the device and leave this process its part of it; before the optimisers are built."""
+    def shard(self, decoder: Decoder, source: Path | None = None) -> None:
+        """Move the decoder to the device and leave this process its part of it; before the optimisers are built.
+
+        Args:
+            source: checkpoint folder that a decoder on the meta device is filled from, by every process its part.
+        """
         ...
 
     def adapt(self, optimizers: list[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
@@ -102,7 +106,8 @@ class OneProcess:
     def __init__(self, device: torch.device | None = None) -> None:
         self.device = device or torch.device("cpu")
 
-    def shard(self, decoder: Decoder) -> None:
+    def shard(self, decoder: Decoder, source: Path | None = None) -> None:
+        assert source is None, "one process holds the whole decoder"
         if self.device.type != "cpu":
             decoder.to(self.device)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tafkir.checkpoint.load import load_checkpoint, load_config
+from tafkir.checkpoint.load import load_checkpoint, load_config, outline_checkpoint
 from tafkir.checkpoint.save import save_checkpoint
 from tafkir.data.corpus import Corpus, load_corpus
 from tafkir.data.loader import (
@@ -30,6 +29,7 @@ from tafkir.models.build import add_mtp, build_decoder, stretch_context
 from tafkir.models.decoder import Decoder
 from tafkir.ops.native import select_kernels
 from tafkir.recipe.model import ModelConfig
+from tafkir.recipe.parallel import world_size
 from tafkir.recipe.schema import PretrainConfig, SftConfig, TrainTable
 from tafkir.recipe.seeds import derive_seed
 from tafkir.recipe.stage import StageContext
@@ -44,7 +44,6 @@ from tafkir.train.mtp import measure_mtp
 from tafkir.train.mtp_distill import distill_step, freeze_all_but_mtp
 from tafkir.train.ranks import open_ranks
 from tafkir.train.rlvr import RlvrStep
-from tafkir.train.selection import select_checkpoint
 from tafkir.train.state import Carried
 from tafkir.train.task_rollouts import open_tasks
 
@@ -91,7 +90,7 @@ def run_pretrain(ctx: StageContext) -> dict[str, Any]:
     """Next-token training from fresh weights, or from the recipe's base."""
     config = ctx.recipe.pretrain
     assert config is not None
-    corpus, decoder, tokenizer = _start(ctx)
+    corpus, decoder, tokenizer = _start(ctx, shared=world_size() > 1)
     stream = PretrainStream(
         repeat_sources(corpus.train, ctx.recipe.data.repeat),
         tokenizer,
@@ -111,16 +110,11 @@ def run_sft(ctx: StageContext) -> dict[str, Any]:
     """Supervised fine-tuning on chains of thought in the chat format, of the model or of its MTP layers alone."""
     config = ctx.recipe.sft
     assert config is not None
-    corpus, decoder, tokenizer = _start(ctx)
+    corpus, decoder, tokenizer = _start(ctx, shared=world_size() > 1)
     if config.tasks:
         return _fit_language(ctx, config, decoder, tokenizer, *_solved_tasks(ctx, config, tokenizer, corpus), corpus)
-    problems = repeat_sources(corpus.train, ctx.recipe.data.repeat)
-    if config.epochs:
-        usable = sum(bool(problem.steps) for problem in problems)
-        steps = max(1, math.ceil(config.epochs * usable / config.batch_problems))
-        config = config.model_copy(update={"steps": steps})
     stream = SftStream(
-        problems,
+        repeat_sources(corpus.train, ctx.recipe.data.repeat),
         tokenizer,
         ctx.recipe.data.augment,
         batch_problems=config.batch_problems,
@@ -202,14 +196,17 @@ def run_rlvr(ctx: StageContext) -> dict[str, Any]:
     return _finish(ctx, config, trainer, tokenizer, result, corpus)
 
 
-def _start(ctx: StageContext) -> tuple[Corpus, Decoder, Tokenizer]:
+def _start(ctx: StageContext, *, shared: bool = False) -> tuple[Corpus, Decoder, Tokenizer]:
     """The problems, and the decoder and tokenizer to go on with; fresh weights where there is only a tokenizer."""
     corpus = load_corpus(ctx.recipe.data)
-    return corpus, *open_policy(ctx)
+    return corpus, *open_policy(ctx, shared=shared)
 
 
-def open_policy(ctx: StageContext) -> tuple[Decoder, Tokenizer]:
+def open_policy(ctx: StageContext, *, shared: bool = False) -> tuple[Decoder, Tokenizer]:
     """The decoder and tokenizer to go on with; fresh weights where there is only a tokenizer.
+
+    Args:
+        shared: whether many processes train it; what they read of a checkpoint comes on the meta device.
 
     Raises:
         CheckpointError: there is nothing to start from, or it is another model than the recipe's.
@@ -235,7 +232,9 @@ def open_policy(ctx: StageContext) -> tuple[Decoder, Tokenizer]:
     scaling = wanted.rope_scaling if found.rope_scaling is None else None
     given = ({"mtp": None} if adds_mtp else {}) | ({"rope_scaling": None} if scaling else {})
     _check_shape(found, wanted.model_copy(update=given), ctx.previous)
-    decoder = load_checkpoint(ctx.previous).decoder
+    # Where many share the stage, each reads its own part once it knows it; a decoder that grows is read whole.
+    outline = shared and not adds_mtp
+    decoder = outline_checkpoint(ctx.previous) if outline else load_checkpoint(ctx.previous).decoder
     if scaling is not None:
         decoder = stretch_context(decoder, scaling, wanted.max_position_embeddings)
     if adds_mtp and wanted.mtp is not None:
@@ -278,7 +277,8 @@ def _fit_language(
     heldout: list[Document],
     corpus: Corpus,
 ) -> dict[str, Any]:
-    trainer = Trainer(decoder, config, open_ranks(ctx.recipe.parallel, ctx.recipe.model))
+    source = ctx.previous if decoder.embed_tokens.weight.is_meta else None
+    trainer = Trainer(decoder, config, open_ranks(ctx.recipe.parallel, ctx.recipe.model), source)
     distills = isinstance(config, SftConfig) and config.method == "mtp_distill"
     trains_mtp = distills or bool(config.mtp_loss_weight or config.mtp_final_loss_weight)
     if trains_mtp and trainer.ranks.sizes.world > 1:
@@ -286,11 +286,6 @@ def _fit_language(
             "multi-token prediction trains in one process only",
             where=f"stage {ctx.stage.kind}",
             fix="start it without torchrun, or set mtp_loss_weight to 0",
-        )
-
-    if isinstance(config, SftConfig) and config.select and trainer.ranks.sizes.world > 1:
-        raise RecipeError(
-            "a checkpoint is chosen in one process only", where="sft.select", fix="start it without torchrun"
         )
 
     def validate() -> Mapping[str, float]:
@@ -304,15 +299,15 @@ def _fit_language(
 
     build_step = distill_step if distills else language_step
     step = build_step(trainer, documents, label=ctx.stage.kind)
-    keep = keep_checkpoints(ctx, trainer, tokenizer)
     result = fit(
-        trainer, ctx.stage, step, validate=validate if heldout else None, keep=keep, label=ctx.stage.kind
+        trainer,
+        ctx.stage,
+        step,
+        validate=validate if heldout else None,
+        keep=keep_checkpoints(ctx, trainer, tokenizer),
+        label=ctx.stage.kind,
     )
-    selected: dict[str, Any] = {}
-    if isinstance(config, SftConfig) and config.select:
-        keep(config.steps)
-        selected["select"] = select_checkpoint(ctx, config.select, decoder, tokenizer, corpus.validation)
-    finished = _finish(ctx, config, trainer, tokenizer, result, corpus) | selected
+    finished = _finish(ctx, config, trainer, tokenizer, result, corpus)
     if trains_mtp and heldout:
         with as_written(trainer, config):
             finished["mtp"] = measure_mtp(decoder, heldout)

@@ -23,8 +23,10 @@ from tafkir.recipe.model import ModelConfig
 __all__ = [
     "TABLES",
     "architecture_of",
+    "check_names",
     "drop_absent_mtp",
     "read_hf_tensors",
+    "repeated_names",
     "resolve_names",
     "table_for",
     "write_hf_tensors",
@@ -121,7 +123,7 @@ def _pieces(tensor: Tensor, names: Resolved) -> Iterator[tuple[str, Tensor]]:
         yield from zip(parts, chunks, strict=True)
 
 
-def _copies(decoder: Decoder, table: WeightTable) -> dict[str, tuple[str, bool]]:
+def repeated_names(decoder: Decoder, table: WeightTable) -> dict[str, tuple[str, bool]]:
     """Tensors that repeat another one: their name, the name of ours, and whether they are written."""
     tied = decoder.lm_head is None
     copies = {"lm_head.weight": ("embed_tokens.weight", False)} if tied else {}
@@ -142,7 +144,7 @@ def write_hf_tensors(
         tensor = state[names.name].detach().to("cpu", torch.float32 if names.float32 else dtype)
         for theirs, piece in _pieces(tensor, names):
             yield theirs, piece.clone(memory_format=torch.contiguous_format)
-    for theirs, (ours, written) in _copies(decoder, table).items():
+    for theirs, (ours, written) in repeated_names(decoder, table).items():
         if written:
             yield theirs, state[ours].detach().to("cpu", dtype, copy=True)
 
@@ -169,8 +171,8 @@ def read_hf_tensors(
             the message names them.
     """
     table, there = table or table_for(decoder.config), set(available)
-    resolved, copies = resolve_names(decoder, table), _copies(decoder, table)
-    _check_names({name for names in resolved for parts in names.parts for name in parts}, there - copies.keys())
+    resolved, copies = resolve_names(decoder, table), repeated_names(decoder, table)
+    check_names({name for names in resolved for parts in names.parts for name in parts}, there - copies.keys())
     state = decoder.state_dict()
     for names in resolved:
         for theirs, place in _pieces(state[names.name], names):
@@ -199,7 +201,8 @@ def _checked(name: str, tensor: Tensor, place: Tensor) -> Tensor:
     return tensor
 
 
-def _check_names(wanted: set[str], available: set[str]) -> None:
+def check_names(wanted: set[str], available: set[str]) -> None:
+    """Raises CheckpointError that names what is missing and what is left over."""
     missing, extra = sorted(wanted - available), sorted(available - wanted)
     if not missing and not extra:
         return

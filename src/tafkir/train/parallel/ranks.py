@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 
+from tafkir.checkpoint.load import read_parts
 from tafkir.models.decoder import Decoder
 from tafkir.recipe.model import ModelConfig
 from tafkir.recipe.parallel import ParallelSizes, check_shapes
 from tafkir.train.ema import WeightAverage
-from tafkir.train.parallel.sharding import Sharding, shard_decoder
+from tafkir.train.parallel.sharding import Sharding, parts_of, shard_decoder
 from tafkir.train.parallel.state import gather_decoder, load_sharded, load_whole, save_sharded
 from tafkir.train.parallel.world import Meshes
 from tafkir.train.state import latest_state
@@ -47,9 +48,14 @@ class ManyRanks:
     def is_main(self) -> bool:
         return dist.get_rank() == 0
 
-    def shard(self, decoder: Decoder) -> None:
-        decoder.to(self.device)
+    def shard(self, decoder: Decoder, source: Path | None = None) -> None:
+        if source is None:
+            decoder.to(self.device)
+            self._sharding = shard_decoder(decoder, self._meshes)
+            return
         self._sharding = shard_decoder(decoder, self._meshes)
+        decoder.to_empty(device=self.device)
+        read_parts(source, decoder, parts_of(decoder, self._sharding.orders))
 
     def adapt(self, optimizers: list[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
         # One fused step takes parameters of one mesh.

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from tafkir.models.decoder import Decoder, DecoderLayer
 from tafkir.models.experts import Experts
+from tafkir.models.hf import Part
 from tafkir.train.parallel.experts import place_experts
 from tafkir.train.parallel.tensor import Order, order_fused, split_heads_and_widths
 from tafkir.train.parallel.world import Meshes
 
-__all__ = ["Sharding", "shard_decoder"]
+__all__ = ["Sharding", "parts_of", "shard_decoder"]
 
 
 class Sharding:
@@ -52,6 +55,29 @@ def shard_decoder(decoder: Decoder, meshes: Meshes) -> Sharding:
             _fully_shard(module, fsdp)
     _fully_shard(decoder, fsdp)
     return Sharding(orders, partial)
+
+
+def parts_of(decoder: Decoder, orders: Mapping[str, Order]) -> dict[str, Part]:
+    """What this rank holds of every tensor of a sharded decoder, in terms of a checkpoint's order."""
+    parts = {}
+    for name, value in decoder.state_dict().items():
+        entries = [torch.arange(size) for size in value.shape]
+        if isinstance(value, DTensor):
+            mesh = value.device_mesh
+            for placement, ranks, rank in zip(value.placements, mesh.shape, mesh.get_coordinate() or (), strict=True):
+                if isinstance(placement, Shard):
+                    entries[placement.dim] = _chunk(entries[placement.dim], ranks, rank)
+            value = value.to_local()
+        if order := orders.get(name):
+            entries[order.dim] = order.index[entries[order.dim]]
+        parts[name] = Part(value.detach(), tuple(entries))
+    return parts
+
+
+def _chunk(entries: Tensor, ranks: int, rank: int) -> Tensor:
+    """A rank's share as DTensor cuts it; the last ones may have less, or nothing."""
+    chunks = entries.chunk(ranks)
+    return chunks[rank] if rank < len(chunks) else entries[:0]
 
 
 def _fully_shard(module: nn.Module, mesh: DeviceMesh) -> None:

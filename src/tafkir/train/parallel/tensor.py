@@ -20,6 +20,7 @@ from tafkir.models.attention import Attention
 from tafkir.models.decoder import Decoder
 from tafkir.models.experts import Experts
 from tafkir.models.layers import SwiGLU
+from tafkir.models.mla import LatentAttention
 
 __all__ = ["Order", "copy_to_ranks", "order_fused", "place_parameter", "split_heads_and_widths", "sum_over_ranks"]
 
@@ -134,6 +135,23 @@ def split_heads_and_widths(decoder: Decoder, mesh: DeviceMesh) -> list[nn.Parame
             module.num_heads //= mesh.size()
             module.num_kv_heads //= mesh.size()
             partial += [norm.weight for norm in (module.q_norm, module.k_norm) if norm is not None]
+        elif isinstance(module, LatentAttention):
+            _split_latent_heads(module, mesh)
         elif isinstance(module, SwiGLU):
             parallelize_module(module, mesh, {"gate_up_proj": _SplitRows(), "down_proj": _SplitColumns()})
     return partial
+
+
+def _split_latent_heads(module: LatentAttention, mesh: DeviceMesh) -> None:
+    """Split what is there once a head; the way down to the latents, and its gradient, stay whole on every rank."""
+    queries = "q_proj" if module.shape.q_lora_rank is None else "q_b_proj"
+    parallelize_module(module, mesh, {queries: _SplitRows(), "kv_b_proj": _SplitRows(), "o_proj": _SplitColumns()})
+    module.num_heads //= mesh.size()
+    inner = module.project_latents
+
+    def project_latents(x_ND: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        # Each rank's heads read the rotated key that all heads share.
+        latent_NL, k_NR = inner(x_ND, cos, sin)
+        return latent_NL, copy_to_ranks(k_NR, mesh)
+
+    module.project_latents = project_latents  # type: ignore[method-assign]
