@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -44,6 +45,7 @@ from tafkir.train.mtp import measure_mtp
 from tafkir.train.mtp_distill import distill_step, freeze_all_but_mtp
 from tafkir.train.ranks import open_ranks
 from tafkir.train.rlvr import RlvrStep
+from tafkir.train.selection import select_checkpoint
 from tafkir.train.state import Carried
 from tafkir.train.task_rollouts import open_tasks
 
@@ -113,8 +115,13 @@ def run_sft(ctx: StageContext) -> dict[str, Any]:
     corpus, decoder, tokenizer = _start(ctx, shared=world_size() > 1)
     if config.tasks:
         return _fit_language(ctx, config, decoder, tokenizer, *_solved_tasks(ctx, config, tokenizer, corpus), corpus)
+    problems = repeat_sources(corpus.train, ctx.recipe.data.repeat)
+    if config.epochs:
+        usable = sum(bool(problem.steps) for problem in problems)
+        steps = max(1, math.ceil(config.epochs * usable / config.batch_problems))
+        config = config.model_copy(update={"steps": steps})
     stream = SftStream(
-        repeat_sources(corpus.train, ctx.recipe.data.repeat),
+        problems,
         tokenizer,
         ctx.recipe.data.augment,
         batch_problems=config.batch_problems,
@@ -288,6 +295,11 @@ def _fit_language(
             fix="start it without torchrun, or set mtp_loss_weight to 0",
         )
 
+    if isinstance(config, SftConfig) and config.select and trainer.ranks.sizes.world > 1:
+        raise RecipeError(
+            "a checkpoint is chosen in one process only", where="sft.select", fix="start it without torchrun"
+        )
+
     def validate() -> Mapping[str, float]:
         row = {"validation/loss": validation_loss(decoder, heldout, ranks=trainer.ranks)}
         if trains_mtp:
@@ -299,15 +311,15 @@ def _fit_language(
 
     build_step = distill_step if distills else language_step
     step = build_step(trainer, documents, label=ctx.stage.kind)
+    keep = keep_checkpoints(ctx, trainer, tokenizer)
     result = fit(
-        trainer,
-        ctx.stage,
-        step,
-        validate=validate if heldout else None,
-        keep=keep_checkpoints(ctx, trainer, tokenizer),
-        label=ctx.stage.kind,
+        trainer, ctx.stage, step, validate=validate if heldout else None, keep=keep, label=ctx.stage.kind
     )
-    finished = _finish(ctx, config, trainer, tokenizer, result, corpus)
+    selected: dict[str, Any] = {}
+    if isinstance(config, SftConfig) and config.select:
+        keep(config.steps)
+        selected["select"] = select_checkpoint(ctx, config.select, decoder, tokenizer, corpus.validation)
+    finished = _finish(ctx, config, trainer, tokenizer, result, corpus) | selected
     if trains_mtp and heldout:
         with as_written(trainer, config):
             finished["mtp"] = measure_mtp(decoder, heldout)
