@@ -45,7 +45,7 @@ def test_the_name_changes_with_source_flags_and_processor(empty_cache: Path, mon
     other_source = empty_cache.parent / "kernels.cpp"
     other_source.write_text("int x;")
     names = {library.library_path()}
-    changes = {"SOURCE": other_source, "flags": lambda: ("-O1",), "_processor": lambda: "another"}
+    changes = {"SOURCES": (other_source,), "flags": lambda: ("-O1",), "_processor": lambda: "another"}
     for name, value in changes.items():
         with monkeypatch.context() as patch:
             patch.setattr(library, name, value)

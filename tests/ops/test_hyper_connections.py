@@ -20,6 +20,8 @@ from tafkir.errors import TrainingError
 from tafkir.ops import hyper_connections as hc
 from tafkir.ops.sinkhorn import sinkhorn, sinkhorn_reference
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 quick = settings(max_examples=20, deadline=None)
 seeds = st.integers(0, 10_000)
 
@@ -44,8 +46,8 @@ def same(fast: Callable[..., Any], slow: Callable[..., Any], inputs: Sequence[Te
 
 @quick
 @given(
-    tokens=st.integers(1, 9),
-    streams=st.integers(1, 6),
+    tokens=st.integers(1, 40),
+    streams=st.sampled_from([1, 2, 3, 4, 4, 4, 6]),
     iters=st.integers(1, 20),
     scale=st.sampled_from([0.1, 1.0, 8.0]),
     seed=seeds,
@@ -205,7 +207,7 @@ def test_writing_is_equation_3() -> None:
 
 
 @quick
-@given(tokens=st.integers(1, 70), streams=st.integers(1, 5), hidden=st.integers(1, 20), seed=seeds)
+@given(tokens=st.integers(1, 70), streams=st.sampled_from([1, 2, 3, 4, 4, 4, 5]), hidden=st.integers(1, 40), seed=seeds)
 def test_fast_writing_equals_the_reference(tokens: int, streams: int, hidden: int, seed: int) -> None:
     shapes = ((tokens, streams, hidden), (tokens, hidden), (tokens, streams), (tokens, streams, streams))
     same(hc.write_streams, hc.write_streams_reference, [normal(seed + i, *shape) for i, shape in enumerate(shapes)])
@@ -214,8 +216,8 @@ def test_fast_writing_equals_the_reference(tokens: int, streams: int, hidden: in
 @quick
 @given(
     tokens=st.integers(1, 70),
-    streams=st.integers(1, 5),
-    hidden=st.integers(1, 20),
+    streams=st.sampled_from([1, 2, 3, 4, 4, 4, 5]),
+    hidden=st.integers(1, 40),
     pre_eps=st.sampled_from([0.0, 0.1]),
     seed=seeds,
 )

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from tafkir.errors import BackendUnavailable
-from tafkir.native.library import BUILD_COMMAND, SOURCE, flags, library_path
+from tafkir.native.library import BUILD_COMMAND, SOURCES, flags, library_path
 
 __all__ = ["build", "torch_blas"]
 
@@ -23,7 +23,7 @@ logger = logging.getLogger("tafkir")
 
 
 def build() -> Path:
-    """Compile `kernels.cpp` into the user's cache, or return the library that is there.
+    """Compile the C++ files beside this one into the user's cache, or return the library that is there.
 
     Raises:
         BackendUnavailable: no C++ compiler is installed, it refuses the source, the cache is not writable, or torch's
@@ -40,10 +40,12 @@ def build() -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder) / target.name
-            command = [*compiler, *flags(), str(SOURCE), "-o", str(made)]
+            units = [str(source) for source in SOURCES if source.suffix == ".cpp"]
+            command = [*compiler, *flags(), *units, "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
-                raise BackendUnavailable(f"{compiler[0]} says {done.stderr.strip()[-400:]}", where=str(SOURCE))
+                said = done.stderr.strip()[-400:]
+                raise BackendUnavailable(f"{compiler[0]} says {said}", where=str(SOURCES[0].parent))
             made.replace(target)
     except OSError as error:
         fix = "make it writable, or set XDG_CACHE_HOME to a folder that is"

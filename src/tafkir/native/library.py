@@ -11,11 +11,11 @@ from typing import Literal
 
 from tafkir.errors import BackendUnavailable, RecipeError
 
-__all__ = ["BUILD_COMMAND", "OVERRIDE", "SOURCE", "KernelChoice", "flags", "library_path", "resolve_kernels"]
+__all__ = ["BUILD_COMMAND", "OVERRIDE", "SOURCES", "KernelChoice", "flags", "library_path", "resolve_kernels"]
 
 KernelChoice = Literal["auto", "native", "torch"]
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "streams.cpp", "shared.h"))
 OVERRIDE = "TAFKIR_KERNELS"
 """Environment variable that says what "auto" means, "native" or "torch"; a recipe's own word counts more."""
 BUILD_COMMAND = "python -m tafkir.native.build"
@@ -32,7 +32,7 @@ def flags() -> tuple[str, ...]:
 def library_path() -> Path:
     """Where the library lies once it is built: in the user's cache, under a name of its own for each source, flags
     and processor, so that one made for another processor is never loaded."""
-    parts = [SOURCE.read_bytes(), " ".join(flags()).encode(), _processor().encode()]
+    parts = [*(source.read_bytes() for source in SOURCES), " ".join(flags()).encode(), _processor().encode()]
     digest = hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "tafkir" / f"kernels-{digest}.so"

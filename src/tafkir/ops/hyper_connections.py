@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tafkir.ops.sinkhorn import sinkhorn_reference
+from tafkir.ops import native
+from tafkir.ops.sinkhorn import NATIVE_STREAMS, sinkhorn_reference
 
 __all__ = [
     "Maps",
@@ -38,6 +39,10 @@ class Maps(NamedTuple):
     pre_Nn: Tensor
     post_Nn: Tensor
     res_Nij: Tensor
+
+
+def _native_takes(x_NnD: Tensor, *others: Tensor) -> bool:
+    return x_NnD.shape[1] in NATIVE_STREAMS and native.takes(x_NnD, *others)
 
 
 def split_maps(flat_NM: Tensor, num_streams: int) -> Maps:
@@ -124,6 +129,10 @@ def read_streams_reference(x_NnD: Tensor, pre_Nn: Tensor) -> Tensor:
 
 def read_streams(x_NnD: Tensor, pre_Nn: Tensor) -> Tensor:
     """`read_streams_reference` in one pass."""
+    if not torch.is_grad_enabled() and _native_takes(x_NnD, pre_Nn):
+        u_ND = torch.empty_like(x_NnD[:, 0])
+        native.call("tafkir_read_streams", x_NnD.contiguous(), pre_Nn.contiguous(), *x_NnD.shape, u_ND)
+        return u_ND
     return torch.bmm(pre_Nn.unsqueeze(1), x_NnD.float()).squeeze(1).to(x_NnD.dtype)
 
 
@@ -152,6 +161,23 @@ class _Write(torch.autograd.Function):
         return grad_x, grad_y, grad_post, torch.bmm(grad, x_NnD.float().mT)
 
 
+class _NativeWrite(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_NnD: Tensor, y_ND: Tensor, post_Nn: Tensor, res_Nij: Tensor) -> Tensor:
+        ctx.save_for_backward(x_NnD, y_ND, post_Nn, res_Nij)
+        out = torch.empty_like(x_NnD)
+        native.call("tafkir_write_streams", x_NnD, y_ND, post_Nn, res_Nij, *x_NnD.shape, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NnD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        inputs = ctx.saved_tensors
+        grads = tuple(torch.empty_like(x) for x in inputs)
+        native.call("tafkir_write_streams_backward", grad_NnD.contiguous(), *inputs, *inputs[0].shape, *grads)
+        return cast(tuple[Tensor, Tensor, Tensor, Tensor], grads)
+
+
 def write_streams(x_NnD: Tensor, y_ND: Tensor, post_Nn: Tensor, res_Nij: Tensor) -> Tensor:
     """`write_streams_reference` with a hand-written backward.
 
@@ -160,7 +186,8 @@ def write_streams(x_NnD: Tensor, y_ND: Tensor, post_Nn: Tensor, res_Nij: Tensor)
         y_ND: [N, D], the sublayer's output.
         post_Nn, res_Nij: float32.
     """
-    out = _Write.apply(x_NnD.contiguous(), y_ND.contiguous(), post_Nn.contiguous(), res_Nij.contiguous())  # type: ignore[no-untyped-call]
+    function = _NativeWrite if _native_takes(x_NnD, y_ND, post_Nn, res_Nij) else _Write
+    out = function.apply(x_NnD.contiguous(), y_ND.contiguous(), post_Nn.contiguous(), res_Nij.contiguous())  # type: ignore[no-untyped-call]
     return cast(Tensor, out)
 
 
@@ -234,6 +261,40 @@ class _ProjectAndRead(torch.autograd.Function):
         return *grads, (grad_pre * z_NM[:, :num]).sum().view_as(alpha_pre), None, None
 
 
+class _NativeProjectAndRead(torch.autograd.Function):
+    """The same in the compiled kernels: a block of tokens stays in the cache for all that happens to its streams."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_NnD: Tensor,
+        phi_MP: Tensor,
+        bias_n: Tensor,
+        alpha_pre: Tensor,
+        norm_eps: float,
+        pre_eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        tokens, num, hidden = x_NnD.shape
+        z_NM, u_ND = x_NnD.new_empty(tokens, len(phi_MP)), x_NnD.new_empty(tokens, hidden)
+        gate_Nn, pre_Nn, rstd_N = x_NnD.new_empty(tokens, num), x_NnD.new_empty(tokens, num), x_NnD.new_empty(tokens)
+        given = (x_NnD, phi_MP, bias_n, alpha_pre, norm_eps, pre_eps, *x_NnD.shape, len(phi_MP))
+        native.call("tafkir_project_and_read", *given, z_NM, u_ND, gate_Nn, pre_Nn, rstd_N)
+        ctx.save_for_backward(x_NnD, phi_MP, alpha_pre, rstd_N, z_NM, gate_Nn, pre_Nn)
+        ctx.mark_non_differentiable(pre_Nn)
+        return z_NM, u_ND, x_NnD, pre_Nn
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_z: Tensor, grad_u: Tensor, grad_x: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        saved = x_NnD, phi_MP, alpha_pre, _, z_NM, _, pre_Nn = ctx.saved_tensors
+        total, grad_phi, grad_pre = torch.empty_like(x_NnD), torch.empty_like(phi_MP), torch.empty_like(pre_Nn)
+        above = (grad.contiguous() for grad in (grad_z, grad_u, grad_x))
+        given = (*above, *saved, *x_NnD.shape, len(phi_MP))
+        native.call("tafkir_project_and_read_backward", *given, total, grad_phi, grad_pre)
+        grad_alpha = (grad_pre * z_NM[:, : x_NnD.shape[1]]).sum().view_as(alpha_pre)
+        return total, grad_phi, grad_pre.sum(0), grad_alpha, None, None
+
+
 def project_and_read(
     x_NnD: Tensor, phi_MP: Tensor, bias_n: Tensor, alpha_pre: Tensor, norm_eps: float, pre_eps: float
 ) -> Reading:
@@ -250,7 +311,8 @@ def project_and_read(
     `write_streams` takes the streams that come back, so that its gradient meets the others in one sum instead of a
     pass of its own.
     """
-    out = _ProjectAndRead.apply(x_NnD.contiguous(), phi_MP, bias_n, alpha_pre, norm_eps, pre_eps)  # type: ignore[no-untyped-call]
+    function = _NativeProjectAndRead if _native_takes(x_NnD, phi_MP, bias_n, alpha_pre) else _ProjectAndRead
+    out = function.apply(x_NnD.contiguous(), phi_MP.contiguous(), bias_n, alpha_pre, norm_eps, pre_eps)  # type: ignore[no-untyped-call]
     return Reading(*out)
 
 

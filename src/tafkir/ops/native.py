@@ -30,6 +30,13 @@ _SIGNATURES = {
     "tafkir_experts": "ippppppplllllppp",
     "tafkir_experts_backward": "ipppppppplllllpppppp",
     "tafkir_softmax_minus_onehot": "ipplllp",
+    "tafkir_read_streams": "ipplllp",
+    "tafkir_write_streams": "ipppplllp",
+    "tafkir_write_streams_backward": "ippppplllpppp",
+    "tafkir_project_and_read": "ippppffllllppppp",
+    "tafkir_project_and_read_backward": "ippppppppppllllppp",
+    "tafkir_sinkhorn": "iplllp",
+    "tafkir_sinkhorn_backward": "ipplllp",
 }
 _TYPES = {"i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float, "p": ctypes.c_void_p}
 

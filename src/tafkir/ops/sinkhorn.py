@@ -12,8 +12,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tafkir.errors import TrainingError
+from tafkir.ops import native
 
-__all__ = ["sinkhorn", "sinkhorn_reference"]
+__all__ = ["NATIVE_STREAMS", "sinkhorn", "sinkhorn_reference"]
+
+NATIVE_STREAMS = (2, 4)
+"""Numbers of streams that the compiled kernels take."""
 
 
 def sinkhorn_reference(logits: Tensor, iters: int) -> Tensor:
@@ -88,6 +92,26 @@ class _Sinkhorn(torch.autograd.Function):
         return grad_log.addcmul(log_columns.exp(), grad_log.sum(0, keepdim=True), value=-1.0), None
 
 
+class _NativeSinkhorn(torch.autograd.Function):
+    """The same in the compiled kernels, on matrices as they come: [N, n, n]."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_Nnn: Tensor, iters: int) -> Tensor:
+        ctx.iters = iters
+        ctx.save_for_backward(logits_Nnn)
+        out = torch.empty_like(logits_Nnn)
+        native.call("tafkir_sinkhorn", logits_Nnn, *logits_Nnn.shape[:2], iters, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (logits,) = ctx.saved_tensors
+        out = torch.empty_like(logits)
+        native.call("tafkir_sinkhorn_backward", logits, grad.contiguous(), *logits.shape[:2], ctx.iters, out)
+        return out, None
+
+
 def sinkhorn(logits: Tensor, iters: int) -> Tensor:
     """`sinkhorn_reference` in float32 for every finite input, with a backward that recomputes.
 
@@ -110,6 +134,9 @@ def sinkhorn(logits: Tensor, iters: int) -> Tensor:
             fix="lower the learning rate, or look for the weights or hidden states that became infinite before",
         )
     size = logits.shape[-1]
+    if size in NATIVE_STREAMS and native.takes(logits):
+        flat_Nnn = logits.reshape(-1, size, size).contiguous()
+        return cast(Tensor, _NativeSinkhorn.apply(flat_Nnn, iters)).view_as(logits)  # type: ignore[no-untyped-call]
     flat_nnN = logits.reshape(-1, size, size).permute(1, 2, 0).contiguous()
     mixed_nnN = cast(Tensor, _Sinkhorn.apply(flat_nnN, iters))  # type: ignore[no-untyped-call]
     return mixed_nnN.permute(2, 0, 1).reshape(logits.shape)

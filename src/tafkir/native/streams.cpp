@@ -1,0 +1,439 @@
+// Fused float32 kernels that mix residual streams (`tafkir.ops.hyper_connections`) and balance their maps
+// (`tafkir.ops.sinkhorn`) on the CPU; the functions there are their references and fallbacks.
+//
+// Tokens go in blocks that stay in the second-level cache from the first look at their streams to the last. The same
+// input and number of threads give the same bits.
+
+#include <type_traits>
+
+#include "shared.h"
+
+namespace {
+
+constexpr int64_t kLanes = 16;         // floats of a vector, and tokens of a Sinkhorn block
+constexpr int64_t kBlockFloats = 65536;  // streams of a block: a quarter of a MiB
+
+// Sixteen floats wherever they lie; a machine with narrower registers takes several.
+typedef float Vec __attribute__((vector_size(64), aligned(4)));
+
+inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
+
+inline float sum(Vec v) {
+  float total = 0.0f;
+  for (int64_t l = 0; l < kLanes; l++) total += v[l];
+  return total;
+}
+
+// u = sum_j pre_j x_j. Not inlined: whoever reads again gets the same bits.
+template <int n>
+__attribute__((noinline)) void read_token(const float* RESTRICT x, const float* RESTRICT pre, int64_t d,
+                                          float* RESTRICT u) {
+#pragma omp simd
+  for (int64_t k = 0; k < d; k++) {
+    float total = 0.0f;
+    for (int j = 0; j < n; j++) total += pre[j] * x[j * d + k];
+    u[k] = total;
+  }
+}
+
+// out_i = sum_j res_ij x_j + post_i y
+template <int n>
+void write_token(const float* RESTRICT x, const float* RESTRICT y, const float* RESTRICT post,
+                 const float* RESTRICT res, int64_t d, float* RESTRICT out) {
+#pragma omp simd
+  for (int64_t k = 0; k < d; k++)
+    for (int i = 0; i < n; i++) {
+      float total = post[i] * y[k];
+      for (int j = 0; j < n; j++) total += res[i * n + j] * x[j * d + k];
+      out[i * d + k] = total;
+    }
+}
+
+template <int n>
+void write_token_backward(const float* g, const float* x, const float* y, const float* post, const float* res,
+                          int64_t d, float* gx, float* gy, float* gpost, float* gres) {
+  Vec sums[n * n] = {}, post_sums[n] = {};
+  float rest[n * n] = {}, post_rest[n] = {};
+  int64_t k = 0;
+  for (; k + kLanes <= d; k += kLanes) {
+    Vec gi[n], dy = {};
+    const Vec yk = load(y + k);
+    for (int i = 0; i < n; i++) {
+      gi[i] = load(g + i * d + k);
+      dy += post[i] * gi[i];
+      post_sums[i] += gi[i] * yk;
+    }
+    for (int j = 0; j < n; j++) {
+      const Vec xj = load(x + j * d + k);
+      Vec dx = {};
+      for (int i = 0; i < n; i++) {
+        dx += res[i * n + j] * gi[i];
+        sums[i * n + j] += gi[i] * xj;
+      }
+      store(gx + j * d + k, dx);
+    }
+    store(gy + k, dy);
+  }
+  for (; k < d; k++) {
+    gy[k] = 0.0f;
+    for (int i = 0; i < n; i++) {
+      gy[k] += post[i] * g[i * d + k];
+      post_rest[i] += g[i * d + k] * y[k];
+    }
+    for (int j = 0; j < n; j++) {
+      float dx = 0.0f;
+      for (int i = 0; i < n; i++) {
+        dx += res[i * n + j] * g[i * d + k];
+        rest[i * n + j] += g[i * d + k] * x[j * d + k];
+      }
+      gx[j * d + k] = dx;
+    }
+  }
+  for (int i = 0; i < n; i++) gpost[i] = sum(post_sums[i]) + post_rest[i];
+  for (int i = 0; i < n * n; i++) gres[i] = sum(sums[i]) + rest[i];
+}
+
+// total = grad_x + pre_j grad_u + norm x: what flows into the streams beside the projection's own part.
+template <int n>
+void gather_token(const float* RESTRICT gx, const float* RESTRICT gu, const float* RESTRICT x,
+                  const float* RESTRICT pre, float norm, int64_t d, float* RESTRICT total) {
+  for (int j = 0; j < n; j++) {
+#pragma omp simd
+    for (int64_t k = 0; k < d; k++)
+      total[j * d + k] = gx[j * d + k] + pre[j] * gu[k] + norm * x[j * d + k];
+  }
+}
+
+inline int64_t block_tokens(int64_t width) { return std::max<int64_t>(8, kBlockFloats / width); }
+
+struct Shape {
+  int64_t tokens, d, maps;
+};
+
+template <int n>
+void project_and_read(int threads, const float* x, const float* phi, const float* bias, float alpha, float norm_eps,
+                      float pre_eps, Shape shape, float* z, float* u, float* gate, float* pre, float* rstd) {
+  const int64_t width = n * shape.d, step = block_tokens(width), blocks = (shape.tokens + step - 1) / step;
+  const int maps = (int)shape.maps, wide = (int)width;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t b = 0; b < blocks; b++) {
+    const int64_t first = b * step, last = std::min(shape.tokens, first + step);
+    // x_hat phi^T = (x phi^T) / r: the norm meets M numbers a token, not n D (arXiv 2512.24880, section 4.3.1).
+    gemm(false, true, (int)(last - first), maps, wide, 1.0f, x + first * width, wide, phi, wide, 0.0f,
+         z + first * maps, maps);
+    for (int64_t t = first; t < last; t++) {
+      const float* row = x + t * width;
+      float *zt = z + t * maps, *gt = gate + t * n, *pt = pre + t * n;
+      rstd[t] = 1.0f / std::sqrt(dot(row, row, width) / (float)width + norm_eps);
+      for (int m = 0; m < maps; m++) zt[m] *= rstd[t];
+      for (int j = 0; j < n; j++) {
+        gt[j] = sigmoid(alpha * zt[j] + bias[j]);
+        pt[j] = gt[j] + pre_eps;
+      }
+      read_token<n>(row, pt, shape.d, u + t * shape.d);
+    }
+  }
+}
+
+template <int n>
+void project_and_read_backward(int threads, const float* grad_z, const float* grad_u, const float* grad_x,
+                               const float* x, const float* phi, float alpha, const float* rstd, const float* z,
+                               const float* gate, const float* pre, Shape shape, float* total, float* grad_phi,
+                               float* grad_pre) {
+  const int64_t d = shape.d, width = n * d, step = block_tokens(width), blocks = (shape.tokens + step - 1) / step;
+  const int64_t numbers = shape.maps * width;
+  const int maps = (int)shape.maps, wide = (int)width;
+  std::vector<float> parts((threads - 1) * numbers);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int part = 0; part < threads; part++) {
+    float* const mine = part ? parts.data() + (part - 1) * numbers : grad_phi;
+    std::fill(mine, mine + numbers, 0.0f);
+    const Scratch scratch(step * maps);
+    float* const scaled = scratch.get();
+    for (int64_t b = blocks * part / threads; b < blocks * (part + 1) / threads; b++) {
+      const int64_t first = b * step, last = std::min(shape.tokens, first + step);
+      const int count = (int)(last - first);
+      for (int64_t t = first; t < last; t++) {
+        const float *row = x + t * width, *gu = grad_u + t * d, *zt = z + t * maps;
+        float *st = scaled + (t - first) * maps, *gp = grad_pre + t * n;
+        std::copy(grad_z + t * maps, grad_z + (t + 1) * maps, st);
+        for (int j = 0; j < n; j++) {
+          gp[j] = dot(gu, row + j * d, d) * gate[t * n + j] * (1.0f - gate[t * n + j]);
+          st[j] += alpha * gp[j];
+        }
+        // d rstd = -rstd^3 x dx / P, and z already holds one rstd.
+        const float norm = -dot(st, zt, maps) * rstd[t] * rstd[t] / (float)width;
+        for (int m = 0; m < maps; m++) st[m] *= rstd[t];
+        gather_token<n>(grad_x + t * width, gu, row, pre + t * n, norm, d, total + t * width);
+      }
+      gemm(false, false, count, wide, maps, 1.0f, scaled, maps, phi, wide, 1.0f, total + first * width, wide);
+      gemm(true, false, maps, wide, count, 1.0f, scaled, maps, x + first * width, wide, 1.0f, mine, wide);
+    }
+  }
+  for (int part = 1; part < threads; part++)
+    for (int64_t i = 0; i < numbers; i++) grad_phi[i] += parts[(part - 1) * numbers + i];
+}
+
+// Sixteen tokens side by side: entry (i, j) of all of them is one row of lanes.
+template <int n>
+struct Lanes {
+  float at[n * n][kLanes];
+
+  void gather(const float* matrices, int64_t count) {
+    for (int e = 0; e < n * n; e++)
+      for (int64_t l = 0; l < kLanes; l++) at[e][l] = matrices[std::min(l, count - 1) * n * n + e];
+  }
+  void scatter(float* matrices, int64_t count) const {
+    for (int e = 0; e < n * n; e++)
+      for (int64_t l = 0; l < count; l++) matrices[l * n * n + e] = at[e][l];
+  }
+};
+
+template <int n>
+struct Vectors {
+  float at[n][kLanes];
+};
+
+// softmax over entries base, base + stride, ...: their logarithms in `to`, or themselves.
+template <int n>
+inline void softmax_lanes(const Lanes<n>& from, int base, int stride, bool logarithm, Lanes<n>& to) {
+  float top[kLanes], total[kLanes] = {};
+  for (int64_t l = 0; l < kLanes; l++) top[l] = from.at[base][l];
+  for (int i = 1; i < n; i++)
+    for (int64_t l = 0; l < kLanes; l++) top[l] = std::max(top[l], from.at[base + i * stride][l]);
+  for (int i = 0; i < n; i++)
+#pragma omp simd
+    for (int64_t l = 0; l < kLanes; l++) {
+      to.at[base + i * stride][l] = fast_exp(from.at[base + i * stride][l] - top[l]);
+      total[l] += to.at[base + i * stride][l];
+    }
+  float shift[kLanes];
+  for (int64_t l = 0; l < kLanes; l++) shift[l] = logarithm ? top[l] + std::log(total[l]) : 1.0f / total[l];
+  for (int i = 0; i < n; i++)
+    for (int64_t l = 0; l < kLanes; l++) {
+      float& out = to.at[base + i * stride][l];
+      out = logarithm ? from.at[base + i * stride][l] - shift[l] : out * shift[l];
+    }
+}
+
+// M1 = T_r(T_c(exp(logits))) through logarithms, and the logarithm of T_c.
+template <int n>
+void first_iteration(const Lanes<n>& logits, Lanes<n>& log_columns, Lanes<n>& m1) {
+  for (int j = 0; j < n; j++) softmax_lanes<n>(logits, j, n, true, log_columns);
+  for (int i = 0; i < n; i++) softmax_lanes<n>(log_columns, i * n, 1, false, m1);
+}
+
+// The vectors that scale M1: columns[t] and rows[t + 1] of every iteration after the first; rows[0] is one.
+template <int n>
+void scalings(const Lanes<n>& m1, int64_t steps, Vectors<n>* columns, Vectors<n>* rows) {
+  for (int i = 0; i < n; i++) std::fill(rows[0].at[i], rows[0].at[i] + kLanes, 1.0f);
+  for (int64_t t = 0; t < steps; t++)
+    for (int pass = 0; pass < 2; pass++) {
+      const Vectors<n>& known = pass ? columns[t] : rows[t];
+      Vectors<n>& out = pass ? rows[t + 1] : columns[t];
+      for (int a = 0; a < n; a++) {
+        float total[kLanes] = {};
+        for (int b = 0; b < n; b++) {
+          const float* m = m1.at[pass ? a * n + b : b * n + a];
+#pragma omp simd
+          for (int64_t l = 0; l < kLanes; l++) total[l] += m[l] * known.at[b][l];
+        }
+#pragma omp simd
+        for (int64_t l = 0; l < kLanes; l++) out.at[a][l] = 1.0f / total[l];
+      }
+    }
+}
+
+// M1 diag-scaled by rows and columns; with `other`, that matrix entry by entry instead of M1.
+template <int n>
+void scale(const Lanes<n>& matrix, const Vectors<n>& rows, const Vectors<n>& columns, Lanes<n>& out) {
+  for (int i = 0; i < n; i++)
+    for (int j = 0; j < n; j++)
+#pragma omp simd
+      for (int64_t l = 0; l < kLanes; l++)
+        out.at[i * n + j][l] = matrix.at[i * n + j][l] * rows.at[i][l] * columns.at[j][l];
+}
+
+// Backward through one scaling v_a = 1 / sum_b M1[a, b] w_b (or of M1's transpose): adds to M1's gradient and to w's.
+template <int n>
+void scaling_backward(const Lanes<n>& m1, bool transposed, const Vectors<n>& v, const Vectors<n>& w,
+                      const Vectors<n>& grad_v, Lanes<n>& grad_m1, Vectors<n>& grad_w) {
+  for (int a = 0; a < n; a++) {
+    float below[kLanes];
+    for (int64_t l = 0; l < kLanes; l++) below[l] = -grad_v.at[a][l] * v.at[a][l] * v.at[a][l];
+    for (int b = 0; b < n; b++) {
+      const int e = transposed ? b * n + a : a * n + b;
+#pragma omp simd
+      for (int64_t l = 0; l < kLanes; l++) {
+        grad_m1.at[e][l] += below[l] * w.at[b][l];
+        grad_w.at[b][l] += m1.at[e][l] * below[l];
+      }
+    }
+  }
+}
+
+template <int n>
+void sinkhorn_block_backward(const Lanes<n>& logits, const Lanes<n>& grad, int64_t steps, Vectors<n>* columns,
+                             Vectors<n>* rows, Lanes<n>& out) {
+  Lanes<n> log_columns, m1, grad_m1;
+  first_iteration<n>(logits, log_columns, m1);
+  grad_m1 = grad;
+  if (steps) {
+    scalings<n>(m1, steps, columns, rows);
+    scale<n>(grad, rows[steps], columns[steps - 1], grad_m1);
+    Vectors<n> grad_rows = {}, grad_columns = {};
+    for (int i = 0; i < n; i++)
+      for (int j = 0; j < n; j++)
+        for (int64_t l = 0; l < kLanes; l++) {
+          const float scaled = grad.at[i * n + j][l] * m1.at[i * n + j][l];
+          grad_rows.at[i][l] += scaled * columns[steps - 1].at[j][l];
+          grad_columns.at[j][l] += scaled * rows[steps].at[i][l];
+        }
+    for (int64_t t = steps; t-- > 0;) {
+      scaling_backward<n>(m1, false, rows[t + 1], columns[t], grad_rows, grad_m1, grad_columns);
+      grad_rows = {};
+      scaling_backward<n>(m1, true, columns[t], rows[t], grad_columns, grad_m1, grad_rows);
+      grad_columns = {};
+    }
+  }
+  // Through the row softmax, then through the column softmax of which log_columns is the logarithm.
+  float row_sum[n][kLanes] = {}, column_sum[n][kLanes] = {};
+  for (int i = 0; i < n; i++)
+    for (int j = 0; j < n; j++)
+      for (int64_t l = 0; l < kLanes; l++) {
+        grad_m1.at[i * n + j][l] *= m1.at[i * n + j][l];
+        row_sum[i][l] += grad_m1.at[i * n + j][l];
+      }
+  for (int i = 0; i < n; i++)
+    for (int j = 0; j < n; j++)
+      for (int64_t l = 0; l < kLanes; l++) {
+        grad_m1.at[i * n + j][l] -= m1.at[i * n + j][l] * row_sum[i][l];
+        column_sum[j][l] += grad_m1.at[i * n + j][l];
+      }
+  for (int i = 0; i < n; i++)
+    for (int j = 0; j < n; j++)
+#pragma omp simd
+      for (int64_t l = 0; l < kLanes; l++)
+        out.at[i * n + j][l] = grad_m1.at[i * n + j][l] - fast_exp(log_columns.at[i * n + j][l]) * column_sum[j][l];
+}
+
+// Forward, or with `grad` backward.
+template <int n>
+void sinkhorn(int threads, const float* logits, const float* grad, int64_t tokens, int64_t iters, float* out) {
+  const int64_t steps = iters - 1, blocks = (tokens + kLanes - 1) / kLanes;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t b = 0; b < blocks; b++) {
+    const int64_t first = b * kLanes * n * n, count = std::min(kLanes, tokens - b * kLanes);
+    std::vector<Vectors<n>> columns(steps), rows(steps + 1);
+    Lanes<n> given, result;
+    given.gather(logits + first, count);
+    if (grad) {
+      Lanes<n> above;
+      above.gather(grad + first, count);
+      sinkhorn_block_backward<n>(given, above, steps, columns.data(), rows.data(), result);
+    } else {
+      Lanes<n> log_columns;
+      first_iteration<n>(given, log_columns, result);
+      if (steps) {
+        scalings<n>(result, steps, columns.data(), rows.data());
+        scale<n>(result, rows[steps], columns[steps - 1], result);
+      }
+    }
+    result.scatter(out + first, count);
+  }
+}
+
+// Run the instance for a number of streams; two and four are compiled.
+template <class Run>
+int for_streams(int64_t n, Run run) {
+  if (n == 2)
+    run(std::integral_constant<int, 2>{});
+  else if (n == 4)
+    run(std::integral_constant<int, 4>{});
+  else
+    return 1;
+  return 0;
+}
+
+}  // namespace
+
+extern "C" {
+
+// x [N, n, D] and pre [N, n] to u [N, D].
+int tafkir_read_streams(int threads, const float* x, const float* pre, int64_t tokens, int64_t n, int64_t d,
+                        float* u) {
+  return for_streams(n, [&](auto streams) {
+    constexpr int kStreams = decltype(streams)::value;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t t = 0; t < tokens; t++) read_token<kStreams>(x + t * kStreams * d, pre + t * kStreams, d, u + t * d);
+  });
+}
+
+// x [N, n, D], y [N, D], post [N, n], res [N, n, n] to out [N, n, D].
+int tafkir_write_streams(int threads, const float* x, const float* y, const float* post, const float* res,
+                         int64_t tokens, int64_t n, int64_t d, float* out) {
+  return for_streams(n, [&](auto streams) {
+    constexpr int kStreams = decltype(streams)::value;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t t = 0; t < tokens; t++)
+      write_token<kStreams>(x + t * kStreams * d, y + t * d, post + t * kStreams, res + t * kStreams * kStreams, d,
+                            out + t * kStreams * d);
+  });
+}
+
+int tafkir_write_streams_backward(int threads, const float* grad, const float* x, const float* y, const float* post,
+                                  const float* res, int64_t tokens, int64_t n, int64_t d, float* gx, float* gy,
+                                  float* gpost, float* gres) {
+  return for_streams(n, [&](auto streams) {
+    constexpr int kStreams = decltype(streams)::value;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t t = 0; t < tokens; t++) {
+      const int64_t wide = t * kStreams * d, square = t * kStreams * kStreams;
+      write_token_backward<kStreams>(grad + wide, x + wide, y + t * d, post + t * kStreams, res + square, d, gx + wide,
+                                     gy + t * d, gpost + t * kStreams, gres + square);
+    }
+  });
+}
+
+// x [N, n, D], phi [M, n D], bias [n], alpha [1] to z [N, M], u [N, D], gate and pre [N, n], rstd [N].
+int tafkir_project_and_read(int threads, const float* x, const float* phi, const float* bias, const float* alpha,
+                            float norm_eps, float pre_eps, int64_t tokens, int64_t n, int64_t d, int64_t maps,
+                            float* z, float* u, float* gate, float* pre, float* rstd) {
+  const Shape shape{tokens, d, maps};
+  return for_streams(n, [&](auto streams) {
+    constexpr int kStreams = decltype(streams)::value;
+    project_and_read<kStreams>(threads, x, phi, bias, *alpha, norm_eps, pre_eps, shape, z, u, gate, pre, rstd);
+  });
+}
+
+// To the gradients of x (`total`), phi, and of what pre's sigmoid takes.
+int tafkir_project_and_read_backward(int threads, const float* grad_z, const float* grad_u, const float* grad_x,
+                                     const float* x, const float* phi, const float* alpha, const float* rstd,
+                                     const float* z, const float* gate, const float* pre, int64_t tokens, int64_t n,
+                                     int64_t d, int64_t maps, float* total, float* grad_phi, float* grad_pre) {
+  const Shape shape{tokens, d, maps};
+  return for_streams(n, [&](auto streams) {
+    constexpr int kStreams = decltype(streams)::value;
+    project_and_read_backward<kStreams>(threads, grad_z, grad_u, grad_x, x, phi, *alpha, rstd, z, gate, pre, shape,
+                                        total, grad_phi, grad_pre);
+  });
+}
+
+// logits [N, n, n] to the doubly stochastic [N, n, n].
+int tafkir_sinkhorn(int threads, const float* logits, int64_t tokens, int64_t n, int64_t iters, float* out) {
+  return for_streams(n, [&](auto streams) {
+    constexpr int kStreams = decltype(streams)::value;
+    sinkhorn<kStreams>(threads, logits, nullptr, tokens, iters, out);
+  });
+}
+
+int tafkir_sinkhorn_backward(int threads, const float* logits, const float* grad, int64_t tokens, int64_t n,
+                             int64_t iters, float* out) {
+  return for_streams(n, [&](auto streams) {
+    constexpr int kStreams = decltype(streams)::value;
+    sinkhorn<kStreams>(threads, logits, grad, tokens, iters, out);
+  });
+}
+
+}  // extern "C"
