@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +25,18 @@ from tafkir.train.ranks import OneProcess, Ranks
 from tafkir.train.schedule import scheduled_share
 from tafkir.train.state import Carried
 
-__all__ = ["FitResult", "StepOutput", "Trainer", "add_loads", "fit", "peak_rss_bytes", "router_metrics"]
+__all__ = [
+    "FitResult",
+    "Resumable",
+    "StepOutput",
+    "Trainer",
+    "add_loads",
+    "check_norm",
+    "fit",
+    "peak_rss_bytes",
+    "router_metrics",
+    "set_learning_rates",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +51,52 @@ class StepOutput:
     tokens: int = 0
     shown: Mapping[str, float] = field(default_factory=dict)
     stop: TrainingError | None = None
+
+
+class Resumable(Protocol):
+    """What `fit` needs of a model with its optimisers: learning rates by step, and a state to go on from."""
+
+    @property
+    def config(self) -> TrainTable: ...
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and speaks."""
+        ...
+
+    def set_step(self, step: int) -> float:
+        """Set the learning rates of step `step`; returns the main one."""
+        ...
+
+    def load_state(self, folder: Path) -> tuple[int, dict[str, float], dict[str, Any]]:
+        """Restore the newest state, if there is one; returns finished steps, what they came to, what they carried."""
+        ...
+
+    def save_state(self, folder: Path, step: int, totals: Mapping[str, float], carried: Mapping[str, Any]) -> None:
+        """Write the resumable state after `step` steps."""
+        ...
+
+
+def set_learning_rates(optimizers: Iterable[torch.optim.Optimizer], step: int, config: TrainTable) -> float:
+    """Every group's learning rate of step `step`, from its peak; returns that of the recipe's `learning_rate`."""
+    share = scheduled_share(step, config.steps, config)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * share
+    return config.learning_rate * share
+
+
+def check_norm(norm: float, where: str) -> float:
+    """The gradient norm, which must be finite.
+
+    Raises:
+        TrainingError: it is not; `where` is named.
+    """
+    if not math.isfinite(norm):
+        raise TrainingError(
+            f"the gradient norm is {norm}", where=where, fix="lower the learning rate, then run the command again"
+        )
+    return norm
 
 
 class Trainer:
@@ -60,11 +118,18 @@ class Trainer:
 
     def set_step(self, step: int) -> float:
         """Set the learning rates of step `step`; returns AdamW's."""
-        share = scheduled_share(step, self.config.steps, self.config)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * share
-        return self.config.learning_rate * share
+        return set_learning_rates(self.optimizers, step, self.config)
+
+    @property
+    def is_main(self) -> bool:
+        return self.ranks.is_main
+
+    def load_state(self, folder: Path) -> tuple[int, dict[str, float], dict[str, Any]]:
+        done, totals = self.ranks.load_state(folder, self.decoder, self.optimizers, self.average)
+        return done, totals, self.ranks.load_carried(folder)
+
+    def save_state(self, folder: Path, step: int, totals: Mapping[str, float], carried: Mapping[str, Any]) -> None:
+        self.ranks.save_state(folder, self.decoder, self.optimizers, self.average, step, totals, carried)
 
     def update(self, loads: list[Tensor], *, where: str) -> float:
         """Clip, step the optimiser, balance the routers, average; returns the gradient norm before clipping.
@@ -74,11 +139,7 @@ class Trainer:
                 leaves the decoder's routers as they are.
             where: named in the error when the gradient is not finite.
         """
-        norm = self.ranks.clip_gradients(self.decoder, self.config.max_grad_norm)
-        if not math.isfinite(norm):
-            raise TrainingError(
-                f"the gradient norm is {norm}", where=where, fix="lower the learning rate, then run the command again"
-            )
+        norm = check_norm(self.ranks.clip_gradients(self.decoder, self.config.max_grad_norm), where)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -142,10 +203,9 @@ def _timings_row(output: StepOutput, step_s: float, cpu_s: float) -> dict[str, f
     }
 
 
-def _save_state(trainer: Trainer, stage: StageDir, carriers: Mapping[str, Carried], so_far: FitResult) -> None:
+def _save_state(trainer: Resumable, stage: StageDir, carriers: Mapping[str, Carried], so_far: FitResult) -> None:
     carried = {name: state for name, each in carriers.items() if (state := each.state()) is not None}
-    parts = (trainer.decoder, trainer.optimizers, trainer.average)
-    trainer.ranks.save_state(stage.state_dir, *parts, so_far.steps, asdict(so_far), carried)
+    trainer.save_state(stage.state_dir, so_far.steps, asdict(so_far), carried)
 
 
 class _Rows:
@@ -169,7 +229,7 @@ class _Rows:
 
 
 def fit(
-    trainer: Trainer,
+    trainer: Resumable,
     stage: StageDir,
     train_step: Callable[[int], StepOutput],
     *,
@@ -180,16 +240,16 @@ def fit(
 ) -> FitResult:
     """Run `train_step` for every step that is still to do; resumable at `config.save_every` steps, bit for bit.
 
-    `train_step(step)` must be a function of the step number, the decoder, the optimiser and what it `carried` over
-    from the step before alone. `keep(done)` puts the decoder away every `config.checkpoint_every` steps.
+    `train_step(step)` must be a function of the step number, the model, the optimiser and what it `carried` over
+    from the step before alone. `keep(done)` puts the model away every `config.checkpoint_every` steps.
     """
-    config, ranks = trainer.config, trainer.ranks
-    start, before = ranks.load_state(stage.state_dir, trainer.decoder, trainer.optimizers, trainer.average)
+    config = trainer.config
+    start, before, kept = trainer.load_state(stage.state_dir)
     earlier = FitResult(**before)  # type: ignore[arg-type]  # ints stay ints
     carriers = carried or {}
-    for name, state in ranks.load_carried(stage.state_dir).items():
+    for name, state in kept.items():
         carriers[name].load_state(state)
-    rows = _Rows(stage, start) if ranks.is_main else None
+    rows = _Rows(stage, start) if trainer.is_main else None
     tokens = 0
     began, began_cpu = time.perf_counter(), time.process_time()
 
