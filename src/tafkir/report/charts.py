@@ -13,7 +13,17 @@ from html import escape
 from itertools import pairwise
 from statistics import fmean
 
-__all__ = ["Bar", "Line", "heat_strip", "interval_plot", "line_chart", "number", "percent", "signed_points"]
+__all__ = [
+    "Bar",
+    "Line",
+    "heat_strip",
+    "interval_plot",
+    "light_strip",
+    "line_chart",
+    "number",
+    "percent",
+    "signed_points",
+]
 
 Point = tuple[float, float | None]
 
@@ -383,3 +393,20 @@ def heat_strip(rows: Sequence[tuple[str, Sequence[float | None]]], *, title: str
             f'<span class="iv-value">{busiest:.1f}×</span></div>'
         )
     return f'<div class="intervals" role="img" aria-label="{escape(title, quote=True)}">{"".join(strips)}</div>'
+
+
+def light_strip(cells: Sequence[tuple[int, int, int]], names: Sequence[str], *, title: str) -> str:
+    """One strip over the steps of a stage, one cell a stretch of them in the colour of its light.
+
+    Args:
+        cells: first step, last step and light of each stretch.
+        names: what the lights are called; a cell's CSS class is `light-<name>`.
+    """
+    width = 100 / max(1, len(cells))
+    marks = "".join(
+        f'<rect class="light-{names[light]}" x="{i * width:.3f}%" width="{0.92 * width:.3f}%" height="26">'
+        f"<title>{f'step {first}' if first == last else f'steps {first} to {last}'}: {names[light]}</title></rect>"
+        for i, (first, last, light) in enumerate(cells)
+    )
+    svg = f'<svg class="heat-track" height="26">{marks}</svg>'
+    return f'<div class="intervals" role="img" aria-label="{escape(title, quote=True)}">{svg}</div>'

@@ -30,6 +30,7 @@ class StageRecord:
     result: Mapping[str, Any]
     metrics: Rows
     timings: Rows
+    mismatch: Rows = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +157,8 @@ def _read_stage(stage: StageDir, notes: list[str]) -> StageRecord:
         notes.append(f"Stage {stage.kind} is {state}.")
     elif trains and metrics is None:
         notes.append(f"{_relative(stage.metrics_path, run)} is missing: the curves of {stage.kind} cannot be drawn.")
-    return StageRecord(stage.kind, state, result or {}, metrics or [], timings or [])
+    mismatch = _read_rows(stage.path / "mismatch.jsonl", run, notes)
+    return StageRecord(stage.kind, state, result or {}, metrics or [], timings or [], mismatch or [])
 
 
 def _read_variants(stage: StageDir, run: RunDir, notes: list[str]) -> list[VariantRecord]:

@@ -36,9 +36,12 @@ def _clip_limit(table: Mapping[str, Any]) -> tuple[float, str] | None:
     return (float(limit), f"clipped above {limit:g}") if isinstance(limit, int | float) else None
 
 
-def _lost_above(_: Mapping[str, Any]) -> tuple[float, str] | None:
-    # The threshold at which Ring's authors call a run lost (arXiv 2510.18855).
-    return 0.05, "trouble above 0.05"
+def _lost_above(table: Mapping[str, Any]) -> tuple[float, str] | None:
+    # Without a monitor of its own, the threshold at which Ring's authors call a run lost (arXiv 2510.18855).
+    monitor = table.get("monitor")
+    stop = monitor.get("stop") if isinstance(monitor, Mapping) else None
+    limit = float(stop) if isinstance(stop, int | float) else 0.05
+    return limit, f"trouble above {limit:g}"
 
 
 _LOSS = Curve(
@@ -176,6 +179,22 @@ CURVES: Mapping[str, Sequence[Curve]] = {
             guide=_lost_above,
         ),
         Curve(
+            "Divergence of the engines",
+            "flat lines. Growth here without a growing mean means that a few tokens carry all of it.",
+            {"mismatch/kl": "KL"},
+            unit="KL(sampling || training), nats a token, log scale",
+            log=True,
+        ),
+        Curve(
+            "Out of the band",
+            "values near zero. Answers leave the band by the product of their tokens' ratios, so they do it first.",
+            {"mismatch/out_of_band": "tokens", "mismatch/out_of_band_sequences": "answers"},
+            unit="probability ratio of the engines outside the monitor's band",
+            share=True,
+            y_min=0.0,
+            y_max=0.001,
+        ),
+        Curve(
             "Masked tokens",
             "values near zero. These tokens fell outside IcePop's band and teach nothing; they grow with the mismatch.",
             {"mismatch/masked_fraction": "tokens", "mismatch/masked_sequences": "answers with one"},
@@ -187,6 +206,13 @@ CURVES: Mapping[str, Sequence[Curve]] = {
             "Useful sample size",
             "values near 100 %: the tries are as good as ones drawn from the model that is being trained.",
             {"mismatch/ess": "effective share"},
+            share=True,
+            y_max=1.0,
+        ),
+        Curve(
+            "Experts in common",
+            "values near 100 %: the tokens visit the same experts in sampling and in learning.",
+            {"mismatch/expert_agreement": "choices"},
             share=True,
             y_max=1.0,
         ),
@@ -206,8 +232,8 @@ CURVES: Mapping[str, Sequence[Curve]] = {
         ),
         Curve(
             "Entropy",
-            "a gentle fall. At zero the model has stopped trying anything new.",
-            {"train/entropy": "entropy"},
+            "a gentle fall. At zero the model has stopped trying anything new. Masked tokens lie above the others.",
+            {"train/entropy": "sampled", "mismatch/entropy": "exact", "mismatch/entropy_masked": "masked tokens"},
             unit="nats a token",
             y_min=0.0,
         ),

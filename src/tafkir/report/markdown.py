@@ -11,6 +11,7 @@ from tafkir.report.charts import Point, number
 from tafkir.report.collect import Chain, RunRecord, StageRecord
 from tafkir.report.curves import CURVES, SPEED_CURVES, curve_lines, final_loads, value_words
 from tafkir.report.lab import LAB_HEAD, lab_figures, lab_rows
+from tafkir.report.lights import TOKEN_HEAD, light_sentences, token_rows
 from tafkir.report.preference import (
     QUALITY_HEAD,
     RELIABILITY_HEAD,
@@ -39,6 +40,7 @@ def render_markdown(record: RunRecord) -> str:
     parts += _scores(record)
     parts += _curves(record)
     parts += _preference(record)
+    parts += _agreement(record)
     parts += _lab(record)
     parts += _chains(record)
     parts += _background(record)
@@ -87,6 +89,15 @@ def _preference(record: RunRecord) -> list[str]:
         ),
         *_section("Guard against reward hacking", *map(_plain, guard_sentences(record))),
     ]
+
+
+def _agreement(record: RunRecord) -> list[str]:
+    body = []
+    for kind, stage in record.stages.items():
+        if sentences := light_sentences(stage):
+            title = findings.STAGE_TITLES.get(kind, kind)
+            body += [f"{title}: " + " ".join(map(_plain, sentences)), _table(TOKEN_HEAD, token_rows(stage))]
+    return _section("Do the two engines agree?", *body)
 
 
 def _lab(record: RunRecord) -> list[str]:

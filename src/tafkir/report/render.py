@@ -9,10 +9,11 @@ from importlib import resources
 from tafkir.records import StageName
 from tafkir.report import findings
 from tafkir.report.chains import OUTCOME_WORDS, read_chain
-from tafkir.report.charts import Line, heat_strip, interval_plot
+from tafkir.report.charts import Line, heat_strip, interval_plot, light_strip
 from tafkir.report.collect import Chain, RunRecord, StageRecord
 from tafkir.report.curves import CURVES, SPEED_CURVES, Curve, curve_lines, draw_lines, final_loads, speed_lines
 from tafkir.report.lab import LAB_HEAD, LabFigure, lab_figures, lab_rows
+from tafkir.report.lights import LIGHT_NAMES, TOKEN_HEAD, light_cells, light_sentences, token_rows
 from tafkir.report.preference import (
     QUALITY_HEAD,
     RELIABILITY_HEAD,
@@ -206,6 +207,29 @@ def _figure(curve: Curve | LabFigure, lines: Sequence[Line], chart: str) -> str:
     )
 
 
+def _agreement(record: RunRecord) -> str:
+    body = ""
+    for kind, stage in record.stages.items():
+        sentences = light_sentences(stage)
+        if not sentences:
+            continue
+        title = findings.STAGE_TITLES.get(kind, kind)
+        strip = light_strip(light_cells(stage), LIGHT_NAMES, title=f"Lights of the mismatch monitor in {title}")
+        look = "<b>Look for</b> green. Yellow: watch it. Red: the authors of Ring call such a run lost."
+        body += f'<figure class="card split"><h3>{escape(title)}</h3>{strip}<figcaption>{look}</figcaption></figure>'
+        body += "".join(_lead(sentence) for sentence in sentences)
+        if rows := token_rows(stage):
+            table = _table(TOKEN_HEAD, rows, words=3, wide=0)
+            body += f"<details><summary>The tokens that they were furthest apart on</summary>{table}</details>"
+    if not body:
+        return ""
+    lead = (
+        "The engine that samples and the trainer that learns compute the same model, each in its own way. The monitor "
+        "compares the probabilities that they gave to every sampled token; the curves above show them."
+    )
+    return _lead(lead) + body
+
+
 def _lab(record: RunRecord) -> str:
     if not record.variants:
         return ""
@@ -382,6 +406,7 @@ _SECTIONS: Sequence[tuple[str, str, Callable[[RunRecord], str]]] = (
     ("reward", "Reward model", _reward),
     ("dpo", "Direct preference optimisation", _training("dpo", "The model learns from pairs of answers directly.")),
     ("rlhf", "Reinforcement learning from preferences", _rlhf),
+    ("agreement", "Do the two engines agree?", _agreement),
     ("lab", "The laboratory of residuals", _lab),
     ("experts", "Work of the experts", _experts),
     ("cost", "Time, speed and memory", _cost),
