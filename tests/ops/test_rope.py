@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tafkir.ops.rope import (
@@ -14,9 +16,8 @@ from tafkir.ops.rope import (
     rope_table,
     softmax_factor,
     yarn_attention_factor,
-    yarn_bounds,
 )
-from tafkir.recipe.model import YarnConfig
+from tafkir.recipe.model import ModelConfig, YarnConfig
 
 transformers = pytest.importorskip("transformers")
 
@@ -29,7 +30,7 @@ CASES: dict[str, tuple[YarnConfig, int, float]] = {
     "a factor of one's own": (LING.model_copy(update={"attention_factor": 1.25}), 64, 600000.0),
     "bounds not rounded": (LING.model_copy(update={"truncate": False, "beta_fast": 20.0}), 64, 150000.0),
     "tiny": (YarnConfig(factor=2.5, original_max_position_embeddings=64, beta_fast=4.0, beta_slow=2.0), 16, 10000.0),
-    "a step for a ramp": (YarnConfig(factor=8, original_max_position_embeddings=7, beta_slow=32), 16, 10000.0),
+    "a step for a ramp": (YarnConfig(factor=8, original_max_position_embeddings=6), 16, 10000.0),
     "not stretched": (YarnConfig(factor=1.0, original_max_position_embeddings=64), 16, 10000.0),
 }
 
@@ -55,8 +56,50 @@ def test_yarn_equals_transformers_bit_for_bit(case: str) -> None:
     assert torch.equal(sin, angles.sin() * factor)
 
 
+def turns(scaling: YarnConfig, dim: int, theta: float) -> torch.Tensor:
+    """How often each angle turns over the original context."""
+    return scaling.original_max_position_embeddings / (2 * torch.pi) * inverse_frequencies(dim, theta).double()
+
+
+@settings(max_examples=300)
+@given(
+    dim=st.integers(1, 64).map(lambda half: 2 * half),
+    theta=st.sampled_from([3.0, 10.0, 100.0, 1e4, 6e5]),
+    context=st.integers(0, 20).map(lambda power: 2**power) | st.integers(1, 40),
+    betas=st.tuples(st.floats(0.1, 64), st.floats(0.1, 64)),
+    truncate=st.booleans(),
+)
+def test_a_ramp_rises_as_in_transformers_or_is_refused(
+    dim: int, theta: float, context: int, betas: tuple[float, float], truncate: bool
+) -> None:
+    fast, slow = betas
+    scaling = YarnConfig(
+        factor=4.0, original_max_position_embeddings=context, beta_fast=fast, beta_slow=slow, truncate=truncate
+    )
+    theirs, plain = oracle(scaling, dim, theta)[0], inverse_frequencies(dim, theta)
+    of_context = turns(scaling, dim, theta)
+    # Whole angles are rounded to, so one that stands next to a bound may fall on its other side.
+    kept, slowed = theirs == plain, (theirs / plain - 0.25).abs() < 1e-6
+    try:
+        low, high = scaling.bounds(dim, theta)
+    except ValueError:
+        with pytest.raises(ValidationError, match="has its ramp fall"):
+            ModelConfig(head_dim=max(dim, 2), rotary_dim=dim, rope_theta=theta, rope_scaling=scaling)
+        if fast > slow:
+            assert bool((kept & (of_context < slow)).all()) or bool((slowed & (of_context > fast)).all())
+        return
+    assert low <= high
+    assert torch.equal(inverse_frequencies(dim, theta, scaling), theirs)
+    ratios = theirs / plain
+    assert bool((ratios.diff() <= 1e-6).all())
+    if fast > slow:
+        first = torch.arange(dim // 2) == 0
+        assert bool((kept | first | (of_context <= fast * 1.000001)).all())
+        assert bool((slowed | first | (of_context >= slow * 0.999999)).all())
+
+
 def test_ling_from_32k_to_128k_has_the_published_bounds() -> None:
-    assert yarn_bounds(64, 600000.0, LING) == (12, 21)
+    assert LING.bounds(64, 600000.0) == (12, 21)
     assert round(yarn_attention_factor(LING), 5) == 1.13863
     assert softmax_factor(LING) == 1.0
 

@@ -22,7 +22,6 @@ __all__ = [
     "rotate",
     "softmax_factor",
     "yarn_attention_factor",
-    "yarn_bounds",
 ]
 
 
@@ -59,25 +58,12 @@ def inverse_frequencies(
     periods_J: Tensor = theta**exponent
     if scaling is None:
         return 1.0 / periods_J
-    low, high = yarn_bounds(rotary_dim, theta, scaling)
+    low, high = scaling.bounds(rotary_dim, theta)
     if low == high:
         high += 0.001  # a step instead of a ramp
     ramp_J = (torch.arange(rotary_dim // 2, dtype=torch.float32, device=device) - low) / (high - low)
     kept_J = 1 - torch.clamp(ramp_J, 0, 1)
     return 1.0 / (scaling.factor * periods_J) * (1 - kept_J) + 1.0 / periods_J * kept_J
-
-
-def yarn_bounds(rotary_dim: int, theta: float, scaling: YarnConfig) -> tuple[float, float]:
-    """The dims between which YaRN's ramp rises: those that turn `beta_fast` and `beta_slow` times over the context."""
-
-    def dim_of(turns: float) -> float:
-        context = scaling.original_max_position_embeddings
-        return rotary_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
-
-    low, high = dim_of(scaling.beta_fast), dim_of(scaling.beta_slow)
-    if scaling.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    return max(low, 0), min(high, rotary_dim - 1)
 
 
 def _mscale(factor: float, mscale: float = 1.0) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -83,6 +84,30 @@ class YarnConfig(_Table):
     attention_factor: float | None = Field(None, gt=0, description="The factor on cosines and sines, given outright.")
     truncate: bool = Field(True, description="Round the bounds of the ramp to whole dims.")
 
+    def bounds(self, rotary_dim: int, theta: float) -> tuple[float, float]:
+        """The angles between which the ramp rises: those that turn `beta_fast` and `beta_slow` times over the context.
+
+        Raises:
+            ValueError: the ramp would fall. transformers, vLLM and SGLang then do the contrary of YaRN: they keep all
+                angles where all are slow, and slow all where all are fast.
+        """
+
+        def angle_of(turns: float) -> float:
+            context = self.original_max_position_embeddings
+            return rotary_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+        low, high = angle_of(self.beta_fast), angle_of(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, rotary_dim - 1)
+        if low > high:
+            raise ValueError(
+                f"rope_scaling with original_max_position_embeddings={self.original_max_position_embeddings}, "
+                f"beta_fast={self.beta_fast:g}, beta_slow={self.beta_slow:g} and rope_theta={theta:g} has its ramp "
+                f"fall, from angle {low:g} to {high:g}"
+            )
+        return low, high
+
 
 class MtpConfig(_Table):
     """Multi-token-prediction layers after the decoder (arXiv 2412.19437, section 2.2)."""
@@ -143,7 +168,7 @@ class ModelConfig(_Table):
     partial_rotary_factor: float = Field(0.5, gt=0, le=1, description="Share of each head that RoPE rotates.")
     rotary_dim: int | None = Field(None, ge=2, description="Rotated dims per head; wins over the factor.")
     rope_interleave: bool = Field(False, description="MLA: checkpoints store rotated dims as adjacent pairs.")
-    rope_theta: float = Field(10000.0, gt=0, description="RoPE base.")
+    rope_theta: float = Field(10000.0, gt=1, description="RoPE base.")
     rope_scaling: YarnConfig | None = None
     max_position_embeddings: int = Field(512, ge=1, description="Longest context, in tokens.")
     rms_norm_eps: float = Field(1e-6, gt=0, description="Epsilon of every RMSNorm.")
@@ -167,6 +192,8 @@ class ModelConfig(_Table):
             raise ValueError(f"{', '.join(given) or 'rope_interleave'} needs attention_type='mla'")
         if self.rotary_size % 2 or self.rotary_size > self.head_dim:
             raise ValueError(f"rotary size {self.rotary_size} must be even and at most head_dim={self.head_dim}")
+        if self.rope_scaling is not None:
+            self.rope_scaling.bounds(self.rotary_size, self.rope_theta)
         return self
 
     def _check_mla(self, given: list[str]) -> None:
