@@ -25,7 +25,7 @@ from tafkir.recipe.rl import (
 from tafkir.train.acceptance import Accepted, accept_tokens
 
 ALL: tuple[Acceptance, ...] = (NoAcceptance(), Tis(), SeqTis(), Mis(), IcePop(), KPop(), DppoTv(), GeoRs())
-ids = {"ids": [region.kind for region in ALL]}
+each_region = pytest.mark.parametrize("region", ALL, ids=lambda region: region.kind)
 
 
 def accept(
@@ -131,7 +131,7 @@ def test_alpha_zero_leaves_the_lower_end_open() -> None:
     assert got.masked_T.tolist() == [False, True]
 
 
-@pytest.mark.parametrize("region", ALL, **ids)
+@each_region
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_dropped_and_counted(region: Acceptance, bad: float) -> None:
     got = accept(region, [-1.0, -1.0, -1.0], [-1.0, bad, -1.0], lengths=[2, 1])
@@ -146,7 +146,7 @@ def test_what_is_not_finite_is_dropped_and_counted(region: Acceptance, bad: floa
     assert got.weight_T[2].item() == 1.0
 
 
-@pytest.mark.parametrize("region", ALL, **ids)
+@each_region
 @pytest.mark.parametrize("log_k", [300.0, -300.0, 1e30])
 def test_huge_ratios_make_no_nan(region: Acceptance, log_k: float) -> None:
     got = accept(region, [log_k - 400.0], [-400.0])
@@ -180,7 +180,7 @@ def _binary_kl(p: float, q: float) -> float:
     return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
 
 
-@pytest.mark.parametrize("region", ALL, **ids)
+@each_region
 @given(
     pairs=st.lists(st.tuples(st.floats(-6, -0.01), st.floats(-6, -0.01)), min_size=1, max_size=6),
     advantage=st.sampled_from([-1.5, 0.5]),

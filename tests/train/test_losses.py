@@ -135,7 +135,6 @@ def test_micro_batches_add_up_to_the_whole(
 ) -> None:
     cut = data.draw(st.integers(1, len(lengths) - 1))
     logprobs, old, sampling, advantages, sequence = _random_tokens(seed, lengths)
-    totals = {"num_sequences": float(len(lengths)), "num_tokens": float(sum(lengths))}
 
     def loss(parts: list[slice]) -> tuple[float, Tensor]:
         leaf = logprobs.clone().requires_grad_()
@@ -150,7 +149,8 @@ def test_micro_batches_add_up_to_the_whole(
                 sequence[part] - first,
                 torch.tensor(lengths)[first : int(sequence[part][-1]) + 1],
                 config=PolicyLossTable(reduction=reduction),
-                **totals,
+                num_sequences=len(lengths),
+                num_tokens=sum(lengths),
             )
             out.loss.backward()
             value += out.loss.item()

@@ -70,8 +70,10 @@ def token_rows(stage: StageRecord) -> list[list[str]]:
 
 
 def _logprobs(token: Mapping[str, Any]) -> tuple[float, float] | None:
-    pair = token.get("logprob_training"), token.get("logprob_sampling")
-    return pair if isinstance(pair[0], int | float) and isinstance(pair[1], int | float) else None
+    training, sampling = token.get("logprob_training"), token.get("logprob_sampling")
+    if not isinstance(training, int | float) or not isinstance(sampling, int | float):
+        return None
+    return float(training), float(sampling)
 
 
 def _distance(token: Mapping[str, Any]) -> float:
