@@ -254,3 +254,18 @@ def test_problems_are_chosen_by_pass_rate(start: Run) -> None:
 def test_settings_that_exclude_each_other_are_refused(start: Run, overrides: tuple[str, ...], reason: str) -> None:
     with pytest.raises(RecipeError, match=reason):
         start("refused", *overrides)
+
+
+def test_eval_scores_the_tasks_level_by_level(start: Run) -> None:
+    run = start(
+        "eval",
+        "rlvr.steps=1",
+        "eval.max_problems=3",
+        "eval.samples=1",
+        "eval.max_tokens=8",
+        'eval.tasks=[{kind="countdown", difficulty=[1, 2]}, {kind="instructions", difficulty=[2]}]',
+    )
+    result = run.stage("eval").read_result()
+    assert result is not None and result["task"] == "tasks" and result["baselines"] == {}
+    assert result["sources"] == {"countdown/1": 3, "countdown/2": 3, "instructions/2": 3}
+    assert set(result["stages"]["rlvr"]) == {"all", *result["sources"]}

@@ -27,11 +27,14 @@ from tafkir.recipe.stage import StageContext
 from tafkir.records import Example
 from tafkir.tasks.baselines import fit_single_operator, sum_of_numbers
 from tafkir.tasks.math import WordProblems
+from tafkir.tasks.mixture import TaskMixture
 from tafkir.train.loop import peak_rss_bytes
 
 __all__ = ["run_eval"]
 
 MAX_OVERLAPS_LISTED = 20
+NUM_GENERATED = 100
+"""Problems of each level of a generated kind, where the recipe's `max_problems` names no other number."""
 
 _logger = logging.getLogger(__name__)
 
@@ -57,12 +60,12 @@ def run_eval(ctx: StageContext) -> dict[str, Any]:
     select_kernels(ctx.recipe.kernels)
     began, began_cpu = time.perf_counter(), time.process_time()
     corpus = load_corpus(ctx.recipe.data)
-    task = WordProblems(corpus.part(config.split))
+    task = _build_task(config, corpus)
     examples = _choose(task, config)
     answers: dict[str, list[EvalRecord]] = {}
     for name, checkpoint in _checkpoints(ctx, config).items():
         answers[name] = _evaluate_checkpoint(ctx, config, task, examples, name, checkpoint)
-    guesses = _baselines(task, examples, corpus)
+    guesses = {} if config.tasks else _baselines(task, examples, corpus)
     result = _summarise(config, task, answers, guesses)
     return {
         **result,
@@ -72,6 +75,14 @@ def run_eval(ctx: StageContext) -> dict[str, Any]:
         "cpu_s": time.process_time() - began_cpu,
         "peak_rss_bytes": peak_rss_bytes(),
     }
+
+
+def _build_task(config: EvalConfig, corpus: Corpus) -> Task:
+    """The word problems, or the tasks that the recipe names; generated problems are the same in every run."""
+    words = WordProblems(corpus.part(config.split))
+    if not config.tasks:
+        return words
+    return TaskMixture(config.tasks, words, samples=config.max_problems or NUM_GENERATED)
 
 
 def _choose(task: Task, config: EvalConfig) -> list[Example]:

@@ -154,6 +154,7 @@ class EvalConfig(Table):
     stages: tuple[Literal["pretrain", "sft", "dpo", "rlvr", "rlhf"], ...] = Field(
         ("sft", "rlvr"), min_length=1, description="Stages whose checkpoints are scored."
     )
+    tasks: Tasks = Field((), description="Kinds of problems to score, level by level; none means the word problems.")
 
 
 class LabConfig(TrainTable):

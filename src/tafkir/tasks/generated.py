@@ -20,7 +20,7 @@ Check = tuple[Outcome, str]
 
 RIGHT: Check = ("correct", "")
 
-_MAX_ATTEMPTS = 10_000
+_MAX_ATTEMPTS = 2_000
 
 
 @dataclass(frozen=True, slots=True)
