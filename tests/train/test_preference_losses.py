@@ -22,7 +22,6 @@ from tafkir.train.dpo import (
     answer_logprobs,
     dpo_loss,
     ipo_loss,
-    kto_loss,
     orpo_loss,
     preference_loss,
     reference_logprobs,
@@ -112,15 +111,6 @@ def test_simpo_conservative_and_orpo_are_trls(seed: int) -> None:
     torch.testing.assert_close(dpo_loss(pairs, beta=2.0, label_smoothing=0.15), want, atol=1e-6, rtol=0)
     odds = orpo.ORPOTrainer.odds_ratio_loss(SimpleNamespace(beta=0.2, accelerator=device), *means)[0]
     torch.testing.assert_close(orpo_loss(pairs, beta=0.2), (-means[0] - odds).double(), atol=1e-6, rtol=0)
-
-
-def test_kto_by_hand() -> None:
-    ratios = torch.tensor([0.5, -0.2, 1.5], dtype=torch.float64)
-    good = torch.tensor([True, False, True])
-    got = kto_loss(ratios, good, torch.tensor(0.3), beta=2.0)
-    arguments = [2 * (0.5 - 0.3), 2 * (0.3 + 0.2), 2 * (1.5 - 0.3)]
-    assert got.tolist() == pytest.approx([1 - 1 / (1 + math.exp(-x)) for x in arguments], abs=1e-7)
-    assert kto_loss(ratios, good, -5.0, beta=2.0).tolist() == kto_loss(ratios, good, 0.0, beta=2.0).tolist()
 
 
 def test_dpo_is_log_two_at_the_reference_and_falls_with_the_margin() -> None:

@@ -26,7 +26,6 @@ __all__ = [
     "dpo_loss",
     "dpo_step",
     "ipo_loss",
-    "kto_loss",
     "measure_dpo",
     "orpo_loss",
     "preference_loss",
@@ -102,21 +101,6 @@ def _log1m_exp(x: Tensor) -> Tensor:
     """log(1 - e^x) for x < 0, in the form that keeps digits on either side of -log 2 (Maechler 2012)."""
     x = x.clamp(max=-torch.finfo(x.dtype).tiny)
     return torch.where(x > -0.6931472, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
-
-
-def kto_loss(log_ratios_S: Tensor, desirable_S: Tensor, kl: Tensor | float, *, beta: float) -> Tensor:
-    """KTO (Ethayarajh et al. 2024, arXiv 2402.01306, equation 8) with both weights one: answers that are good or bad.
-
-    1 - sigmoid(beta (r - z0)) for desirable answers and 1 - sigmoid(beta (z0 - r)) for the others.
-
-    Args:
-        log_ratios_S: r = log pi - log pi_ref of each answer.
-        desirable_S: bool.
-        kl: z0, the batch's estimate of KL(pi || pi_ref); no gradient flows through it.
-    """
-    z0 = kl.detach().clamp(min=0) if isinstance(kl, Tensor) else max(0.0, kl)
-    signed_S = torch.where(desirable_S, log_ratios_S - z0, z0 - log_ratios_S)
-    return 1 - torch.sigmoid(beta * signed_S)
 
 
 def preference_loss(pairs: PairLogprobs, config: DpoConfig) -> Tensor:

@@ -34,6 +34,7 @@ from tafkir.tasks.math import WordProblems
 from tafkir.train.dpo import dpo_step, measure_dpo, reference_logprobs
 from tafkir.train.long_tail import open_rollouts
 from tafkir.train.loop import FitResult, Trainer, fit
+from tafkir.train.monitor import MismatchMonitor
 from tafkir.train.ranks import open_ranks
 from tafkir.train.reward_guard import RewardGuard
 from tafkir.train.reward_model import ScoredPair, reward_step, score_pairs
@@ -140,8 +141,15 @@ def run_rlhf(ctx: StageContext) -> dict[str, Any]:
     rollouts = GradedRollouts(source, grader, config, judge=judge, reference=reference if watched else None)
     guard = RewardGuard(config.guard)
     log = RolloutLog(ctx.stage.rollouts_dir, Keep.parse(config.keep_rollouts))
-    step = RlhfStep(trainer, rollouts, RlvrStep(trainer, rollouts, config, reference=reference, log=log), guard)
-    carried: dict[str, Carried] = {"rollouts": rollouts, "guard": guard}
+    monitor = MismatchMonitor(
+        config.monitor,
+        config.acceptance,
+        path=ctx.stage.path / "mismatch.jsonl",
+        decode=lambda ids: tokenizer.decode(list(ids)),
+    )
+    inner = RlvrStep(trainer, rollouts, config, reference=reference, log=log, monitor=monitor)
+    step = RlhfStep(trainer, rollouts, inner, guard)
+    carried: dict[str, Carried] = {"rollouts": rollouts, "monitor": monitor, "guard": guard}
     if isinstance(grader, RubricGrader):
         carried["judge"] = grader.judge
     keep = keep_checkpoints(ctx, trainer, tokenizer)
