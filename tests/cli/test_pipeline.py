@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tafkir.cli.pipeline import run_recipe, select_stages
-from tafkir.errors import CheckpointError, RecipeError, RunDirError
+from tafkir.errors import BackendUnavailable, CheckpointError, RecipeError, RunDirError
 from tafkir.recipe.load import load_recipe
 from tafkir.recipe.resolve import resolve_recipe
 from tafkir.recipe.stage import StageContext, StageFunction
@@ -160,6 +160,15 @@ def test_the_base_comes_first_and_a_missing_one_leaves_nothing_behind(bench: Ben
     base.mkdir()
     bench("tokenizer=", f"base={base}")
     assert bench.calls[0] == ("pretrain", tmp_path.name)
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_any_stage(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tafkir.runlog.trackers.find_spec", lambda name: None)
+    with pytest.raises(BackendUnavailable, match=r"tensorboard is not installed.*pip install 'tafkir\[tensorboard\]'"):
+        bench('track=["tensorboard"]')
+    assert not bench.calls
 
 
 def test_two_runs_in_one_directory_exclude_each_other(bench: Bench) -> None:

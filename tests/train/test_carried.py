@@ -57,3 +57,14 @@ def test_the_state_holds_it_to_the_last_bit_and_nothing_where_there_is_nothing(t
     assert load_carried(save_state(tmp_path, decoder, [], 1, carried=value)) == value
     without = save_state(tmp_path, decoder, [], 2, carried={})
     assert load_carried(without) == {} and b"carried" not in without.read_bytes()
+
+
+def test_a_tracker_gets_what_the_files_get(tmp_path: Path) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    stage = RunDir(tmp_path / "demo").stage("rlvr")
+    stage.track = ("tensorboard",)
+    fit(Trainer(build_decoder(CONFIG, 0), TrainTable(steps=3, log_every=1)), stage, Counter(), label="x")
+    events = reader.EventAccumulator(str(stage.path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("total")] == [(1, 1.0), (2, 3.0), (3, 6.0)]
+    assert {"train/learning_rate", "time/step_s", "memory/peak_rss_bytes"} <= set(events.Tags()["scalars"])

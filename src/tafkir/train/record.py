@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tafkir.records import Verdict
 from tafkir.runlog.metrics import Metric
 from tafkir.runlog.rollouts import RolloutLog
 from tafkir.train.rollout import Rollout, RolloutGroup
@@ -22,6 +23,9 @@ from tafkir.train.rollout import Rollout, RolloutGroup
 __all__ = ["Learned", "record_rollouts"]
 
 _DECIMALS = 5
+
+_VERDICT = tuple(field.name for field in fields(Verdict))
+_encode = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
 
 _Tokens = tuple[list[float | None], list[int]]
 
@@ -66,14 +70,21 @@ def _per_completion(groups: Sequence[RolloutGroup], learned: Learned) -> dict[tu
     """Training log-probabilities and masked places by (group, completion), for the groups that were learned from."""
     if learned.train_logprobs_T is None or learned.masked_T is None:
         return {}
-    keys = [(i, j) for i in learned.kept for j in range(len(groups[i].rollouts))]
-    lengths = [len(groups[i].rollouts[j].completion.token_ids) for i, j in keys]
-    logprobs = _round(learned.train_logprobs_T).split(lengths)
-    masks = learned.masked_T.cpu().split(lengths)
-    return {
-        key: (_numbers(x), mask.nonzero().flatten().tolist())
-        for key, x, mask in zip(keys, logprobs, masks, strict=True)
-    }
+    logprobs, masked = _numbers(learned.train_logprobs_T), learned.masked_T.cpu()
+    places = iter([*masked.nonzero().flatten().tolist(), len(logprobs)])
+    place = next(places)
+    found: dict[tuple[int, int], _Tokens] = {}
+    start = 0
+    for i in learned.kept:
+        for j, rollout in enumerate(groups[i].rollouts):
+            end = start + len(rollout.completion.token_ids)
+            dropped = []
+            while place < end:
+                dropped.append(place - start)
+                place = next(places)
+            found[i, j] = logprobs[start:end], dropped
+            start = end
+    return found
 
 
 def _rows(
@@ -82,43 +93,47 @@ def _rows(
     advantages: Sequence[Sequence[float]],
     trained: Mapping[tuple[int, int], _Tokens],
 ) -> Iterator[str]:
+    sampled = _numbers(torch.tensor([x for g in groups for r in g.rollouts for x in r.completion.logprobs]))
+    start = 0
     for i, group in enumerate(groups):
         example = group.example
         shared = {"step": step, "group": i, "id": example.id, "source": example.source, "question": example.question}
         # Written once for all completions of the group: most of a row is its prompt.
-        head = json.dumps(shared | {"prompt_ids": group.prompt_ids}, ensure_ascii=False)[:-1]
-        sampled = torch.tensor([x for r in group.rollouts for x in r.completion.logprobs])
-        sampled_G = _round(sampled).split([len(r.completion.logprobs) for r in group.rollouts])
+        head = _encode(shared | {"prompt_ids": group.prompt_ids})[:-1]
         for j, rollout in enumerate(group.rollouts):
+            end = start + len(rollout.completion.logprobs)
             train_logprobs, masked = trained.get((i, j), (None, []))
             row = {
                 "completion": j,
                 **_facts(rollout),
                 "advantage": advantages[i][j],
-                "logprobs": _numbers(sampled_G[j]),
+                "logprobs": sampled[start:end],
                 "train_logprobs": train_logprobs,
                 "masked": masked,
             }
-            yield f"{head}, {json.dumps(row, ensure_ascii=False)[1:]}"
+            start = end
+            yield f"{head}, {_encode(row)[1:]}"
 
 
 def _facts(rollout: Rollout) -> dict[str, Any]:
     completion = rollout.completion
-    versions = completion.token_versions or (completion.policy_version,) * len(completion.token_ids)
+    runs = [[completion.policy_version, len(completion.token_ids)]]
+    if completion.token_versions:
+        runs = [[version, len(list(run))] for version, run in groupby(completion.token_versions)]
     return {
-        **asdict(rollout.verdict),
+        **{name: getattr(rollout.verdict, name) for name in _VERDICT},
         "text": rollout.text,
         "finish_reason": completion.finish_reason,
-        "versions": [[version, len(list(run))] for version, run in groupby(versions)],
+        "versions": runs,
         "token_ids": completion.token_ids,
     }
 
 
-def _round(logprobs_T: Tensor) -> Tensor:
-    return logprobs_T.detach().cpu().double().round(decimals=_DECIMALS)
+def _round(values: Tensor) -> Tensor:
+    return values.detach().cpu().double().round(decimals=_DECIMALS)
 
 
 def _numbers(values_T: Tensor) -> list[float | None]:
-    values: list[float] = values_T.tolist()
-    # JSON knows no infinity.
+    """Rounded values; JSON knows no infinity."""
+    values: list[float] = _round(values_T).tolist()
     return list(values) if values_T.isfinite().all() else [x if math.isfinite(x) else None for x in values]
