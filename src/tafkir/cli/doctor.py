@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import re
@@ -85,9 +84,12 @@ def _missing_packages(extra: str | None) -> list[str] | None:
 
     None where that is not known, because Tafkir runs from a source tree without being installed.
     """
+    # Here, because every command pays for what stands at the top.
+    from importlib import metadata
+
     try:
-        requirements = importlib.metadata.requires("tafkir") or []
-    except importlib.metadata.PackageNotFoundError:
+        requirements = metadata.requires("tafkir") or []
+    except metadata.PackageNotFoundError:
         return None
     missing = []
     for requirement in requirements:
@@ -96,8 +98,8 @@ def _missing_packages(extra: str | None) -> list[str] | None:
             continue
         name = re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0]
         try:
-            importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
+            metadata.version(name)
+        except metadata.PackageNotFoundError:
             missing.append(name)
     return missing
 

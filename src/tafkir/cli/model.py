@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import sys
+import tomllib
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -67,8 +68,7 @@ def ls(as_json: AsJson = False) -> None:
     from tafkir.plan.params import describe_layers
 
     rows = []
-    for name, description in _known_models().items():
-        _, kind, config = find_model(name)
+    for name, (kind, description, config) in _known_models().items():
         counts = config.parameter_counts()
         rows.append(
             {
@@ -110,7 +110,7 @@ def find_model(name: str) -> tuple[str, str, ModelConfig]:
         from tafkir.recipe.load import load_recipe
 
         return name, "recipe", load_recipe([name]).recipe.model
-    known = [*_known_models(), *bundled_recipes()]
+    known = [*list_presets(), *bundled_checkpoints(), *bundled_recipes()]
     near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4)
     fix = f"did you mean {' or '.join(near)}?" if near else "`tafkir model ls` lists the known ones"
     raise RecipeError("no such model, folder or file", where=name, fix=fix)
@@ -133,18 +133,25 @@ def _config_of_checkpoint(name: str) -> ModelConfig:
     return config_from_hf(keys, str(path))
 
 
-def _known_models() -> dict[str, str]:
-    """What every model that has a name is: presets, bundled checkpoints, and recipes that make one from nothing."""
-    from tafkir.recipe.bundled import bundled_checkpoints, bundled_recipes
-    from tafkir.recipe.load import load_recipe
-    from tafkir.recipe.presets import list_presets
+def _known_models() -> dict[str, tuple[str, str, ModelConfig]]:
+    """Every model that has a name: presets, bundled checkpoints, and recipes that make one from nothing.
 
-    known = list_presets()
+    Returns:
+        What it was found as, what it is, and its shape.
+    """
+    from tafkir.recipe.bundled import bundled_checkpoints, bundled_recipes
+    from tafkir.recipe.model import ModelConfig
+    from tafkir.recipe.presets import list_presets, load_preset
+
+    known = {name: ("preset", what, load_preset(name)) for name, what in list_presets().items()}
     for name in bundled_checkpoints():
-        known.setdefault(name, "A checkpoint that ships with Tafkir")
+        known.setdefault(name, ("checkpoint", "A checkpoint that ships with Tafkir", _config_of_checkpoint(name)))
     for name, path in bundled_recipes().items():
-        if name not in known and (recipe := load_recipe([path]).recipe).base is None and recipe.pretrain is not None:
-            known[name] = recipe.description
+        # What ships is a valid recipe; its model alone is looked at, which spares the import of all other tables.
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        if name not in known and "base" not in tables and "pretrain" in tables:
+            shape = ModelConfig.model_validate(tables.get("model", {}))
+            known[name] = ("recipe", tables.get("description", ""), shape)
     return known
 
 
