@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tafkir.recipe.lab import MismatchLabConfig, ResidualLabConfig
 from tafkir.recipe.model import ModelConfig
-from tafkir.recipe.schema import DpoConfig, LabConfig, Recipe, RewardConfig
+from tafkir.recipe.schema import DpoConfig, Recipe, RewardConfig
 from tafkir.records import STAGES, StageName
 
 __all__ = ["ASSUMPTIONS", "Rates", "StageEstimate", "estimate_stages"]
@@ -15,6 +16,8 @@ _PROMPT_TOKENS = 60
 _COMPLETION_SHARE = 0.5
 # Tokens of a pair, both answers, as a share of the limit on its prompt and longer answer.
 _PAIR_SHARE = 0.8
+_PAIRS_OF_A_SOURCE = 300
+_MADE_UP_TOKENS = 130
 _TRAINING_PROBLEMS = {"gsm8k": 7173, "svamp": 600}
 _TRAINING_OF_ONES_OWN = 2000
 _HELD_OUT_PROBLEMS = {"gsm8k": 1319, "svamp": 300}
@@ -56,6 +59,11 @@ class StageEstimate:
     memory_bytes: int
 
 
+# Measured with benchmarks/rollout_precision.py; and what a step of the mismatch laboratory takes besides arithmetic.
+_QUANTIZED_INPUTS_SLOWDOWN = 5.0
+_STEP_S = 0.1
+
+
 @dataclass(frozen=True, slots=True)
 class _Work:
     """Tokens of a whole stage that are trained on and sampled, and tokens whose activations are held at once."""
@@ -78,7 +86,9 @@ def estimate_stages(recipe: Recipe, *, rates: Rates | None = None) -> list[Stage
 
 def _estimate(kind: StageName, recipe: Recipe, rates: Rates) -> StageEstimate:
     if kind == "lab" and recipe.lab:
-        return _estimate_lab(recipe, recipe.lab, rates)
+        if isinstance(recipe.lab, ResidualLabConfig):
+            return _estimate_lab(recipe, recipe.lab, rates)
+        return _estimate_mismatch_lab(recipe, recipe.lab, rates)
     work = _work(kind, recipe)
     if not work.trained and not work.sampled:
         return StageEstimate(kind, 0, 0.0, _SMALL_STAGE_S, _PROCESS_BYTES)
@@ -90,7 +100,28 @@ def _estimate(kind: StageName, recipe: Recipe, rates: Rates) -> StageEstimate:
     return StageEstimate(kind, work.trained or work.sampled, train + decode, seconds, memory)
 
 
-def _estimate_lab(recipe: Recipe, config: LabConfig, rates: Rates) -> StageEstimate:
+def _estimate_mismatch_lab(recipe: Recipe, config: MismatchLabConfig, rates: Rates) -> StageEstimate:
+    """Every variant samples and trains alike; with quantized activations sampling is slower by far."""
+    completions = config.prompts_per_step * config.group_size
+    sampled = config.steps * completions * (config.digits + 1)
+    trained = config.steps * config.prompts_per_step * (config.digits + 1) + sampled
+    forward = float(recipe.model.flops_per_token(config.digits))
+    flops = seconds = 0.0
+    num_variants = 0
+    for name in config.rollouts:
+        runs = len(config.losses) * config.seeds * (1 if name == "float32" else len(config.replay))
+        slowdown = _QUANTIZED_INPUTS_SLOWDOWN if name == "nvfp4_w4a4" else 1.0
+        num_variants += runs
+        flops += runs * forward * (3 * trained + sampled)
+        seconds += runs * forward * (3 * trained / rates.train + slowdown * sampled / rates.decode)
+        # Small models wait for the interpreter, whatever their arithmetic.
+        seconds += runs * config.steps * _STEP_S * slowdown
+    seconds /= max(1, recipe.threads)
+    memory = _memory_bytes(recipe.model, trained // config.steps)
+    return StageEstimate("lab", num_variants * trained, flops, seconds, memory)
+
+
+def _estimate_lab(recipe: Recipe, config: ResidualLabConfig, rates: Rates) -> StageEstimate:
     """Every variant by its own depth and kind; the largest one decides on memory."""
     batch = config.batch_sequences * config.sequence_length
     tokens = config.seeds * config.steps * batch
@@ -140,7 +171,10 @@ def _work(kind: StageName, recipe: Recipe) -> _Work:
 def _pair_work(table: RewardConfig | DpoConfig | None, recipe: Recipe) -> _Work:
     """A prompt is computed once for both answers; DPO's reference and a second model are small beside that."""
     assert table is not None
-    batch = int(table.batch_pairs * recipe.preferences.max_length * _PAIR_SHARE)
+    config = recipe.preferences
+    read = _PAIRS_OF_A_SOURCE * len(config.sources)
+    tokens = read * config.max_length * _PAIR_SHARE + config.made_up * min(_MADE_UP_TOKENS, config.max_length)
+    batch = int(table.batch_pairs * tokens / (read + config.made_up))
     models = 1 + bool(recipe.reward and table is recipe.reward and recipe.reward.judge_share)
     return _Work(trained=models * table.steps * batch, batch=batch // table.micro_batches)
 
