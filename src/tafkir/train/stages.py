@@ -312,9 +312,7 @@ def _fit_language(
     build_step = distill_step if distills else language_step
     step = build_step(trainer, documents, label=ctx.stage.kind)
     keep = keep_checkpoints(ctx, trainer, tokenizer)
-    result = fit(
-        trainer, ctx.stage, step, validate=validate if heldout else None, keep=keep, label=ctx.stage.kind
-    )
+    result = fit(trainer, ctx.stage, step, validate=validate if heldout else None, keep=keep, label=ctx.stage.kind)
     selected: dict[str, Any] = {}
     if isinstance(config, SftConfig) and config.select:
         keep(config.steps)
