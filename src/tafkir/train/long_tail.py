@@ -129,7 +129,7 @@ class _Pending:
 
 
 class PooledRollouts(SynchronousRollouts):
-    """C3PO++ (arXiv 2510.18855, section 2.3.3, algorithm 1): sampling ends at a budget of finished tokens.
+    """C3PO++ (arXiv 2510.18855, algorithm 1): sampling ends at a budget of finished tokens.
 
     A pool of Ω problems is rolled out at once. As soon as finished groups hold Φ tokens (`token_budget`), sampling
     stops and the step learns from them. What is unfinished stays, and goes on in the next step with the new weights,
