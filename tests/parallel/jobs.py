@@ -8,6 +8,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import torch
+
 from tafkir.checkpoint.load import load_checkpoint, load_config, outline_checkpoint
 from tafkir.data.packing import Document
 from tafkir.models.build import build_decoder
@@ -61,6 +63,15 @@ def documents(step: int) -> list[Document]:
         ids = [draw.randrange(MODEL.vocab_size) for _ in range(draw.randrange(3, 20))]
         made.append((ids, [draw.random() < 0.7 for _ in ids] if index % 3 == 0 else None))
     return made
+
+
+def train_in_float32(folder: Path, parallel: dict[str, int], table: dict[str, Any]) -> dict[str, Any]:
+    """`train`, with Muon's iteration in the gradients' own dtype."""
+    bfloat16, torch.Tensor.bfloat16 = torch.Tensor.bfloat16, torch.Tensor.float  # type: ignore[method-assign]
+    try:
+        return train(folder, parallel, table)
+    finally:
+        torch.Tensor.bfloat16 = bfloat16  # type: ignore[method-assign]
 
 
 def read_shards(source: Path, parallel: dict[str, int]) -> dict[str, Any]:

@@ -64,7 +64,6 @@ def test_sizes_that_do_not_divide_the_model_are_refused(
     ("tables", "named"),
     [
         ({"rlvr": {}}, "rlvr runs in one process"),
-        ({"pretrain": {"optimizer": "muon"}}, "pretrain.optimizer: muon runs in one process only"),
         ({"pretrain": {"mtp_loss_weight": 0.1}}, "pretrain.mtp_loss_weight"),
         ({"pretrain": {"mtp_final_loss_weight": 0.1}}, "pretrain.mtp_final_loss_weight"),
         ({"sft": {"method": "mtp_distill"}}, "sft.method: mtp_distill runs in one process only"),

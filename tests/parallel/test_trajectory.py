@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parallel.jobs import LATENT, LEARNING_RATE, train
+from tests.parallel.jobs import LATENT, LEARNING_RATE, train, train_in_float32
 from tests.parallel.ranks import run_ranks
 
 TOLERANCE = 1e-5
@@ -71,5 +71,24 @@ def test_many_ranks_follow_the_trajectory_of_one(sizes: dict[str, int], alone: d
 def test_latent_attention_splits_its_heads(sizes: dict[str, int], tmp_path: Path) -> None:
     wanted = train(tmp_path / "alone", {}, {"steps": 3}, model=LATENT)
     found = run_ranks(2 ** len(sizes), train, tmp_path / "many", sizes, {"steps": 3}, model=LATENT)
+    assert_same_rows(found[0]["rows"], wanted["rows"])
+    assert_same_weights(found[0]["weights"], wanted["weights"])
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param({"data_parallel": 2}, marks=pytest.mark.slow),
+        {"expert_parallel": 2},
+        pytest.param({"data_parallel": 2, "expert_parallel": 2}, marks=pytest.mark.slow),
+        pytest.param({"tensor_parallel": 2}, marks=pytest.mark.slow),
+    ],
+    ids=lambda sizes: "-".join(f"{name.split('_')[0]}{size}" for name, size in sizes.items()),
+)
+def test_muon_sees_whole_matrices(sizes: dict[str, int], tmp_path: Path) -> None:
+    """In float32: the iteration's bfloat16 turns differences in the last bit of a gradient into ones of 1 in 256."""
+    table = {"steps": 3, "optimizer": "muon", "muon_learning_rate": LEARNING_RATE}
+    wanted = train_in_float32(tmp_path / "alone", {}, table)
+    found = run_ranks(2 ** len(sizes), train_in_float32, tmp_path / "many", sizes, table)
     assert_same_rows(found[0]["rows"], wanted["rows"])
     assert_same_weights(found[0]["weights"], wanted["weights"])

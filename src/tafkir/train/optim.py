@@ -44,10 +44,14 @@ class Muon(torch.optim.Optimizer):
     Nesterov momentum and Newton-Schulz after Jordan et al. 2024; the update is scaled by 0.2 sqrt(max(m, n)), so
     that its size matches AdamW's (Moonlight, arXiv 2502.16982, equation 4); decoupled weight decay. Unlike
     `torch.optim.Muon` it takes parameters with leading dims, such as stacked experts.
+
+    Attributes:
+        orthogonalize: what levels an update; many ranks bring their own, which sees whole matrices.
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.orthogonalize: Callable[[Tensor], Tensor] = orthogonalize
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # no loss to return
@@ -63,7 +67,7 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["exp_avg"] = torch.zeros_like(param)
         average = state["exp_avg"].lerp_(param.grad, 1 - group["momentum"])
-        update = orthogonalize(param.grad.lerp(average, group["momentum"]))
+        update = self.orthogonalize(param.grad.lerp(average, group["momentum"]))
         scale = 0.2 * math.sqrt(max(param.shape[-2:]))
         param.mul_(1 - group["lr"] * group["weight_decay"])
         param.add_(update, alpha=-group["lr"] * scale)

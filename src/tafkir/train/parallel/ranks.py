@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -17,8 +18,10 @@ from tafkir.models.decoder import Decoder
 from tafkir.recipe.model import ModelConfig
 from tafkir.recipe.parallel import ParallelSizes, check_shapes
 from tafkir.train.ema import WeightAverage
+from tafkir.train.optim import Muon, orthogonalize
 from tafkir.train.parallel.sharding import Sharding, parts_of, shard_decoder
 from tafkir.train.parallel.state import gather_decoder, load_sharded, load_whole, save_sharded
+from tafkir.train.parallel.tensor import with_whole_matrices
 from tafkir.train.parallel.world import Meshes
 from tafkir.train.state import latest_state
 
@@ -60,6 +63,8 @@ class ManyRanks:
     def adapt(self, optimizers: list[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
         # One fused step takes parameters of one mesh.
         for optimizer in optimizers:
+            if isinstance(optimizer, Muon):
+                optimizer.orthogonalize = partial(with_whole_matrices, orthogonalize)
             groups: list[dict[str, Any]] = []
             for group in optimizer.param_groups:
                 by_mesh: dict[Any, list[DTensor]] = {}

@@ -6,7 +6,7 @@ A fused weight is put in an order in which each rank's rows lie together: `[Q | 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,7 +22,15 @@ from tafkir.models.experts import Experts
 from tafkir.models.layers import SwiGLU
 from tafkir.models.mla import LatentAttention
 
-__all__ = ["Order", "copy_to_ranks", "order_fused", "place_parameter", "split_heads_and_widths", "sum_over_ranks"]
+__all__ = [
+    "Order",
+    "copy_to_ranks",
+    "order_fused",
+    "place_parameter",
+    "split_heads_and_widths",
+    "sum_over_ranks",
+    "with_whole_matrices",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +72,21 @@ def sum_over_ranks(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """The sum of the ranks' parts; each part gets the sum's gradient."""
     parts = DTensor.from_local(x, mesh, [Partial()], run_check=False)
     return parts.redistribute(placements=[Replicate()]).to_local()
+
+
+def with_whole_matrices(compute: Callable[[Tensor], Tensor], value: DTensor) -> DTensor:
+    """What `compute` makes of the whole matrices (the last two dims) of a tensor; each rank keeps its part of it.
+
+    Ranks that hold parts of one matrix gather it and compute alike; whole matrices of a stack, such as experts, stay
+    where they are.
+    """
+    cut = range(value.ndim - 2, value.ndim)
+    whole = [Replicate() if isinstance(p, Shard) and p.dim in cut else p for p in value.placements]
+    made = compute(value.redistribute(placements=whole).to_local())
+    placed = DTensor.from_local(
+        made, value.device_mesh, whole, run_check=False, shape=value.shape, stride=value.stride()
+    )
+    return placed.redistribute(placements=value.placements)
 
 
 class _SplitRows(ParallelStyle):
