@@ -64,6 +64,9 @@ def test_sizes_that_do_not_divide_the_model_are_refused(
     ("tables", "named"),
     [
         ({"rlvr": {}}, "rlvr runs in one process"),
+        ({"rlhf": {}}, "rlhf runs in one process"),
+        ({"dpo": {}}, "dpo runs in one process"),
+        ({"reward": {}}, "reward runs in one process"),
         ({"pretrain": {"mtp_loss_weight": 0.1}}, "pretrain.mtp_loss_weight"),
         ({"pretrain": {"mtp_final_loss_weight": 0.1}}, "pretrain.mtp_final_loss_weight"),
         ({"sft": {"method": "mtp_distill"}}, "sft.method: mtp_distill runs in one process only"),

@@ -21,6 +21,11 @@ _IN_ONE_PROCESS: dict[str, tuple[str | float | None, ...]] = {
 }
 
 
+# Stages that train in one process, and those of them that sample.
+_ALONE = ("reward", "dpo", "rlvr", "rlhf")
+_SAMPLES = ("rlvr", "rlhf")
+
+
 @dataclass(frozen=True, slots=True)
 class ParallelSizes:
     """Ranks along each dim; rank r is (data, expert, tensor) in row-major order.
@@ -106,21 +111,23 @@ def check_parallel(recipe: Recipe, sizes: ParallelSizes) -> None:
     Raises:
         RecipeError: names the key, and what to set instead.
     """
-    if recipe.parallel.device != "cpu" and recipe.rlvr is not None:
-        raise RecipeError(
-            "rlvr samples on the processor",
-            where="parallel.device",
-            fix="set it to cpu, or leave the [rlvr] table to another run",
-        )
+    for name in _SAMPLES:
+        if recipe.parallel.device != "cpu" and getattr(recipe, name) is not None:
+            raise RecipeError(
+                f"{name} samples on the processor",
+                where="parallel.device",
+                fix=f"set it to cpu, or leave the [{name}] table to another run",
+            )
     if sizes.world == 1:
         return
     check_shapes(recipe.model, sizes)
-    if recipe.rlvr is not None:
-        raise RecipeError(
-            "rlvr runs in one process",
-            where="parallel",
-            fix="run pretrain and sft with torchrun from a recipe without [rlvr], then rlvr with it as base",
-        )
+    for name in _ALONE:
+        if getattr(recipe, name) is not None:
+            raise RecipeError(
+                f"{name} runs in one process",
+                where="parallel",
+                fix=f"run pretrain and sft with torchrun from a recipe without [{name}], then {name} with it as base",
+            )
     for name in ("pretrain", "sft"):
         table: TrainTable | None = getattr(recipe, name)
         if table is None:
