@@ -37,7 +37,10 @@ def test_a_change_reaches_its_stage_and_all_later_ones(override: str, first: str
     assert changed(override) == list(CHAIN[CHAIN.index(first) :])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("override", ["description=other", "name=other", "sft.save_every=5"])
+@pytest.mark.parametrize(
+    "override",
+    ["description=other", "name=other", "sft.save_every=5", "rlvr.keep_rollouts=none", "track=['tensorboard']"],
+)
 def test_what_has_no_effect_on_results_changes_nothing(override: str) -> None:
     assert changed(override) == []
 

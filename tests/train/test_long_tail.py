@@ -14,12 +14,13 @@ from torch import Tensor
 from tafkir.engine.engine import Engine
 from tafkir.errors import BackendUnavailable, CheckpointError, RecipeError
 from tafkir.models.decoder import Decoder
+from tafkir.recipe.load import load_recipe
 from tafkir.recipe.long_tail import LongTailConfig
 from tafkir.recipe.rl import RlvrConfig
 from tafkir.records import Completion, Example, Message, Request, Verdict
 from tafkir.train.long_tail import PooledRollouts, StaleRollouts, join_pieces, open_rollouts
 from tafkir.train.rollout import RolloutGroup, RolloutSource, SynchronousRollouts
-from tafkir.train.rollout_state import load_completion, load_example, load_group, save_completion, save_example
+from tafkir.train.rollout_state import load_completion, load_example, save_completion, save_example
 from tests.engine.conftest import build_tiny
 
 P, G = 3, 3
@@ -255,4 +256,16 @@ def test_state_brings_everything_back() -> None:
     assert load_example(json.loads(json.dumps(save_example(example)))) == example
     with pytest.raises(CheckpointError, match=r"example p0.*set"):
         save_example(replace(example, extra={"bad": {1}}))
-    assert load_group  # its round trip is in the resumed runs
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rlvr.keep_rollouts=5MB", "rlvr.keep_rollouts: '5MB' is neither 'all' nor 'none', '50 steps' or '256 MB'"),
+        ("rlvr.long_tail.pool_prompts=3", "rlvr.long_tail: pool_prompts is the pool of a token budget"),
+        ("rlvr.long_tail.budget=3", "unknown key.*rlvr.long_tail.token_budget"),
+    ],
+)
+def test_a_recipe_that_asks_for_what_cannot_be_is_refused(override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(["smoke"], [override])
