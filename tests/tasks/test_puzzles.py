@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tafkir.data.arithmetic import ExpressionError, evaluate, parse_expression
+from tafkir.data.puzzles.sudoku import Box, count_solutions
 from tafkir.data.split import generated_split
 from tafkir.errors import DataError
 from tafkir.records import Example
@@ -21,7 +22,7 @@ from tafkir.tasks.puzzles.countdown import COUNTDOWN, GAME_24, make_countdown, m
 from tafkir.tasks.puzzles.grids import GRIDS, TRANSFORMATIONS, make_grids
 from tafkir.tasks.puzzles.knights import KNIGHTS_AND_KNAVES, make_knights
 from tafkir.tasks.puzzles.maze import MAZE, make_maze
-from tafkir.tasks.puzzles.sudoku import SUDOKU, count_solutions, make_sudoku
+from tafkir.tasks.puzzles.sudoku import SUDOKU, make_sudoku
 
 KINDS = {"countdown": (COUNTDOWN, 6), "game_24": (GAME_24, 3), "sudoku": (SUDOKU, 6), "maze": (MAZE, 6)}
 KINDS |= {"knights_and_knaves": (KNIGHTS_AND_KNAVES, 5), "grids": (GRIDS, 5)}
@@ -141,9 +142,9 @@ def test_a_small_sudoku_has_one_solution_by_trying_everything(seed: int, level: 
 def test_a_large_sudoku_is_unique_and_an_empty_one_is_not() -> None:
     puzzle = make_sudoku(3, 5)
     assert puzzle.data["grid"].count(0) == 42
-    assert count_solutions(puzzle.data["grid"], 3) == 1
-    assert count_solutions([0] * 81, 3) == 2
-    assert count_solutions([1, 1] + [0] * 14, 2) == 0
+    assert count_solutions(puzzle.data["grid"], Box(3, 3)) == 1
+    assert count_solutions([0] * 81, Box(3, 3)) == 2
+    assert count_solutions([1, 1] + [0] * 14, Box(2, 2)) == 0
 
 
 def test_a_sudoku_says_which_cell_is_wrong() -> None:

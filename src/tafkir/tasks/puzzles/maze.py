@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections import deque
 from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any
 
+from tafkir.data.puzzles.maze import MOVES, carve, shortest_path
 from tafkir.recipe.seeds import derive_seed
 from tafkir.tasks.answers import normalize
 from tafkir.tasks.generated import RIGHT, Check, Puzzle, PuzzleKind
 
-__all__ = ["MAZE", "shortest_path"]
+__all__ = ["MAZE", "make_maze"]
 
-_STEPS = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
 _CELLS = {1: 3, 2: 4, 3: 5, 4: 6, 5: 8, 6: 10}
 _WORDS = {"UP": "U", "DOWN": "D", "LEFT": "L", "RIGHT": "R", "↑": "U", "↓": "D", "←": "L", "→": "R"}
 _WORD = re.compile("|".join(_WORDS))
@@ -22,25 +21,9 @@ _BETWEEN = re.compile(r"[\s,;.>\[\]()'\"-]")
 
 
 def _carve(random: Random, cells: int) -> list[list[str]]:
-    """A spanning tree of the cells by depth-first search, with a few more walls taken out, so that ways differ."""
-    size = 2 * cells + 1
-    grid = [["#"] * size for _ in range(size)]
-    stack = [(1, 1)]
-    grid[1][1] = "."
-    while stack:
-        row, column = stack[-1]
-        ways = [
-            (row + 2 * down, column + 2 * right, row + down, column + right)
-            for down, right in _STEPS.values()
-            if 0 < row + 2 * down < size and 0 < column + 2 * right < size
-        ]
-        ways = [way for way in ways if grid[way[0]][way[1]] == "#"]
-        if not ways:
-            stack.pop()
-            continue
-        row, column, wall_row, wall_column = random.choice(ways)
-        grid[wall_row][wall_column] = grid[row][column] = "."
-        stack.append((row, column))
+    """A spanning tree of the cells, with a few more walls taken out, so that ways differ."""
+    grid = carve(random, cells, cells, ".")
+    size = len(grid)
     for _ in range(cells // 2):
         row, column = random.randrange(1, size - 1), random.randrange(1, size - 1)
         if (row + column) % 2:  # between two cells, not a corner post
@@ -57,7 +40,7 @@ def make_maze(seed: int, level: int) -> Puzzle:
     start, end = random.sample(corners, 2)
     grid[start[0]][start[1]], grid[end[0]][end[1]] = "S", "E"
     rows = ["".join(row) for row in grid]
-    path = shortest_path(rows)
+    path = shortest_path(rows, start, end)
     assert path is not None
     question = "Find a way from S to E; # is a wall.\n" + "\n".join(rows)
     question += "\nWrite the moves in \\boxed{} as letters U, D, L, R."
@@ -68,33 +51,16 @@ def _find(rows: Sequence[str], sign: str) -> tuple[int, int]:
     return next((r, row.index(sign)) for r, row in enumerate(rows) if sign in row)
 
 
-def shortest_path(rows: Sequence[str]) -> str | None:
-    """The moves of a shortest way from S to E; None where there is none."""
-    start, end = _find(rows, "S"), _find(rows, "E")
-    ways = {start: ""}
-    queue = deque([start])
-    while queue:
-        place = queue.popleft()
-        if place == end:
-            return ways[place]
-        for move, (down, right) in _STEPS.items():
-            there = place[0] + down, place[1] + right
-            if rows[there[0]][there[1]] != "#" and there not in ways:
-                ways[there] = ways[place] + move
-                queue.append(there)
-    return None
-
-
 def check(data: Mapping[str, Any], text: str) -> Check:
     """Whether the moves, as letters, words or arrows, lead from S to E without crossing a wall."""
     rows = data["rows"]
     moves = _BETWEEN.sub("", _WORD.sub(lambda word: _WORDS[word[0]], normalize(text).upper()))
-    unknown = next((move for move in moves if move not in _STEPS), None)
+    unknown = next((move for move in moves if move not in MOVES), None)
     if unknown is not None:
         return "wrong", f"{unknown!r} is no move"
     row, column = _find(rows, "S")
     for number, move in enumerate(moves, start=1):
-        row, column = row + _STEPS[move][0], column + _STEPS[move][1]
+        row, column = row + MOVES[move][0], column + MOVES[move][1]
         if rows[row][column] == "#":
             return "wrong", f"move {number} ({move}) runs into a wall"
     if rows[row][column] != "E":
