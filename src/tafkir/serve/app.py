@@ -20,7 +20,7 @@ from tafkir.serve.errors import ApiError, install_error_handlers
 from tafkir.serve.generate import ClientLeft, Generation, choice_seed
 from tafkir.serve.metrics import render_metrics
 from tafkir.serve.responses import ChatFormat, CompletionFormat, ResponseFormat
-from tafkir.serve.schema import ChatRequest, CompletionRequest, GenerationRequest
+from tafkir.serve.schema import ChatRequest, CompletionRequest, GenerationRequest, TokenizeRequest
 from tafkir.serve.stream import ChoiceStream
 from tafkir.serve.worker import EngineWorker
 
@@ -175,9 +175,21 @@ def _add_generation_routes(app: FastAPI, served: _Served) -> None:
         if not prompts:
             raise ApiError(400, "prompt: an empty list", param="prompt", code="invalid_value")
         format = CompletionFormat(
-            f"cmpl-{uuid.uuid4().hex}", served.name, served.tokenizer, logprobs=body.logprobs is not None
+            f"cmpl-{uuid.uuid4().hex}",
+            served.name,
+            served.tokenizer,
+            logprobs=body.logprobs is not None,
+            prompts=[ids for ids, samples in prompts for _ in samples] if body.return_token_ids else None,
         )
-        return await _answer(served, http, body, prompts, format, body.logprobs or 0, split_reasoning=False)
+        return await _answer(
+            served, http, body, prompts, format, body.logprobs or 0, split_reasoning=False, ends=body.stop_token_ids
+        )
+
+    @app.post("/tokenize")
+    def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        _check_model(served, body.model)
+        ids = served.tokenizer.encode(body.prompt)
+        return {"count": len(ids), "max_model_len": served.engine.max_context, "tokens": ids}
 
 
 async def _answer(
@@ -189,9 +201,11 @@ async def _answer(
     top_logprobs: int,
     *,
     split_reasoning: bool,
+    ends: Sequence[int] = (),
 ) -> Response:
+    stop_ids = (*served.engine.eos_ids, *ends)
     choices = [
-        ChoiceStream(served.tokenizer, served.engine.eos_ids, body.stop, split_reasoning=split_reasoning)
+        ChoiceStream(served.tokenizer, stop_ids, body.stop, split_reasoning=split_reasoning)
         for _, samples in prompts
         for _ in samples
     ]

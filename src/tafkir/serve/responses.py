@@ -101,9 +101,25 @@ class ChatFormat(ResponseFormat):
 
 
 class CompletionFormat(ResponseFormat):
-    """`text_completion`: the text as it is, `<think>` included."""
+    """`text_completion`: the text as it is, `<think>` included.
+
+    Args:
+        prompts: the prompt of every choice; given, a choice reports token ids, as vLLM does for `return_token_ids`.
+    """
 
     object_name = chunk_name = "text_completion"
+
+    def __init__(
+        self,
+        request_id: str,
+        model: str,
+        tokenizer: TokenText,
+        *,
+        logprobs: bool,
+        prompts: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        super().__init__(request_id, model, tokenizer, logprobs=logprobs)
+        self._prompts = prompts
 
     def _choice(self, index: int, text: str, shown: Sequence[tuple[TokenEvent, int]], reason: Any) -> dict[str, Any]:
         logprobs = completion_logprobs(self._tokenizer, shown) if self._logprobs and shown else None
@@ -114,4 +130,8 @@ class CompletionFormat(ResponseFormat):
 
     def choice(self, index: int, deltas: Sequence[Delta], stream: ChoiceStream) -> dict[str, Any]:
         text = "".join(delta.text for delta in deltas)
-        return self._choice(index, text, stream.shown, deltas[-1].finish_reason)
+        if self._prompts is None:
+            return self._choice(index, text, stream.shown, deltas[-1].finish_reason)
+        choice = self._choice(index, text, stream.sampled, deltas[-1].finish_reason)
+        token_ids = [event.token_id for event, _ in stream.sampled]
+        return choice | {"token_ids": token_ids, "prompt_token_ids": list(self._prompts[index])}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -15,7 +16,15 @@ from pydantic_core import PydanticCustomError
 
 from tafkir.records import Message, SamplingParams
 
-__all__ = ["MAX_CHOICES", "ChatMessage", "ChatRequest", "CompletionRequest", "GenerationRequest", "StreamOptions"]
+__all__ = [
+    "MAX_CHOICES",
+    "ChatMessage",
+    "ChatRequest",
+    "CompletionRequest",
+    "GenerationRequest",
+    "StreamOptions",
+    "TokenizeRequest",
+]
 
 MAX_CHOICES = 64
 _MAX_STOPS = 16
@@ -187,6 +196,19 @@ class CompletionRequest(GenerationRequest):
     prompt: str | list[int] | list[str] | list[list[int]]
     max_tokens: int = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=20)
+    stop_token_ids: list[int] = Field(default_factory=list, max_length=_MAX_STOPS)
+    return_token_ids: bool = Field(False, description="Report token ids, the stop token and its log-probability too.")
+
+    @model_validator(mode="after")
+    def _token_ids_come_whole(self) -> CompletionRequest:
+        if self.return_token_ids and self.stream:
+            raise PydanticCustomError(
+                "invalid_value", "return_token_ids needs stream=false", {"param": "return_token_ids"}
+            )
+        return self
+
+    def sampling(self, max_tokens: int, seed: int | None) -> SamplingParams:
+        return replace(super().sampling(max_tokens, seed), stop_token_ids=tuple(self.stop_token_ids))
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -195,3 +217,13 @@ class CompletionRequest(GenerationRequest):
             return [self.prompt]
         tokens = [item for item in self.prompt if isinstance(item, int)]
         return [tokens] if tokens else [item for item in self.prompt if not isinstance(item, int)]
+
+
+class TokenizeRequest(BaseModel):
+    """Body of POST /tokenize, as vLLM has it. No token is ever added to a text."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool = True

@@ -127,9 +127,12 @@ class ChoiceStream:
         self.num_tokens = self.num_reasoning_tokens = 0
         self.shown: list[tuple[TokenEvent, int]] = []
         """Tokens that belong to the text, each with the offset of its first character."""
+        self.sampled: list[tuple[TokenEvent, int]] = []
+        """The same with the token that ended the text."""
 
     def push(self, event: TokenEvent) -> Delta:
         self.num_tokens += 1
+        self.sampled.append((event, self._decoded))
         text = ""
         if not (event.finish_reason == "stop" and event.token_id in self._stop_ids):
             self.shown.append((event, self._decoded))
