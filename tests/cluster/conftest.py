@@ -8,30 +8,23 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tafkir.cluster.session import open_ray
+from tafkir.recipe.cluster import ClusterConfig
 from tests.conftest import ROOT
-
-NUM_CPUS = 8
 
 
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
     """The address of the cluster; this process is in it."""
     ray = pytest.importorskip("ray")
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     before = os.environ.get("PYTHONPATH")
     # Workers inherit it; what they run is found by name.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT / "src"), str(ROOT), before)))
     torch.set_num_threads(1)
-    context = ray.init(
-        address="local",
-        num_cpus=NUM_CPUS,
-        num_gpus=0,
-        include_dashboard=False,
-        log_to_driver=False,
-        configure_logging=False,
-        object_store_memory=80_000_000,
-    )
-    yield context.address_info["gcs_address"]
+    config = ClusterConfig(num_rollout_workers=2, num_verifiers=2, object_store_bytes=80_000_000)
+    open_ray(config)
+    open_ray(config)  # one that is there already is taken as it is
+    yield ray.get_runtime_context().gcs_address
     ray.shutdown()
     os.environ.pop("PYTHONPATH")
     if before is not None:

@@ -1,27 +1,19 @@
-"""What workers in these tests are made of: a tiny engine and a grader, some of which die, hang or raise once.
-
-Workers import this module, so it stands apart from the tests. A fault happens in the first process that creates its
-mark; later ones find the mark and work.
-"""
+"""What rollout workers in these tests are made of: a tiny engine that dies, hangs or raises when it is ordered to."""
 
 from __future__ import annotations
 
-import os
-import signal
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 from tafkir.engine.engine import Engine
 from tafkir.errors import CheckpointError
 from tafkir.models.build import build_decoder
 from tafkir.models.decoder import Decoder
 from tafkir.recipe.model import ModelConfig
-from tafkir.records import Completion, Example, Message, Request, Split, Verdict
+from tafkir.records import Completion, Request
+from tests.cluster.graders import obey
 
-Fault = Literal["none", "die", "hang", "raise", "refuse", "lose one"]
+__all__ = ["BuildEngine", "build_tiny"]
 
 CONFIG = ModelConfig(
     vocab_size=300,
@@ -40,79 +32,31 @@ def build_tiny(seed: int = 0) -> Decoder:
     return build_decoder(CONFIG, seed)
 
 
-def happen(fault: Fault, mark: str) -> bool:
-    """Do what the fault is, unless its mark is there; True when it went on."""
-    try:
-        os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return False
-    if fault == "die":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if fault == "hang":
-        time.sleep(600)
-    if fault == "raise":
-        raise ZeroDivisionError("by hand")
-    if fault == "refuse":
-        raise CheckpointError("not this one", where="here")
-    return True
+class ObedientEngine(Engine):
+    """Looks for orders after it has sampled half of a call."""
 
-
-class FaultyEngine(Engine):
-    """Fails once, after it has sampled half of a call."""
-
-    fault: Fault = "none"
-    mark = ""
+    orders = ""
 
     def complete(self, requests: Sequence[Request]) -> Iterator[Completion]:
-        done = list(super().complete(requests))
-        for i, completion in enumerate(done):
-            if self.fault != "none" and i == len(done) // 2 and happen(self.fault, self.mark):
-                return
+        for i, completion in enumerate(super().complete(requests)):
+            if i == len(requests) // 2:
+                order = obey(self.orders)
+                if order == "raise":
+                    raise ZeroDivisionError("by hand")
+                if order == "refuse":
+                    raise CheckpointError("not this one", where="here")
+                if order == "lose one":
+                    continue
             yield completion
 
 
 @dataclass(frozen=True)
 class BuildEngine:
-    """Builds a worker's engine."""
+    """Builds a worker's engine; `orders` is the folder that it looks into."""
 
-    fault: Fault = "none"
-    mark: str = ""
-    while_building: bool = False
-    max_batch: int = 64
+    orders: str
 
-    def __call__(self) -> FaultyEngine:
-        if self.while_building:
-            happen(self.fault, self.mark)
-        engine = FaultyEngine(build_tiny(), eos_ids=(EOS,), max_batch=self.max_batch)
-        if not self.while_building:
-            engine.fault, engine.mark = self.fault, self.mark
+    def __call__(self) -> ObedientEngine:
+        engine = ObedientEngine(build_tiny(), eos_ids=(EOS,), max_batch=64)
+        engine.orders = self.orders
         return engine
-
-
-@dataclass(frozen=True)
-class Parity:
-    """A task: the answer is right when its length is even. Fails once at a text, or always at `poison`."""
-
-    fault: Fault = "none"
-    mark: str = ""
-    poison: str = ""
-
-    name = "parity"
-
-    def examples(self, split: Split) -> Sequence[Example]:
-        return []
-
-    def prompt(self, example: Example) -> list[Message]:
-        return [Message("user", example.question)]
-
-    def grade(self, example: Example, text: str, *, finished: bool = True) -> Verdict:
-        if self.poison and text == self.poison:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self.fault != "none" and example.id == "3":
-            happen(self.fault, self.mark)
-        right = len(text) % 2 == 0
-        return Verdict("correct" if right else "wrong", float(right), text, example.answer)
-
-
-def mark_in(folder: Path) -> str:
-    return str(folder / "mark")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from types import ModuleType
 
 from tafkir.errors import BackendUnavailable
@@ -44,13 +45,25 @@ def open_ray(config: ClusterConfig) -> None:
         options |= {"num_cpus": max(1, -int(-(workers + verifiers) // 1)), "include_dashboard": False}
         if config.object_store_bytes:
             options["object_store_memory"] = config.object_store_bytes
+    deadline = time.monotonic() + config.start_timeout_s
+    while True:
+        try:
+            return _join(ray, options)
+        except BackendUnavailable:
+            # Ray gives its own processes half a minute to start, which a busy machine may not have.
+            ray.shutdown()
+            if config.address != "local" or time.monotonic() > deadline:
+                raise
+
+
+def _join(ray: ModuleType, options: dict[str, object]) -> None:
     try:
         ray.init(
             **options, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, namespace="tafkir"
         )
-    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+    except Exception as error:  # Ray raises many kinds, a bare Exception among them
         raise BackendUnavailable(
-            f"no Ray cluster ({error})",
-            where=f"cluster.address = {config.address}",
+            f"no Ray cluster ({' '.join(str(error).split())})",
+            where=f"cluster.address = {options['address']}",
             fix="start one with `ray start --head`, or set cluster.address to local",
         ) from error

@@ -127,7 +127,7 @@ def _check_engines(recipe: Recipe, where: str) -> None:
         else:
             continue
         raise RecipeError(f"{kind}.engine.kind = {table.engine.kind} {what}", where=where, fix=fix)
-    if cluster is not None and cluster.num_verifiers and getattr(recipe.rlvr, "reward_file", None):
+    if cluster is not None and cluster.num_verifiers and recipe.rlvr is not None and recipe.rlvr.reward_file:
         raise RecipeError(
             "rlvr.reward_file and cluster.num_verifiers exclude each other",
             where=where,
