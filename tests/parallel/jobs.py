@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,6 +20,7 @@ from tafkir.runlog.metrics import read_jsonl
 from tafkir.runlog.rundir import StageDir
 from tafkir.train.language import language_step, validation_loss
 from tafkir.train.loop import StepOutput, Trainer, fit
+from tafkir.train.mtp import measure_mtp
 from tafkir.train.ranks import open_ranks
 
 LEARNING_RATE = 1e-2
@@ -55,12 +57,12 @@ LATENT = MODEL.model_copy(
 """The same with latent attention."""
 
 
-def documents(step: int) -> list[Document]:
+def documents(step: int, longest: int = 19) -> list[Document]:
     """Nine documents of unequal length, some with masked targets; a function of the step."""
     draw = Random(step)
     made: list[Document] = []
     for index in range(9):
-        ids = [draw.randrange(MODEL.vocab_size) for _ in range(draw.randrange(3, 20))]
+        ids = [draw.randrange(MODEL.vocab_size) for _ in range(draw.randrange(3, longest + 1))]
         made.append((ids, [draw.random() < 0.7 for _ in ids] if index % 3 == 0 else None))
     return made
 
@@ -114,12 +116,14 @@ def train(
     stop: int | None = None,
     model: ModelConfig = MODEL,
     source: Path | None = None,
+    longest: int = 19,
 ) -> dict[str, Any]:
     """Train, resuming from `folder`; returns the metric rows, the totals and (on rank 0) the weights that came out.
 
     Args:
         stop: end before this step, counted from 0, and return nothing.
         source: checkpoint to start from; several ranks read their parts of it.
+        longest: tokens of a document.
     """
     config = PretrainConfig.model_validate(
         {
@@ -142,7 +146,7 @@ def train(
         trainer = Trainer(outline_checkpoint(source), config, ranks, source)
     heldout = documents(1000)[:5]
     stage = StageDir(folder, "pretrain")
-    one_step = language_step(trainer, documents, label="pretrain")
+    one_step = language_step(trainer, partial(documents, longest=longest), label="pretrain")
 
     def step(number: int) -> StepOutput:
         if number == stop:
@@ -150,7 +154,8 @@ def train(
         return one_step(number)
 
     def validate() -> dict[str, float]:
-        return {"validation/loss": validation_loss(trainer.decoder, heldout, batch_size=2, ranks=ranks)}
+        row = {"validation/loss": validation_loss(trainer.decoder, heldout, batch_size=2, ranks=ranks)}
+        return row | (measure_mtp(trainer.decoder, heldout) if model.mtp is not None else {})
 
     try:
         result = fit(trainer, stage, step, validate=validate, label="pretrain")

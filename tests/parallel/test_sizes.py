@@ -67,8 +67,6 @@ def test_sizes_that_do_not_divide_the_model_are_refused(
         ({"rlhf": {}}, "rlhf runs in one process"),
         ({"dpo": {}}, "dpo runs in one process"),
         ({"reward": {}}, "reward runs in one process"),
-        ({"pretrain": {"mtp_loss_weight": 0.1}}, "pretrain.mtp_loss_weight"),
-        ({"pretrain": {"mtp_final_loss_weight": 0.1}}, "pretrain.mtp_final_loss_weight"),
         ({"sft": {"method": "mtp_distill"}}, "sft.method: mtp_distill runs in one process only"),
         ({"sft": {"batch_problems": 3}}, "sft.batch_problems: 3 .*at least 4"),
         ({"rlvr": {}, "parallel": {"device": "cuda"}}, "parallel.device: rlvr samples on the processor"),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.parallel.jobs import LATENT, LEARNING_RATE, train, train_in_float32
+from tafkir.recipe.model import MtpConfig
+from tests.parallel.jobs import LATENT, LEARNING_RATE, MODEL, train, train_in_float32
 from tests.parallel.ranks import run_ranks
 
 TOLERANCE = 1e-5
@@ -90,5 +92,26 @@ def test_muon_sees_whole_matrices(sizes: dict[str, int], tmp_path: Path) -> None
     table = {"steps": 3, "optimizer": "muon", "muon_learning_rate": LEARNING_RATE}
     wanted = train_in_float32(tmp_path / "alone", {}, table)
     found = run_ranks(2 ** len(sizes), train_in_float32, tmp_path / "many", sizes, table)
+    assert_same_rows(found[0]["rows"], wanted["rows"])
+    assert_same_weights(found[0]["weights"], wanted["weights"])
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param({"data_parallel": 4}, marks=pytest.mark.slow),
+        {"expert_parallel": 2},
+        pytest.param({"data_parallel": 2, "expert_parallel": 2}, marks=pytest.mark.slow),
+        pytest.param({"tensor_parallel": 2}, marks=pytest.mark.slow),
+    ],
+    ids=lambda sizes: "-".join(f"{name.split('_')[0]}{size}" for name, size in sizes.items()),
+)
+def test_multi_token_prediction_trains_along(sizes: dict[str, int], tmp_path: Path) -> None:
+    """The second depth has no row in some ranks' documents; they compute it with the others all the same."""
+    model = MODEL.model_copy(update={"mtp": MtpConfig(depth=2)})
+    table = {"steps": 3, "mtp_loss_weight": 0.3, "expert_bias_update_rate": 0.01}
+    wanted = train(tmp_path / "alone", {}, table, model=model, longest=5)
+    found = run_ranks(prod(sizes.values()), train, tmp_path / "many", sizes, table, model=model, longest=5)
+    assert {"train/mtp_loss/1", "train/mtp_loss/2"} <= wanted["rows"][0].keys()
     assert_same_rows(found[0]["rows"], wanted["rows"])
     assert_same_weights(found[0]["weights"], wanted["weights"])

@@ -10,13 +10,10 @@ from safetensors import safe_open
 
 from tafkir.checkpoint.load import load_checkpoint
 from tafkir.cli.pipeline import run_recipe, select_stages
-from tafkir.errors import CheckpointError, RecipeError
+from tafkir.errors import CheckpointError
 from tafkir.recipe.load import load_recipe
-from tafkir.recipe.parallel import ParallelSizes
 from tafkir.recipe.resolve import resolve_recipe
 from tafkir.runlog.rundir import RunDir
-from tafkir.train import stages
-from tafkir.train.ranks import OneProcess
 from tests.e2e.conftest import rows_of_sums, write_jsonl
 
 SHORT = (
@@ -72,15 +69,3 @@ def test_a_chat_checkpoint_without_mtp_gets_one_and_keeps_every_other_byte(tmp_p
         run(tmp_path / "rl", *from_base, "sft=", "rlvr.steps=1", "model.mtp.depth=1")
     with pytest.raises(CheckpointError, match=r"mtp=\{'depth': 1.*\(recipe: None\)"):
         run(tmp_path / "other", sums, f"base={json.dumps(str(stage.checkpoint_dir))}", "tokenizer=", "pretrain=")
-
-
-def test_several_processes_are_refused(tmp_path: Path, sums: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def two_processes(*_: object) -> OneProcess:
-        ranks = OneProcess()
-        ranks.sizes = ParallelSizes(data=2)
-        return ranks
-
-    monkeypatch.setattr(stages, "open_ranks", two_processes)
-    settings = ("sft=", "pretrain.steps=1", "pretrain.story_share=0", "model.mtp.depth=1", "pretrain.mtp_loss_weight=1")
-    with pytest.raises(RecipeError, match="one process only"):
-        run(tmp_path / "two", sums, *settings)

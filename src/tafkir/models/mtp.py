@@ -33,6 +33,7 @@ class ShiftedBatch:
         positions_M: int64, the position's own id, not the shifted token's.
         labels_M: int64, what is to be predicted, t_{i+k+1}, or -100.
         cu_seqlens: boundaries of the documents that are long enough; first 0, last M.
+        idle: one row that stands in for none, where others wait for this process to compute a depth with them.
     """
 
     rows_M: Tensor
@@ -41,10 +42,17 @@ class ShiftedBatch:
     positions_M: Tensor
     labels_M: Tensor
     cu_seqlens: tuple[int, ...]
+    idle: bool = False
 
 
 def shift_documents(
-    input_ids_N: Tensor, positions_N: Tensor, labels_N: Tensor, cu_seqlens: Sequence[int], depth: int
+    input_ids_N: Tensor,
+    positions_N: Tensor,
+    labels_N: Tensor,
+    cu_seqlens: Sequence[int],
+    depth: int,
+    *,
+    every_depth: bool = False,
 ) -> list[ShiftedBatch]:
     """The rows of depth 1 to `depth`, cut at document boundaries: of T tokens, depth k reads the first T - k - 1.
 
@@ -54,6 +62,7 @@ def shift_documents(
     Args:
         labels_N: int64; `labels_N[i]` is the token that the decoder predicts at i, or -100.
         cu_seqlens: document boundaries; first 0, last N.
+        every_depth: put an idle batch where every document is too short.
 
     Returns:
         At most `depth` batches: it ends before the first depth at which every document is too short.
@@ -80,6 +89,9 @@ def shift_documents(
             )
         )
         before = rows
+    if every_depth:
+        none = torch.zeros(1, dtype=torch.int64, device=input_ids_N.device)
+        batches += [ShiftedBatch(none, none, none, none, none - 100, (0, 1), idle=True)] * (depth - len(batches))
     return batches
 
 

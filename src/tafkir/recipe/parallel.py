@@ -16,8 +16,6 @@ __all__ = ["ParallelSizes", "check_parallel", "check_shapes", "resolve_sizes", "
 # What many processes do of keys that they do not do in full.
 _IN_ONE_PROCESS: dict[str, tuple[str | float | None, ...]] = {
     "method": ("next_token",),
-    "mtp_loss_weight": (0,),
-    "mtp_final_loss_weight": (None, 0),
 }
 
 

@@ -81,7 +81,7 @@ def language_step(trainer: Trainer, documents: DocumentBatch, *, label: str) -> 
         parts = split_evenly(documents(step), trainer.config.micro_batches * ranks.sizes.data_shards)
         pieces = [pack_documents(row) for part in ranks.own(parts) for row in fill_rows(part, limit)]
         targets = ranks.sum(sum(piece.num_targets for piece in pieces))
-        mtp = MtpLoss.of_step(trainer.decoder, trainer.config, step, pieces)
+        mtp = MtpLoss.of_step(trainer.decoder, trainer.config, step, pieces, ranks)
         routers = RouterLosses.of_step(trainer.decoder, trainer.config, pieces, ranks.sum)
         total = 0.0
         loads: list[Tensor] = []

@@ -20,6 +20,7 @@ from tafkir.models.mtp import MtpOutput, MultiTokenPredictor, ShiftedBatch, shif
 from tafkir.ops.loss import CHUNK_TOKENS, IGNORE_INDEX, next_token_loss
 from tafkir.recipe.schema import LanguageTable, TrainTable
 from tafkir.runlog.metrics import Metric
+from tafkir.train.ranks import OneProcess, Ranks
 
 __all__ = ["MtpCounts", "MtpLoss", "measure_mtp", "mtp_loss_weight_at", "predict", "predictor_of", "run_decoder"]
 
@@ -51,10 +52,10 @@ def predictor_of(decoder: Decoder) -> MultiTokenPredictor:
     return decoder.mtp
 
 
-def _shift(decoder: Decoder, batch: PackedBatch) -> list[ShiftedBatch]:
+def _shift(decoder: Decoder, batch: PackedBatch, *, every_depth: bool = False) -> list[ShiftedBatch]:
     depth, device = predictor_of(decoder).shape.depth, decoder.embed_tokens.weight.device
     ids_N, positions_N, labels_N = (t.to(device) for t in (batch.input_ids_N, batch.positions_N, batch.labels_N))
-    return shift_documents(ids_N, positions_N, labels_N, batch.cu_seqlens, depth)
+    return shift_documents(ids_N, positions_N, labels_N, batch.cu_seqlens, depth, every_depth=every_depth)
 
 
 def run_decoder(decoder: Decoder, batch: PackedBatch) -> DecoderOutput:
@@ -72,22 +73,30 @@ def predict(decoder: Decoder, out: DecoderOutput, shifted: Sequence[ShiftedBatch
 
 
 class MtpCounts:
-    """What one optimiser step adds up over its micro-batches, by depth."""
+    """What one optimiser step adds up over its micro-batches and processes, by depth.
 
-    def __init__(self, decoder: Decoder, pieces: Sequence[PackedBatch]) -> None:
-        self.mtp = predictor_of(decoder)
+    Args:
+        pieces: this process's micro-batches.
+        ranks: all processes; they compute every depth together, those without a row for it as well.
+    """
+
+    def __init__(self, decoder: Decoder, pieces: Sequence[PackedBatch], ranks: Ranks | None = None) -> None:
+        self.mtp, self.ranks = predictor_of(decoder), ranks or OneProcess()
         self.depth = self.mtp.shape.depth
-        self.shifted = [_shift(decoder, piece) for piece in pieces]
+        self.shifted = [_shift(decoder, piece, every_depth=self.ranks.sizes.world > 1) for piece in pieces]
         self.targets = [
-            sum(int((s[k].labels_M != IGNORE_INDEX).sum()) for s in self.shifted if len(s) > k)
+            int(self.ranks.sum(sum(int((s[k].labels_M != IGNORE_INDEX).sum()) for s in self.shifted if len(s) > k)))
             for k in range(self.depth)
         ]
         self.losses = [0.0] * self.depth
         num_experts = self.mtp.config.num_experts
         self.loads = [torch.zeros(num_experts, dtype=torch.int64) for _ in self.mtp.routers]
 
-    def add(self, k: int, loss: Tensor, output: MtpOutput) -> Tensor:
+    def add(self, k: int, loss: Tensor, output: MtpOutput, *, idle: bool = False) -> Tensor:
         """Note a depth's summed loss; returns its share of the step's loss, (1/D) loss_k / targets_k."""
+        if idle:
+            # Nothing, by way of the layer: its gradients are summed over all processes.
+            return 0.0 * output.hidden_MD.sum()
         self.losses[k] += loss.item()
         if output.expert_ids_MA is not None:
             self.loads[k] = self.loads[k].to(loss.device) + torch.bincount(
@@ -98,7 +107,7 @@ class MtpCounts:
     def metrics(self, name: str) -> dict[str, float]:
         """Mean loss per target of every depth that had one."""
         return {
-            f"{name}/{k + 1}": loss / targets
+            f"{name}/{k + 1}": self.ranks.sum(loss) / targets
             for k, (loss, targets) in enumerate(zip(self.losses, self.targets, strict=True))
             if targets
         }
@@ -106,7 +115,7 @@ class MtpCounts:
     def balance(self, rate: float) -> None:
         """Nudge the layers' own routers towards balance."""
         if rate > 0:
-            balance_routers(self.mtp.routers, self.loads, rate)
+            balance_routers(self.mtp.routers, self.ranks.sum_loads(self.loads), rate)
 
 
 class MtpLoss:
@@ -115,15 +124,19 @@ class MtpLoss:
     CE_k is the mean over all targets of depth k in the step, whatever the micro-batches.
     """
 
-    def __init__(self, decoder: Decoder, pieces: Sequence[PackedBatch], weight: float) -> None:
+    def __init__(
+        self, decoder: Decoder, pieces: Sequence[PackedBatch], weight: float, ranks: Ranks | None = None
+    ) -> None:
         self.decoder, self.weight = decoder, weight
-        self.counts = MtpCounts(decoder, pieces)
+        self.counts = MtpCounts(decoder, pieces, ranks)
 
     @staticmethod
-    def of_step(decoder: Decoder, config: TrainTable, step: int, pieces: Sequence[PackedBatch]) -> MtpLoss | None:
+    def of_step(
+        decoder: Decoder, config: TrainTable, step: int, pieces: Sequence[PackedBatch], ranks: Ranks | None = None
+    ) -> MtpLoss | None:
         """The loss of step `step` (from 0), or None where its λ is 0: then nothing is computed."""
         weight = mtp_loss_weight_at(step, config)
-        return MtpLoss(decoder, pieces, weight) if weight > 0 else None
+        return MtpLoss(decoder, pieces, weight, ranks) if weight > 0 else None
 
     def of_piece(self, index: int, out: DecoderOutput) -> Tensor:
         """The loss's part of one micro-batch, to be added to that of the next-token loss."""
@@ -131,7 +144,7 @@ class MtpLoss:
         total = out.hidden_ND.new_zeros(())
         for k, output in enumerate(predict(self.decoder, out, shifted)):
             loss = next_token_loss(output.hidden_MD, self.decoder.head_weight, shifted[k].labels_M)
-            total = total + self.counts.add(k, loss, output)
+            total = total + self.counts.add(k, loss, output, idle=shifted[k].idle)
         return self.weight * total
 
     def finish(self, rate: float) -> dict[str, Metric]:

@@ -288,12 +288,6 @@ def _fit_language(
     trainer = Trainer(decoder, config, open_ranks(ctx.recipe.parallel, ctx.recipe.model), source)
     distills = isinstance(config, SftConfig) and config.method == "mtp_distill"
     trains_mtp = distills or bool(config.mtp_loss_weight or config.mtp_final_loss_weight)
-    if trains_mtp and trainer.ranks.sizes.world > 1:
-        raise RecipeError(
-            "multi-token prediction trains in one process only",
-            where=f"stage {ctx.stage.kind}",
-            fix="start it without torchrun, or set mtp_loss_weight to 0",
-        )
 
     if isinstance(config, SftConfig) and config.select and trainer.ranks.sizes.world > 1:
         raise RecipeError(
