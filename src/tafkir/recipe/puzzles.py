@@ -27,6 +27,11 @@ class PuzzleTable(Table):
     num_test: Positive = Field(500, description="Puzzles that are only measured on; of a file, at most.")
     augment: bool = Field(True, description="Show every training puzzle in a random symmetric form each time.")
 
+    @property
+    def num_cells(self) -> int | None:
+        """Cells of a grid; None where only the file knows."""
+        return None
+
 
 class SudokuPuzzles(PuzzleTable):
     """Sudoku of any band shape: minimal puzzles from a seed with a few more givens, or a file of puzzles."""
@@ -44,6 +49,10 @@ class SudokuPuzzles(PuzzleTable):
         if not 2 <= self.box_rows * self.box_columns <= _MAX_SIDE:
             raise ValueError(f"box_rows x box_columns must be 2 to {_MAX_SIDE}")
         return self
+
+    @property
+    def num_cells(self) -> int:
+        return (self.box_rows * self.box_columns) ** 2
 
 
 class MazePuzzles(PuzzleTable):
@@ -63,6 +72,10 @@ class MazePuzzles(PuzzleTable):
         if self.path is None and self.min_path > longest:
             raise ValueError(f"min_path is larger than {longest}, the longest way through all cells")
         return self
+
+    @property
+    def num_cells(self) -> int:
+        return self.rows * self.columns
 
 
 class GridPuzzles(PuzzleTable):

@@ -21,8 +21,8 @@ class Table(BaseModel):
 class OptimConfig(Table):
     """The optimiser and its learning rate: linear warm-up, then the schedule."""
 
-    optimizer: Literal["adamw", "muon"] = Field(
-        "adamw", description="AdamW for everything, or Muon for hidden matrices beside AdamW for the rest."
+    optimizer: Literal["adamw", "adam_atan2", "muon"] = Field(
+        "adamw", description="AdamW or AdamATan2 for everything, or Muon for hidden matrices beside AdamW for the rest."
     )
     muon_learning_rate: float = Field(0.02, gt=0, description="Peak learning rate of the matrices under Muon.")
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate.")

@@ -65,6 +65,11 @@ class TrmModelConfig(Table):
             raise ValueError("a single latent has one network")
         return self
 
+    def for_puzzles(self, vocab_size: int, sequence_length: int, num_puzzle_ids: int = 1) -> TrmShape:
+        """The network for puzzles of one size."""
+        sizes = {"vocab_size": vocab_size, "sequence_length": sequence_length, "num_puzzle_ids": num_puzzle_ids}
+        return TrmShape.model_validate(self.model_dump() | sizes)
+
     @property
     def head_dim(self) -> int:
         """Width of an attention head."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -22,16 +22,18 @@ class WeightAverage:
         module: starts the average.
         decay: between 0 and 1.
         warmup: forget faster in the beginning.
+        skip: names in the module's state that are not averaged.
     """
 
-    def __init__(self, module: nn.Module, decay: float, *, warmup: bool = True) -> None:
-        self.module, self.decay, self.warmup = module, decay, warmup
+    def __init__(self, module: nn.Module, decay: float, *, warmup: bool = True, skip: Collection[str] = ()) -> None:
+        self.module, self.decay, self.warmup, self.skip = module, decay, warmup, frozenset(skip)
         self.num_updates = 0
         self.tensors: dict[str, Tensor] = {name: value.clone() for name, value in self._live()}
 
     def _live(self) -> Iterator[tuple[str, Tensor]]:
         state = self.module.state_dict()
-        return ((name, value.detach()) for name, value in state.items() if value.is_floating_point())
+        live = ((name, value) for name, value in state.items() if name not in self.skip)
+        return ((name, value.detach()) for name, value in live if value.is_floating_point())
 
     def decay_at(self, update: int) -> float:
         """The decay of update `update`, counted from 0."""

@@ -1,0 +1,44 @@
+"""What a recursive model solves: whole grids and cells, after N_sup steps and where its halting head says solved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tafkir.data.puzzles.sets import PuzzleSet
+from tafkir.intervals import accuracy
+from tafkir.models.solving import solve_puzzles
+from tafkir.models.trm import Trm
+
+__all__ = ["score_puzzles"]
+
+
+def score_puzzles(
+    model: Trm, puzzles: PuzzleSet, *, halt_threshold: float = 0.0, batch_size: int = 256
+) -> dict[str, Any]:
+    """Scores as `result.json` holds them.
+
+    Returns:
+        `exact`: share of whole grids right after N_sup steps, with Wilson's interval; `cells`: share of cells;
+        `by_step`: share of grids right after each step; `halting`: the same of answers taken at the first step with q
+        above the threshold, the mean number of steps, how many puzzles halt after each, and how many never do.
+    """
+    solved = solve_puzzles(model, puzzles.inputs, batch_size=batch_size)
+    right = solved.right(puzzles.labels)
+    exact = right.all(-1)
+    halts = solved.halts(halt_threshold)
+    steps = len(exact)
+    return {
+        "puzzles": len(puzzles),
+        "exact": accuracy(exact[-1].tolist()).to_dict(),
+        "cells": float(right[-1].mean()),
+        "by_step": [float(share) for share in exact.mean(1)],
+        "halting": {
+            "threshold": halt_threshold,
+            "exact": accuracy(exact[halts, np.arange(len(puzzles))].tolist()).to_dict(),
+            "mean_steps": float(halts.mean() + 1),
+            "histogram": np.bincount(halts, minlength=steps).tolist(),
+            "never": int((solved.q_halt <= halt_threshold).all(0).sum()),
+        },
+    }
