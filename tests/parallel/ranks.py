@@ -49,7 +49,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, **options: A
     """What `function(*args, **options)` returns on each rank, which imports it. Fails with the first traceback."""
     context = multiprocessing.get_context("forkserver")
     # The imports are paid once: every process is a fork of one that has them.
-    context.set_forkserver_preload(["torch", "tafkir.train.parallel.ranks", "tafkir.train.stages"])
+    context.set_forkserver_preload(["torch", "tafkir.train.parallel.many_ranks", "tafkir.train.stages"])
     out = context.Queue()
     port = free_port()
     processes = [

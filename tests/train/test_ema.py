@@ -12,27 +12,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tafkir.errors import CheckpointError
 from tafkir.models.build import build_decoder
 from tafkir.models.decoder import Decoder
-from tafkir.recipe.model import ModelConfig
 from tafkir.recipe.schema import EmaConfig, TrainTable
 from tafkir.runlog.rundir import StageDir
 from tafkir.train.ema import WeightAverage
 from tafkir.train.loop import StepOutput, Trainer, fit
 from tafkir.train.state import latest_state, load_state, save_state
-
-CONFIG = ModelConfig(
-    vocab_size=32,
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=8,
-    intermediate_size=24,
-    moe_intermediate_size=8,
-    num_experts=4,
-    num_experts_per_tok=2,
-    n_group=2,
-    topk_group=1,
-)
+from tests.train.conftest import CONFIG
 
 
 def noise(decoder: Decoder, step: int) -> None:

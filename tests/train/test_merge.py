@@ -20,26 +20,11 @@ from tafkir.checkpoint.read import WeightFiles
 from tafkir.cli.merge import Decay
 from tafkir.errors import RecipeError, TafkirError
 from tafkir.models.build import build_decoder
-from tafkir.recipe.model import ModelConfig
 from tafkir.recipe.schema import DecayShape, OptimConfig
 from tafkir.train.merge import decay_weights, merge_checkpoints, merge_coefficients, merge_tensors
 from tafkir.train.optim import Muon
 from tafkir.train.schedule import scheduled_share
-
-CONFIG = ModelConfig(
-    vocab_size=32,
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=8,
-    intermediate_size=24,
-    moe_intermediate_size=8,
-    num_experts=4,
-    num_experts_per_tok=2,
-    n_group=2,
-    topk_group=1,
-)
+from tests.train.conftest import CONFIG
 
 
 @given(

@@ -14,21 +14,7 @@ from tafkir.recipe.model import ModelConfig
 from tafkir.recipe.schema import OptimConfig
 from tafkir.train.optim import Muon, build_optimizers, orthogonalize
 from tafkir.train.state import latest_state, load_state, save_state
-
-CONFIG = ModelConfig(
-    vocab_size=32,
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=8,
-    intermediate_size=24,
-    moe_intermediate_size=8,
-    num_experts=4,
-    num_experts_per_tok=2,
-    n_group=2,
-    topk_group=1,
-)
+from tests.train.conftest import CONFIG
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (6, 20), (20, 6), (3, 12, 5)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tafkir.checkpoint.load import Checkpoint, load_checkpoint, load_config, resolve_checkpoint
+from tafkir.checkpoint.load import Checkpoint, load_checkpoint, load_config
 from tafkir.checkpoint.manifest import Manifest, TensorEntry
 from tafkir.checkpoint.save import save_checkpoint
 
@@ -12,6 +12,5 @@ __all__ = [
     "TensorEntry",
     "load_checkpoint",
     "load_config",
-    "resolve_checkpoint",
     "save_checkpoint",
 ]

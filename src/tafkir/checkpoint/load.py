@@ -29,7 +29,7 @@ from tafkir.models.hf import (
 )
 from tafkir.models.reward import RewardModel
 from tafkir.models.router import Router
-from tafkir.recipe.bundled import find_checkpoint as resolve_checkpoint
+from tafkir.recipe.bundled import find_checkpoint
 from tafkir.recipe.model import ModelConfig
 
 __all__ = [
@@ -43,7 +43,6 @@ __all__ = [
     "outline_checkpoint",
     "read_manifest",
     "read_parts",
-    "resolve_checkpoint",
 ]
 
 
@@ -90,7 +89,7 @@ class RewardCheckpoint:
 
 def load_config(name: Path | str) -> ModelConfig:
     """The config alone, without reading a weight."""
-    path = resolve_checkpoint(name)
+    path = find_checkpoint(name)
     where = str(path / "config.json")
     return _read_config(read_json(path / "config.json"), where)
 
@@ -112,7 +111,7 @@ def load_checkpoint(name: Path | str, *, dtype: torch.dtype = torch.float32, ver
         CheckpointError: the folder is missing or damaged, belongs to another architecture, or does not fit its
             own config; the message names the file and the tensor.
     """
-    path = resolve_checkpoint(name)
+    path = find_checkpoint(name)
     hf_config = read_json(path / "config.json")
     decoder, manifest = _load(path, hf_config, Decoder, dtype, verify_hashes)
     return Checkpoint(path, decoder.config, decoder, _tokenizer_path(path), manifest)
@@ -126,7 +125,7 @@ def load_reward_model(
     Raises:
         CheckpointError: as `load_checkpoint`; also where the checkpoint is no reward model.
     """
-    path = resolve_checkpoint(name)
+    path = find_checkpoint(name)
     hf_config = causal_keys(read_json(path / "config.json"), str(path / "config.json"))
     model, manifest = _load(path, hf_config, RewardModel, dtype, verify_hashes)
     lineage = manifest.lineage if manifest else {}
@@ -140,7 +139,7 @@ def outline_checkpoint(name: Path | str) -> Decoder:
     Raises:
         CheckpointError: as `load_checkpoint`, as far as config and files' headers go.
     """
-    path = resolve_checkpoint(name)
+    path = find_checkpoint(name)
     hf_config = read_json(path / "config.json")
     with _opened(path, hf_config, verify_hashes=False) as (config, files):
         return _on_meta(Decoder, drop_absent_mtp(config, files.names), torch.float32)
@@ -157,7 +156,7 @@ def read_parts(name: Path | str, decoder: Decoder, parts: Mapping[str, Part]) ->
     Raises:
         CheckpointError: as `load_checkpoint`.
     """
-    path = resolve_checkpoint(name)
+    path = find_checkpoint(name)
     hf_config = read_json(path / "config.json")
     with _opened(path, hf_config, verify_hashes=False) as (_, files), _placed(files):
         table = architecture_of(hf_config, str(path / "config.json"))

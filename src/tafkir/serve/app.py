@@ -101,11 +101,11 @@ def build_app(
 def _load(
     path: Path, model_name: str | None, max_queue: int, num_threads: int | None, sizes: dict[str, int | None]
 ) -> _Served:
-    from tafkir.checkpoint.load import resolve_checkpoint
     from tafkir.data.tokenizer import Tokenizer
+    from tafkir.recipe.bundled import find_checkpoint
     from tafkir.serve.loading import build_engine, name_of
 
-    path = resolve_checkpoint(path)
+    path = find_checkpoint(path)
     tokenizer = Tokenizer.load(path)
     worker = EngineWorker(lambda: build_engine(path, tokenizer, num_threads, **sizes), max_queue=max_queue)
     worker.start()

@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tafkir.checkpoint.load import load_config, read_manifest, resolve_checkpoint
+from tafkir.checkpoint.load import load_config, read_manifest
 from tafkir.checkpoint.manifest import MANIFEST_NAME, Manifest
 from tafkir.checkpoint.read import WeightFiles, fp8_block_size, open_weights, read_json
 from tafkir.checkpoint.save import MAX_SHARD_BYTES, TOKENIZER_FILES, write_folder
 from tafkir.checkpoint.write import describe_tensors, write_weights
 from tafkir.errors import CheckpointError, RecipeError
+from tafkir.recipe.bundled import find_checkpoint
 from tafkir.recipe.schema import DecayShape
 from tafkir.train.schedule import decayed_share
 
@@ -75,7 +76,7 @@ def merge_checkpoints(names: Sequence[Path | str], out: Path, decay: DecayShape 
         raise RecipeError(f"cannot merge {len(names)} checkpoint", expected="two or more, the oldest first")
     if out.exists():
         raise RecipeError("the folder is there already", where=str(out), fix="choose another --out")
-    paths = [resolve_checkpoint(name) for name in names]
+    paths = [find_checkpoint(name) for name in names]
     coefficients = merge_coefficients(decay_weights(decay, len(paths) - 1))
     _check_alike(paths)
     last = paths[-1]

@@ -172,7 +172,7 @@ def open_ranks(config: ParallelConfig, model: ModelConfig) -> Ranks:
     sizes = resolve_sizes(config, world_size())
     if sizes.world == 1:
         return OneProcess(choose_device(config.device))
-    from tafkir.train.parallel.ranks import ManyRanks
+    from tafkir.train.parallel.many_ranks import ManyRanks
     from tafkir.train.parallel.world import join_world
 
     return ManyRanks(join_world(config.device), sizes, model)
