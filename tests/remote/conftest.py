@@ -103,10 +103,12 @@ def make_pool(checkpoint: Path, tokenizer: Tokenizer, tmp_path: Path) -> Iterato
 
 @pytest.fixture
 def requests(tokenizer: Tokenizer) -> list[Request]:
-    """Eight requests for two prompts; one ends at once by its limit."""
+    """Eight requests for two prompts; one ends at once by its limit, some by a stop token."""
     prompts = [tuple(tokenizer.encode(text)) for text in TEXTS[:2]]
     made = []
     for i in range(8):
-        params = SamplingParams(temperature=1.0, max_tokens=1 if i == 3 else 12, seed=77 + i)
+        # Half of the vocabulary ends two of them.
+        ends = tuple(range(160)) if i % 4 == 2 else ()
+        params = SamplingParams(max_tokens=1 if i == 3 else 5, seed=77 + i, stop_token_ids=ends)
         made.append(Request(str(i), prompts[i % 2], params))
     return made
