@@ -147,6 +147,30 @@ CURVES: Mapping[str, Sequence[Curve]] = {
     "reward": _REWARD_CURVES,
     "dpo": _DPO_CURVES,
     "rlhf": _RLHF_CURVES,
+    "trm": (
+        Curve(
+            "Loss of the cells",
+            "a fall that goes on: the batch holds puzzles at every depth of their solution.",
+            {"train/token_loss": "training"},
+            unit="nats a cell",
+        ),
+        Curve(
+            "Right answers",
+            "validation dots that climb to the top. Training shows cells, of puzzles that are only begun, too.",
+            {"train/cells": "training cells", "validation/exact": "validation grids"},
+            share=True,
+            y_min=0.0,
+            y_max=1.0,
+        ),
+        Curve(
+            "Supervision steps",
+            "a fall: the halting head learns to tell that an answer is right, and puzzles make room for new ones.",
+            {"train/supervision_steps": "training", "validation/supervision_steps": "validation"},
+            unit="mean over puzzles that halt",
+            y_min=0.0,
+        ),
+        _GRAD_NORM,
+    ),
     "rlvr": (
         Curve(
             "Reward",

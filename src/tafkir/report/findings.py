@@ -10,6 +10,7 @@ from tafkir.recipe.model import ModelConfig
 from tafkir.report.charts import Bar, number, percent, signed_points
 from tafkir.report.collect import RunRecord, StageRecord, series
 from tafkir.report.lab import lab_beside, lab_sentence
+from tafkir.report.trm import trm_beside, trm_sentence
 
 __all__ = [
     "STAGE_TITLES",
@@ -45,6 +46,7 @@ STAGE_TITLES: Mapping[str, str] = {
     "rlhf": "RLHF",
     "eval": "Evaluation",
     "lab": "Laboratory",
+    "trm": "Recursive model",
     "base": "Base",
 }
 STAGE_WORDS: Mapping[str, str] = {
@@ -57,6 +59,7 @@ STAGE_WORDS: Mapping[str, str] = {
     "rlhf": "answers open prompts and is rewarded for what is preferred (reinforcement learning, GRPO, under a guard)",
     "eval": "answers problems that no stage was trained on",
     "lab": "trains twins that differ in their residual alone, at growing depth",
+    "trm": "learns to solve puzzles by correcting its own answer again and again",
 }
 _BASELINES: Mapping[str, str] = {
     "best_operator": "Best single operator",
@@ -172,6 +175,8 @@ def _headline_without_eval(record: RunRecord) -> Headline:
         return Headline(sentence, [], "plain")
     if measured := lab_sentence(record.variants):
         return Headline(measured, lab_beside(record.variants), "plain")
+    if solved := trm_sentence(record.result("trm")):
+        return Headline(solved, trm_beside(record.result("trm")), "plain")
     trained = [stage for stage in record.stages.values() if stage.kind in ("pretrain", "sft", "dpo", "rlvr", "rlhf")]
     beside = ["This recipe has no evaluation, so nothing is said about held-out answers."]
     for name, words in (("validation/loss", "validation loss"), ("train/loss", "training loss")):
@@ -305,6 +310,9 @@ def _score_facts(evaluation: Mapping[str, Any]) -> list[Fact]:
 
 
 def _model_facts(record: RunRecord) -> list[Fact]:
+    recursive = _number(record.result("trm"), "parameters")
+    if recursive and not {"pretrain", "sft", "dpo", "rlvr", "rlhf"} & set(record.stages):
+        return [Fact("Parameters", _count(recursive), "used again in every pass")]
     config = model_config(record)
     if config is None:
         return []

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from tafkir.report import findings
 from tafkir.report.chains import OUTCOME_WORDS
-from tafkir.report.charts import Point, number
+from tafkir.report.charts import Point, number, percent
 from tafkir.report.collect import Chain, RunRecord, StageRecord
 from tafkir.report.curves import CURVES, SPEED_CURVES, curve_lines, final_loads, value_words
 from tafkir.report.lab import LAB_HEAD, lab_figures, lab_rows
@@ -19,6 +19,7 @@ from tafkir.report.preference import (
     quality_rows,
     reliability_rows,
 )
+from tafkir.report.trm import TRM_HEAD, trm_figures, trm_rows
 from tafkir.report.words import ACCURACY_HEAD, COST_HEAD, DIFFERENCE_HEAD, WORDS
 
 __all__ = ["render_markdown"]
@@ -42,6 +43,7 @@ def render_markdown(record: RunRecord) -> str:
     parts += _preference(record)
     parts += _agreement(record)
     parts += _lab(record)
+    parts += _recursive(record)
     parts += _chains(record)
     parts += _background(record)
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -112,6 +114,17 @@ def _lab(record: RunRecord) -> list[str]:
         _table(LAB_HEAD, lab_rows(record.variants)),
         _table(("Figure", "Residual", "Left to right", "First", "Last", "Least", "Most"), rows, escaped=(2,)),
     )
+
+
+def _recursive(record: RunRecord) -> list[str]:
+    result = record.result("trm")
+    steps = [
+        [figure.title, f"`{sparkline(line.points)}`", *(percent(value) for _, value in line.points)]
+        for figure in trm_figures(result)
+        for line in figure.lines
+    ]
+    head = ("Figure", "Step by step", *(str(i) for i in range(1, max(map(len, steps), default=2) - 1)))
+    return _section("The recursive model", _table(TRM_HEAD, trm_rows(result)), _table(head, steps, escaped=(1,)))
 
 
 def _loads(stage: StageRecord) -> str:

@@ -21,6 +21,7 @@ from tafkir.report.preference import (
     quality_rows,
     reliability_rows,
 )
+from tafkir.report.trm import TRM_HEAD, trm_figures, trm_rows
 from tafkir.report.words import ACCURACY_HEAD, COST_HEAD, DIFFERENCE_HEAD, WORDS
 
 __all__ = ["render_html"]
@@ -242,6 +243,20 @@ def _lab(record: RunRecord) -> str:
     return _lead(lead) + _table(LAB_HEAD, lab_rows(record.variants)) + f'<div class="cards spaced">{figures}</div>'
 
 
+def _recursive(record: RunRecord) -> str:
+    training = _training("trm", "Each step is one supervision step of a batch; solved puzzles make room for new ones.")
+    result = record.result("trm")
+    if not trm_rows(result):
+        return training(record)
+    figures = "".join(_figure(figure, figure.lines, figure.chart) for figure in trm_figures(result))
+    lead = (
+        "Puzzles that training saw in none of their forms. The model corrects its answer in up to so many supervision "
+        "steps, and says after each one, by its halting head q, whether it takes the answer for right."
+    )
+    table = _table(TRM_HEAD, trm_rows(result))
+    return _lead(lead) + table + f'<div class="cards spaced">{figures}</div>' + training(record)
+
+
 def _experts(record: RunRecord) -> str:
     figures = ""
     for kind in _TRAINING:
@@ -408,6 +423,7 @@ _SECTIONS: Sequence[tuple[str, str, Callable[[RunRecord], str]]] = (
     ("rlhf", "Reinforcement learning from preferences", _rlhf),
     ("agreement", "Do the two engines agree?", _agreement),
     ("lab", "The laboratory of residuals", _lab),
+    ("trm", "The recursive model", _recursive),
     ("experts", "Work of the experts", _experts),
     ("cost", "Time, speed and memory", _cost),
     ("contamination", "Was the test kept apart?", _contamination),
