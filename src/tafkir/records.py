@@ -9,7 +9,7 @@ from typing import Any, Literal
 FinishReason = Literal["stop", "length", "cancelled"]
 Outcome = Literal["correct", "wrong", "no_answer", "length", "error", "graded"]
 Split = Literal["train", "validation", "test"]
-StageName = Literal["tokenizer", "pretrain", "sft", "reward", "dpo", "rlvr", "rlhf", "eval", "lab", "report"]
+StageName = Literal["tokenizer", "pretrain", "sft", "reward", "dpo", "rlvr", "rlhf", "eval", "lab", "trm", "report"]
 
 STAGES: tuple[StageName, ...] = (
     "tokenizer",
@@ -21,6 +21,7 @@ STAGES: tuple[StageName, ...] = (
     "rlhf",
     "eval",
     "lab",
+    "trm",
     "report",
 )
 

@@ -145,7 +145,7 @@ def test_the_report_names_every_stage_and_what_kept_the_test_apart(smoke: Path) 
         assert "400 held-out problems was looked up in the 600 training problems" in written
         assert "A second pass over the 600 that remain finds none." in written
         assert "95 %" in written
-    assert result_of(smoke, "10-report")["notes"] == []
+    assert result_of(smoke, "11-report")["notes"] == []
     assert "http://" not in page.replace("http://www.w3.org", "") and "<script src" not in page
 
 

@@ -38,6 +38,15 @@ TWO_STEPS = {
         "rlhf.guard.kl_budget=0",
     ),
     "lab": ("lab.steps=2", "lab.depths=[1,2]", "lab.batch_sequences=2", "lab.validation_sequences=4"),
+    "trm": (
+        "trm.steps=2",
+        "trm.batch_size=4",
+        "trm.warmup_steps=0",
+        "trm.model.max_supervision_steps=2",
+        "trm.puzzles.num_train=8",
+        "trm.puzzles.num_validation=2",
+        "trm.puzzles.num_test=2",
+    ),
     "eval": ("eval.max_problems=2", "eval.samples=1", "eval.max_tokens=8"),
 }
 
@@ -81,7 +90,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_shipped_recipe_runs_for_two_steps(name: str, base: Path, tmp_path: Path) -> None:
     own_base = load_recipe([name]).recipe.base
     recipe, run = run_two_steps(name, tmp_path, *([f"base={json.dumps(str(base))}"] if own_base else []))
-    for kind in ("pretrain", "sft", "reward", "dpo", "rlvr", "rlhf"):
+    for kind in ("pretrain", "sft", "reward", "dpo", "rlvr", "rlhf", "trm"):
         if getattr(recipe, kind):
             result = run.stage(kind).read_result()
             assert result is not None and result["steps"] == 2

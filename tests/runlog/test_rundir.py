@@ -28,7 +28,8 @@ def test_stages_are_numbered_by_their_place(tmp_path: Path) -> None:
         "07-rlhf",
         "08-eval",
         "09-lab",
-        "10-report",
+        "10-trm",
+        "11-report",
     ]
     assert not run.path.exists()
 

@@ -38,7 +38,7 @@ _logger = logging.getLogger(__name__)
 _INPUTS = "inputs.json"
 _FORCED = "forced.json"
 # Stages that leave no policy to go on with: they look at what is there, or train what judges it.
-_WITHOUT_POLICY: tuple[StageName, ...] = ("reward", "eval", "lab", "report")
+_WITHOUT_POLICY: tuple[StageName, ...] = ("reward", "eval", "lab", "trm", "report")
 # What all processes of torchrun do together; the other stages are rank 0's.
 _SHARED: tuple[StageName, ...] = ("pretrain", "sft")
 
@@ -86,6 +86,10 @@ def stage_function(kind: StageName) -> StageFunction:
         from tafkir.train.residual_lab import run_lab
 
         return run_lab
+    if kind == "trm":
+        from tafkir.train.trm_stage import run_trm
+
+        return run_trm
     from tafkir.train import preference_stages, stages
 
     return {

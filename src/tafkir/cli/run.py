@@ -138,7 +138,8 @@ def _show_plan(loaded: LoadedRecipe, directory: RunDir, as_json: bool) -> None:
         return
     print(dump_toml(loaded.recipe, loaded.origins))
     print(f"# Run directory: {directory.path}")
-    print(f"# Parameters: {model.num_parameters():,}, of which a token uses {model.num_parameters(active=True):,}")
+    if loaded.recipe.trm is None:
+        print(f"# Parameters: {model.num_parameters():,}, of which a token uses {model.num_parameters(active=True):,}")
     print(f"# {'stage':<10} {'tokens':>12} {'TFLOP':>8} {'time':>9} {'memory':>9}")
     for e in estimates:
         print(

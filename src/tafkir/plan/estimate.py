@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tafkir.recipe.lab import MismatchLabConfig, ResidualLabConfig
 from tafkir.recipe.model import ModelConfig
-from tafkir.recipe.schema import DpoConfig, Recipe, RewardConfig
+from tafkir.recipe.schema import DpoConfig, Recipe, RewardConfig, TrmConfig
 from tafkir.records import STAGES, StageName
 
 __all__ = ["ASSUMPTIONS", "Rates", "StageEstimate", "estimate_stages"]
@@ -62,6 +62,9 @@ class StageEstimate:
 # Measured with benchmarks/rollout_precision.py; and what a step of the mismatch laboratory takes besides arithmetic.
 _QUANTIZED_INPUTS_SLOWDOWN = 5.0
 _STEP_S = 0.1
+# The recursion runs on narrow matrices; puzzles of a file that is not read here.
+_TRM_RATE = 35e9
+_SYMBOLS, _CELLS_OF_ONES_OWN = 11, 81
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,8 @@ def _estimate(kind: StageName, recipe: Recipe, rates: Rates) -> StageEstimate:
         if isinstance(recipe.lab, ResidualLabConfig):
             return _estimate_lab(recipe, recipe.lab, rates)
         return _estimate_mismatch_lab(recipe, recipe.lab, rates)
+    if kind == "trm" and recipe.trm:
+        return _estimate_trm(recipe, recipe.trm)
     work = _work(kind, recipe)
     if not work.trained and not work.sampled:
         return StageEstimate(kind, 0, 0.0, _SMALL_STAGE_S, _PROCESS_BYTES)
@@ -98,6 +103,27 @@ def _estimate(kind: StageName, recipe: Recipe, rates: Rates) -> StageEstimate:
     seconds = (train / rates.train + decode / rates.decode) / max(1, recipe.threads)
     memory = _memory_bytes(recipe.model, work.batch)
     return StageEstimate(kind, work.trained or work.sampled, train + decode, seconds, memory)
+
+
+def _estimate_trm(recipe: Recipe, config: TrmConfig) -> StageEstimate:
+    """Passes of the recursion, in training and in measuring; what the passes with a gradient keep decides on memory."""
+    cells = config.puzzles.num_cells or _CELLS_OF_ONES_OWN
+    shape = config.model.for_puzzles(_SYMBOLS, cells)
+    flops = 0.0
+    for step in range(config.steps):
+        recursions, latent_steps = config.depth_at(step)
+        depth = {"num_recursions": recursions, "num_latent_steps": latent_steps}
+        flops += config.batch_size * shape.model_copy(update=depth).flops_per_supervision_step(train=True)
+    validations = config.steps // config.validate_every if config.validate_every else 1
+    solved = config.puzzles.num_test + validations * config.puzzles.num_validation
+    flops += solved * shape.max_supervision_steps * shape.flops_per_supervision_step()
+    # Each block keeps its input, the widened input and its result; the mixer about as much again as its input.
+    kept = 2 * shape.intermediate_size(shape.hidden_size) + 6 * shape.hidden_size
+    passes = 1 if config.recompute else shape.num_latent_steps + 1
+    activations = config.batch_size // config.micro_batches * shape.num_positions * shape.num_hidden_layers * kept
+    memory = _PROCESS_BYTES + 4 * (5 * shape.num_parameters() + passes * activations)
+    seconds = flops / _TRM_RATE / max(1, recipe.threads)
+    return StageEstimate("trm", config.steps * config.batch_size * cells, flops, seconds, memory)
 
 
 def _estimate_mismatch_lab(recipe: Recipe, config: MismatchLabConfig, rates: Rates) -> StageEstimate:

@@ -67,6 +67,8 @@ def fingerprint_stages(recipe: Recipe, base: Path | None) -> dict[StageName, str
                 previous = _hash([previous, recipe.cluster.prompts_per_call])
             if kind == "lab" and recipe.lab and Path(recipe.lab.text).is_file():
                 previous = _hash([previous, _hash_file(Path(recipe.lab.text))])
+            if kind == "trm" and recipe.trm and recipe.trm.puzzles.path and Path(recipe.trm.puzzles.path).is_file():
+                previous = _hash([previous, _hash_file(Path(recipe.trm.puzzles.path))])
             fingerprints[kind] = previous
     return fingerprints
 

@@ -78,8 +78,9 @@ def _check_stages(recipe: Recipe, where: str) -> None:
         raise RecipeError(
             "a recipe with a base has no [tokenizer] of its own", where=where, fix="remove one; the base brings one"
         )
-    # The lab reads bytes.
-    if present - {"report"} != {"lab"} and not recipe.base and not recipe.tokenizer:
+    # The lab reads bytes; the recursive model reads grids.
+    reads_text = not present & {"lab", "trm"} or bool(present - {"lab", "trm", "report"})
+    if reads_text and not recipe.base and not recipe.tokenizer:
         raise RecipeError("the recipe has neither a base nor a [tokenizer]", where=where, fix="add one of them")
     if recipe.tokenizer and recipe.tokenizer.vocab_size > recipe.model.vocab_size:
         raise RecipeError(

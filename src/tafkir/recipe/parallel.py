@@ -118,6 +118,10 @@ def check_parallel(recipe: Recipe, sizes: ParallelSizes) -> None:
             )
     if sizes.world == 1:
         return
+    if recipe.trm is not None:
+        raise RecipeError(
+            "the recursive model trains in one process", where="parallel", fix="start it without torchrun"
+        )
     check_shapes(recipe.model, sizes)
     for name in _ALONE:
         if getattr(recipe, name) is not None:

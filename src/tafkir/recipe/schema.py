@@ -18,6 +18,7 @@ from tafkir.recipe.rlhf import DpoConfig, PreferencesConfig, RewardConfig, RlhfC
 from tafkir.recipe.selection import SelectConfig
 from tafkir.recipe.tables import DecayShape, EmaConfig, OptimConfig, Positive, Table, TrainTable
 from tafkir.recipe.tasks import Tasks
+from tafkir.recipe.trm import TrmConfig
 from tafkir.records import STAGES, StageName
 from tafkir.runlog.trackers import TrackerName
 
@@ -45,6 +46,7 @@ __all__ = [
     "StageName",
     "TokenizerConfig",
     "TrainTable",
+    "TrmConfig",
 ]
 
 
@@ -233,4 +235,5 @@ class Recipe(Table):
     rlhf: RlhfConfig | None = None
     eval: EvalConfig | None = None
     lab: LabConfig | None = None
+    trm: TrmConfig | None = None
     report: ReportConfig | None = None
