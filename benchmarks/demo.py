@@ -14,6 +14,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tafkir.data.corpus import load_corpus
+from tafkir.eval.compare import load_run
+from tafkir.eval.metrics import pooled_difference
+from tafkir.eval.summary import problem_scores
+from tafkir.recipe.load import load_recipe
+from tafkir.tasks.baselines import fit_single_operator
+from tafkir.tasks.math import WordProblems
+
 
 def describe_run(run: Path) -> dict[str, Any]:
     """Seconds and peak bytes of each stage of a run, and over all of them."""
@@ -28,6 +36,24 @@ def describe_run(run: Path) -> dict[str, Any]:
     }
 
 
+def against_baseline(runs: list[Path], stage: str) -> dict[str, Any]:
+    """Greedy answers of a stage less those of the best single operator, problem by problem, pooled over the runs."""
+    corpus = load_corpus(load_recipe(["wordmath-tiny"]).recipe.data)
+    guess, task = fit_single_operator(corpus.train), WordProblems()
+    solved = {
+        example.id: [float(task.grade(example, guess(example.question) or "").correct)]
+        for example in (problem.as_example() for problem in corpus.part("test"))
+    }
+    rows = {}
+    for source in ("all", "gsm8k", "svamp"):
+        pairs = []
+        for run in runs:
+            scores = problem_scores(load_run(run).answers[stage], "greedy", source)
+            pairs.append(({name: solved[name] for name in scores}, scores))
+        rows[source] = pooled_difference(pairs).to_dict()
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run directories")
@@ -35,7 +61,12 @@ def main() -> None:
     args = parser.parse_args()
     compare = [sys.executable, "-m", "tafkir.cli.main", "compare", "--pool", *map(str, args.runs), "--json"]
     pooled = json.loads(subprocess.run(compare, check=True, capture_output=True, text=True).stdout)
-    outcome = {"benchmark": "demo", "runs": [describe_run(run) for run in args.runs], "compare": pooled}
+    outcome = {
+        "benchmark": "demo",
+        "runs": [describe_run(run) for run in args.runs],
+        "compare": pooled,
+        "sft_less_best_single_operator": against_baseline(args.runs, "sft"),
+    }
     args.out.write_text(json.dumps(outcome, indent=1) + "\n", encoding="utf-8")
 
 
