@@ -17,6 +17,10 @@ from tafkir.ops import native
 __all__ = ["moe_experts", "moe_experts_reference", "swiglu", "swiglu_backward", "swiglu_reference"]
 
 
+# Numbers that fit into a core's cache with what is computed of them.
+_CACHED_NUMBERS = 1 << 15
+
+
 def swiglu_reference(gate_up: Tensor) -> Tensor:
     """silu(gate) * up for a [..., 2I] input whose first half is the gate (arXiv 2002.05202)."""
     gate, up = gate_up.chunk(2, dim=-1)
@@ -80,12 +84,18 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     """The gradient with respect to `swiglu`'s contiguous [..., 2I] input, for autograd functions that contain it."""
-    out = torch.empty_like(gate_up)
+    out, width = torch.empty_like(gate_up), grad.shape[-1]
     if native.takes(grad, gate_up):
-        width = grad.shape[-1]
         native.call("tafkir_swiglu_backward", grad.contiguous(), gate_up, grad.numel() // width, width, out)
-    else:
-        _swiglu_backward(grad, gate_up, out)
+        return out
+    # In pieces that stay in the cache, of which each op makes a pass; a single row is cut, too.
+    single = gate_up.ndim == 1
+    shaped = [x if single else x.view(-1, x.shape[-1]) for x in (grad.contiguous(), gate_up, out)]
+    parts = (shaped[0], *(half for x in shaped[1:] for half in (x[..., :width], x[..., width:])))
+    size = _CACHED_NUMBERS if single else max(1, _CACHED_NUMBERS // width)
+    for grad_C, gate_C, up_C, to_gate_C, to_up_C in zip(*(part.split(size) for part in parts), strict=True):
+        torch.mul(grad_C, F.silu(gate_C), out=to_up_C)
+        torch.ops.aten.silu_backward.grad_input(grad_C * up_C, gate_C, grad_input=to_gate_C)
     return out
 
 

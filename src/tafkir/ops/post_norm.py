@@ -36,8 +36,12 @@ def swiglu_post_norm_reference(x: Tensor, gate_up: Tensor, down: Tensor, eps: fl
 
 def _normalize(total: Tensor, eps: float, dim: Dim) -> tuple[Tensor, Tensor]:
     """In place where the dtype allows; the result and its inverse rms, float32."""
-    rstd = torch.linalg.vector_norm(total, dim=dim, keepdim=True, dtype=torch.float32)
-    rstd = rstd.square_().div_(total.shape[dim]).add_(eps).rsqrt_()
+    if dim == 0:
+        # A strided vector norm takes fifty times as long.
+        rstd = total.float().square().sum(0, keepdim=True)
+    else:
+        rstd = torch.linalg.vector_norm(total, dim=dim, keepdim=True, dtype=torch.float32).square_()
+    rstd = rstd.div_(total.shape[dim]).add_(eps).rsqrt_()
     if total.dtype == torch.float32:
         return total.mul_(rstd), rstd
     return (total * rstd).to(total.dtype), rstd
