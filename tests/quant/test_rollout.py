@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tafkir.checkpoint.save import save_checkpoint
-from tafkir.cli.completer import build_completer, completer_builder
+from tafkir.cli.completer import CompleterBuilder, build_completer, completer_builder
 from tafkir.data.tokenizer import Tokenizer
 from tafkir.engine.engine import Engine
 from tafkir.errors import CheckpointError, RecipeError
@@ -233,5 +233,12 @@ def test_a_built_completer_quantizes_from_the_start_and_at_every_refresh(
 
 def test_a_stage_builds_with_the_rollout_of_its_own_table() -> None:
     recipe = load_recipe(["wordmath-tiny"], overrides=["rlvr.rollout.precision=nvfp4"]).recipe
-    assert completer_builder(recipe, "rlvr").keywords["rollout"].precision == "nvfp4"  # type: ignore[attr-defined]
-    assert completer_builder(recipe, "eval").keywords["rollout"] is None  # type: ignore[attr-defined]
+    assert completer_builder(recipe, "rlvr").rollout == RolloutConfig(precision="nvfp4")
+    assert completer_builder(recipe, "eval").rollout is None
+
+
+def test_a_call_may_ask_for_another_rollout(checkpoint: Path) -> None:
+    builder = CompleterBuilder(RolloutConfig(precision="fp8"), seed=1)
+    own, other = builder(checkpoint), builder(checkpoint, RolloutConfig(precision="nvfp4"))
+    assert isinstance(own.prepare_weights, RolloutWeights) and own.prepare_weights.config.precision == "fp8"
+    assert isinstance(other.prepare_weights, RolloutWeights) and other.prepare_weights.config.precision == "nvfp4"

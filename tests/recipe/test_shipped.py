@@ -37,7 +37,16 @@ TWO_STEPS = {
         "rlhf.guard.tolerance=100",
         "rlhf.guard.kl_budget=0",
     ),
-    "lab": ("lab.steps=2", "lab.depths=[1,2]", "lab.batch_sequences=2", "lab.validation_sequences=4"),
+    "residual": ("lab.steps=2", "lab.depths=[1,2]", "lab.batch_sequences=2", "lab.validation_sequences=4"),
+    "mismatch": (
+        "lab.steps=2",
+        "lab.rollouts=['nvfp4']",
+        "lab.losses=['grpo','icepop','tis']",
+        "lab.seeds=1",
+        "lab.warm_start_steps=2",
+        "lab.prompts_per_step=2",
+        "lab.group_size=2",
+    ),
     "trm": (
         "trm.steps=2",
         "trm.batch_size=4",
@@ -53,7 +62,13 @@ TWO_STEPS = {
 
 def run_two_steps(name: str, runs_dir: Path, *overrides: str) -> tuple[Recipe, RunDir]:
     loaded = load_recipe([name])
-    short = [text for kind, texts in TWO_STEPS.items() if getattr(loaded.recipe, kind) for text in texts]
+    method = loaded.recipe.lab.method if loaded.recipe.lab else None
+    short = [
+        text
+        for kind, texts in TWO_STEPS.items()
+        if kind == method or getattr(loaded.recipe, kind, None)
+        for text in texts
+    ]
     loaded = resolve_recipe(load_recipe([name], [*short, "threads=1", *overrides]))
     run = RunDir(runs_dir / name)
     run_recipe(loaded, run, select_stages(loaded.recipe))

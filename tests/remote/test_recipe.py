@@ -87,7 +87,7 @@ def recipe_params(seed: int) -> SamplingParams:
     ("overrides", "message"),
     [
         (["rlvr.engine.kind=vllm"], "rlvr.engine.urls: missing key"),
-        (["rlvr.engine.kind=trt"], "got kind = trt; expected one of 'in_process', 'vllm', 'sglang'"),
+        (["rlvr.engine.kind=trt"], "got rlvr.engine.kind = trt; expected one of 'in_process', 'vllm', 'sglang'"),
         (["rlvr.engine.kind=vllm", 'rlvr.engine.urls=["node7:8000"]'], "does not begin with http"),
         (["rlvr.engine.kind=vllm", 'rlvr.engine.urls=["http://a:1/v1"]'], "has a path; leave /v1 out"),
         (["rlvr.engine.kind=vllm", 'rlvr.engine.urls=["http://a:1", "http://a:1/"]'], "names a server twice"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,18 +14,27 @@ if TYPE_CHECKING:
     from tafkir.engine.engine import Engine
     from tafkir.recipe.rollout import RolloutConfig
     from tafkir.recipe.schema import Recipe
-    from tafkir.recipe.stage import BuildCompleter
 
-__all__ = ["build_completer", "checkpoint_of", "completer_builder"]
+__all__ = ["CompleterBuilder", "build_completer", "checkpoint_of", "completer_builder"]
 
 # Stages hand over whole batches of rollouts; nobody waits for a single one.
 _MAX_BATCH = 256
 
 
-def completer_builder(recipe: Recipe, kind: StageName) -> BuildCompleter:
-    """What a stage gets to build completers with: its own table's `rollout`, where it has one, is the default."""
-    rollout = getattr(getattr(recipe, kind), "rollout", None)
-    return partial(build_completer, rollout=rollout, seed=recipe.seed)
+@dataclass(frozen=True, slots=True)
+class CompleterBuilder:
+    """What a stage gets to build completers with: `rollout` is what its own table says, for calls without one."""
+
+    rollout: RolloutConfig | None
+    seed: int
+
+    def __call__(self, checkpoint: Path, rollout: RolloutConfig | None = None) -> Engine:
+        return build_completer(checkpoint, rollout or self.rollout, seed=self.seed)
+
+
+def completer_builder(recipe: Recipe, kind: StageName) -> CompleterBuilder:
+    """The builder of a stage; a stage that does not roll out has exact engines."""
+    return CompleterBuilder(getattr(getattr(recipe, kind), "rollout", None), recipe.seed)
 
 
 def build_completer(checkpoint: Path, rollout: RolloutConfig | None = None, *, seed: int = 0) -> Engine:

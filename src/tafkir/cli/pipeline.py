@@ -83,7 +83,7 @@ def stage_function(kind: StageName) -> StageFunction:
 
         return run_report
     if kind == "lab":
-        from tafkir.train.residual_lab import run_lab
+        from tafkir.train.lab_stage import run_lab
 
         return run_lab
     if kind == "trm":

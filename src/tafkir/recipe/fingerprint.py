@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from tafkir.recipe.lab import ResidualLabConfig
 from tafkir.recipe.schema import Recipe
 from tafkir.records import STAGES, StageName
 
@@ -62,11 +63,8 @@ def fingerprint_stages(recipe: Recipe, base: Path | None) -> dict[StageName, str
                 sources = [Path(source) for source in recipe.preferences.sources]
                 files = {str(path): _hash_file(path) for path in sources if path.is_file()}
                 previous = _hash([previous, recipe.preferences.model_dump(mode="json"), files])
-            if kind in ("rlvr", "rlhf") and recipe.cluster:
-                # How prompts are put together changes the last bits; who then computes them does not.
-                previous = _hash([previous, recipe.cluster.prompts_per_call])
-            if kind == "lab" and recipe.lab and Path(recipe.lab.text).is_file():
-                previous = _hash([previous, _hash_file(Path(recipe.lab.text))])
+            if isinstance(table, ResidualLabConfig) and Path(table.text).is_file():
+                previous = _hash([previous, _hash_file(Path(table.text))])
             if kind == "trm" and recipe.trm and recipe.trm.puzzles.path and Path(recipe.trm.puzzles.path).is_file():
                 previous = _hash([previous, _hash_file(Path(recipe.trm.puzzles.path))])
             fingerprints[kind] = previous

@@ -78,7 +78,7 @@ def _check_stages(recipe: Recipe, where: str) -> None:
         raise RecipeError(
             "a recipe with a base has no [tokenizer] of its own", where=where, fix="remove one; the base brings one"
         )
-    # The lab reads bytes; the recursive model reads grids.
+    # The lab reads bytes, or has a task and a tokenizer of its own; the recursive model reads grids.
     reads_text = not present & {"lab", "trm"} or bool(present - {"lab", "trm", "report"})
     if reads_text and not recipe.base and not recipe.tokenizer:
         raise RecipeError("the recipe has neither a base nor a [tokenizer]", where=where, fix="add one of them")
@@ -160,7 +160,8 @@ def describe_keys(table: type[BaseModel] = Recipe, prefix: str = "") -> dict[str
         if not variants:
             described[prefix + name] = field.description or ""
         for variant in variants:
-            described = describe_keys(variant, f"{prefix}{name}.") | described
+            found = describe_keys(variant, f"{prefix}{name}.")
+            described |= {key: words for key, words in found.items() if key not in described}
     return described
 
 
@@ -319,12 +320,18 @@ def _path_of(location: Sequence[int | str]) -> str:
 
 
 def _variants(path: str) -> dict[str, type[BaseModel]]:
-    """The variants of the table at a path, by their `kind`; none where there is no choice."""
+    """The variants of the table at a path, by their `kind` or `method`; none where there is no choice."""
     parent, _, key = path.rpartition(".")
     table = table_of(parent)
     field = table.model_fields.get(key) if table else None
     tables = _table_types(field.annotation) if field else ()
-    return {str(each.model_fields["kind"].default): each for each in tables} if len(tables) > 1 else {}
+    tag = _tag(tables)
+    return {str(each.model_fields[tag].default): each for each in tables} if len(tables) > 1 else {}
+
+
+def _tag(tables: Sequence[type[BaseModel]]) -> str:
+    """The key by which variants are told apart."""
+    return "kind" if all("kind" in table.model_fields for table in tables) else "method"
 
 
 def _explain_one(detail: ErrorDetails, path: str) -> tuple[str, str | None, str | None]:
@@ -335,7 +342,8 @@ def _explain_one(detail: ErrorDetails, path: str) -> tuple[str, str | None, str 
         return "missing key", None, f"add it: {describe_keys().get(path, '')}"
     if detail["type"] == "union_tag_invalid":
         kinds = detail.get("ctx", {})
-        return f"got kind = {kinds.get('tag')}", f"one of {kinds.get('expected_tags')}", None
+        tag = _tag(list(_variants(path).values()))
+        return f"got {path}.{tag} = {kinds.get('tag')}", f"one of {kinds.get('expected_tags')}", None
     if detail["type"] == "value_error":
         return detail["msg"].removeprefix("Value error, "), None, None
     got = detail["input"]
@@ -367,7 +375,8 @@ def _nearest(path: str) -> str:
     parent, _, key = path.rpartition(".")
     owners = [kind for kind, table in _variants(parent).items() if key in table.model_fields]
     if owners:
-        return f"it belongs to {parent}.kind = {' or '.join(owners)}"
+        tag = _tag(list(_variants(parent).values()))
+        return f"it belongs to {parent}.{tag} = {' or '.join(owners)}"
     known = list(describe_keys())
     tables = [known_path.rpartition(".")[0] for known_path in known]
     siblings = [p.rpartition(".")[2] for p in {*known, *tables} if p and p.rpartition(".")[0] == parent]

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from tafkir.native.library import KernelChoice
 from tafkir.recipe.cluster import ClusterConfig
+from tafkir.recipe.lab import LabConfig
 from tafkir.recipe.model import ModelConfig
 from tafkir.recipe.rl import RlvrConfig
 from tafkir.recipe.rlhf import DpoConfig, PreferencesConfig, RewardConfig, RlhfConfig
@@ -157,35 +158,6 @@ class EvalConfig(Table):
         ("sft", "rlvr"), min_length=1, description="Stages whose checkpoints are scored."
     )
     tasks: Tasks = Field((), description="Kinds of problems to score, level by level; none means the word problems.")
-
-
-class LabConfig(TrainTable):
-    """Twins that differ in their residual alone, trained at growing depth on running text, byte by byte.
-
-    Every combination of kind, depth and repeat is one variant; `model.num_hidden_layers` and `model.residual.kind` are
-    theirs to set. A variant leaves its measurements and no weights.
-    """
-
-    method: Literal["residual"] = Field("residual", description="What the twins differ in.")
-    kinds: tuple[Literal["plain", "hc", "mhc"], ...] = Field(
-        ("plain", "hc", "mhc"), min_length=1, description="Residual kinds to compare."
-    )
-    depths: tuple[Positive, ...] = Field((4, 8, 16, 32), min_length=1, description="Decoder blocks of the twins.")
-    seeds: Positive = Field(1, description="Repeats, each with weights and a data order of its own.")
-    text: str = Field("tinyshakespeare", description="Bundled text, or path of a UTF-8 file, its last tenth held out.")
-    sequence_length: int = Field(128, ge=2, description="Bytes of a window.")
-    batch_sequences: Positive = Field(4, description="Windows per optimiser step.")
-    validation_sequences: Positive = Field(64, description="Held-out windows that the validation loss is taken on.")
-
-    @model_validator(mode="after")
-    def _check_lab(self) -> Self:
-        for name in ("kinds", "depths"):
-            values = getattr(self, name)
-            if len(set(values)) < len(values):
-                raise ValueError(f"{name} names something twice")
-        if self.ema or self.checkpoint_every or self.checkpoint_dtype != "float32":
-            raise ValueError("a lab writes no checkpoint: leave out ema, checkpoint_every and checkpoint_dtype")
-        return self
 
 
 class ReportConfig(Table):

@@ -15,7 +15,7 @@ from tafkir.runlog.atomic import read_json
 from tafkir.runlog.metrics import read_jsonl
 from tafkir.runlog.rundir import RunDir, StageDir
 
-__all__ = ["Chain", "RunRecord", "StageRecord", "VariantRecord", "collect", "series"]
+__all__ = ["Chain", "MismatchRecord", "RunRecord", "StageRecord", "VariantRecord", "collect", "series"]
 
 StageState = Literal["finished", "unfinished", "not started"]
 Rows = Sequence[Mapping[str, Any]]
@@ -39,6 +39,18 @@ class VariantRecord:
 
     kind: str
     depth: int
+    seed: int
+    result: Mapping[str, Any]
+    metrics: Rows
+
+
+@dataclass(frozen=True, slots=True)
+class MismatchRecord:
+    """What one variant of the mismatch laboratory left behind; the result is empty while it is not finished."""
+
+    rollout: str
+    loss: str
+    replay: bool
     seed: int
     result: Mapping[str, Any]
     metrics: Rows
@@ -75,6 +87,7 @@ class RunRecord:
     chain_pool: int
     notes: Sequence[str] = field(default_factory=tuple)
     variants: Sequence[VariantRecord] = field(default_factory=tuple)
+    mismatch_variants: Sequence[MismatchRecord] = field(default_factory=tuple)
 
     def result(self, kind: StageName) -> Mapping[str, Any]:
         """The result of a stage; empty where it is not finished."""
@@ -94,6 +107,7 @@ def collect(run: RunDir, *, num_chains: int = 10) -> RunRecord:
     notes: list[str] = []
     recipe_text, recipe = _read_recipe(run, notes)
     stages = {kind: _read_stage(run.stage(kind), notes) for kind in _expected_stages(run, recipe)}
+    variants, mismatch_variants = _read_variants(run.stage("lab"), run, notes)
     evaluation = stages["eval"].result if "eval" in stages else {}
     chains, chain_stage, pool = _read_chains(run, evaluation, num_chains, notes)
     return RunRecord(
@@ -102,7 +116,8 @@ def collect(run: RunDir, *, num_chains: int = 10) -> RunRecord:
         recipe=recipe,
         recipe_text=recipe_text,
         environment=_read_environment(run, notes),
-        variants=_read_variants(run.stage("lab"), run, notes),
+        variants=variants,
+        mismatch_variants=mismatch_variants,
         stages=stages,
         chains=chains,
         chain_stage=chain_stage,
@@ -161,15 +176,23 @@ def _read_stage(stage: StageDir, notes: list[str]) -> StageRecord:
     return StageRecord(stage.kind, state, result or {}, metrics or [], timings or [], mismatch or [])
 
 
-def _read_variants(stage: StageDir, run: RunDir, notes: list[str]) -> list[VariantRecord]:
-    """The lab's variants, by the names of their folders: `<kind>-<depth>-seed<n>`."""
-    variants = []
+def _read_variants(stage: StageDir, run: RunDir, notes: list[str]) -> tuple[list[VariantRecord], list[MismatchRecord]]:
+    """A lab's variants, by the names of their folders.
+
+    `<kind>-<depth>-seed<n>` in the laboratory of residuals, `<rollout>-<loss>-<own or replay>-seed<n>` in that of
+    mismatch.
+    """
+    variants: list[VariantRecord] = []
+    mismatch: list[MismatchRecord] = []
     for folder in sorted(stage.path.glob("variants/*-*-seed*")):
-        kind, depth, seed = folder.name.split("-")
-        own = StageDir(folder, stage.kind)
-        result, rows = _read_object(own.result_path, run, notes), _read_rows(own.metrics_path, run, notes)
-        variants.append(VariantRecord(kind, int(depth), int(seed.removeprefix("seed")), result or {}, rows or []))
-    return variants
+        *parts, last = folder.name.split("-")
+        seed, own = int(last.removeprefix("seed")), StageDir(folder, stage.kind)
+        result, rows = _read_object(own.result_path, run, notes) or {}, _read_rows(own.metrics_path, run, notes) or []
+        if len(parts) == 2:
+            variants.append(VariantRecord(parts[0], int(parts[1]), seed, result, rows))
+        else:
+            mismatch.append(MismatchRecord(parts[0], parts[1], parts[2] == "replay", seed, result, rows))
+    return variants, mismatch
 
 
 def _read_object(path: Path, run: RunDir, notes: list[str]) -> dict[str, Any] | None:

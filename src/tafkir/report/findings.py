@@ -10,6 +10,7 @@ from tafkir.recipe.model import ModelConfig
 from tafkir.report.charts import Bar, number, percent, signed_points
 from tafkir.report.collect import RunRecord, StageRecord, series
 from tafkir.report.lab import lab_beside, lab_sentence
+from tafkir.report.mismatch_lab import mismatch_beside, mismatch_sentence
 from tafkir.report.trm import trm_beside, trm_sentence
 
 __all__ = [
@@ -58,7 +59,7 @@ STAGE_WORDS: Mapping[str, str] = {
     "dpo": "learns from the preferred and the other answer of each pair directly",
     "rlhf": "answers open prompts and is rewarded for what is preferred (reinforcement learning, GRPO, under a guard)",
     "eval": "answers problems that no stage was trained on",
-    "lab": "trains twins that differ in their residual alone, at growing depth",
+    "lab": "trains twins that differ in one thing alone: their residual, or their rollouts and loss",
     "trm": "learns to solve puzzles by correcting its own answer again and again",
 }
 _BASELINES: Mapping[str, str] = {
@@ -175,6 +176,8 @@ def _headline_without_eval(record: RunRecord) -> Headline:
         return Headline(sentence, [], "plain")
     if measured := lab_sentence(record.variants):
         return Headline(measured, lab_beside(record.variants), "plain")
+    if measured := mismatch_sentence(record.mismatch_variants):
+        return Headline(measured, mismatch_beside(record.mismatch_variants), "plain")
     if solved := trm_sentence(record.result("trm")):
         return Headline(solved, trm_beside(record.result("trm")), "plain")
     trained = [stage for stage in record.stages.values() if stage.kind in ("pretrain", "sft", "dpo", "rlvr", "rlhf")]

@@ -10,8 +10,9 @@ from tafkir.report.chains import OUTCOME_WORDS
 from tafkir.report.charts import Point, number, percent
 from tafkir.report.collect import Chain, RunRecord, StageRecord
 from tafkir.report.curves import CURVES, SPEED_CURVES, curve_lines, final_loads, value_words
-from tafkir.report.lab import LAB_HEAD, lab_figures, lab_rows
+from tafkir.report.lab import LAB_HEAD, LabFigure, lab_figures, lab_rows
 from tafkir.report.lights import TOKEN_HEAD, light_sentences, token_rows
+from tafkir.report.mismatch_lab import MISMATCH_HEAD, mismatch_figures, mismatch_rows
 from tafkir.report.preference import (
     QUALITY_HEAD,
     RELIABILITY_HEAD,
@@ -43,6 +44,7 @@ def render_markdown(record: RunRecord) -> str:
     parts += _preference(record)
     parts += _agreement(record)
     parts += _lab(record)
+    parts += _mismatch_lab(record)
     parts += _recursive(record)
     parts += _chains(record)
     parts += _background(record)
@@ -103,17 +105,31 @@ def _agreement(record: RunRecord) -> list[str]:
 
 
 def _lab(record: RunRecord) -> list[str]:
-    rows = []
-    for figure in lab_figures(record.variants):
-        for line in figure.lines:
-            values = [value for _, value in line.points if value is not None]
-            ends = [number(value, 4) for value in (values[0], values[-1], min(values), max(values))]
-            rows.append([figure.title, line.name, f"`{sparkline(line.points)}`", *ends])
     return _section(
         "The laboratory of residuals",
         _table(LAB_HEAD, lab_rows(record.variants)),
-        _table(("Figure", "Residual", "Left to right", "First", "Last", "Least", "Most"), rows, escaped=(2,)),
+        _figure_table("Residual", lab_figures(record.variants)),
     )
+
+
+def _mismatch_lab(record: RunRecord) -> list[str]:
+    return _section(
+        "The laboratory of mismatch",
+        _table(MISMATCH_HEAD, mismatch_rows(record.mismatch_variants)),
+        _figure_table("Loss", mismatch_figures(record.mismatch_variants)),
+    )
+
+
+def _figure_table(what: str, figures: Sequence[LabFigure]) -> str:
+    """One row for each line of each figure."""
+    rows = []
+    for figure in figures:
+        for line in figure.lines:
+            values = [value for _, value in line.points if value is not None]
+            if values:
+                ends = [number(value, 4) for value in (values[0], values[-1], min(values), max(values))]
+                rows.append([figure.title, line.name, f"`{sparkline(line.points)}`", *ends])
+    return _table(("Figure", what, "Left to right", "First", "Last", "Least", "Most"), rows, escaped=(2,))
 
 
 def _recursive(record: RunRecord) -> list[str]:

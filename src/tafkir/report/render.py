@@ -14,6 +14,7 @@ from tafkir.report.collect import Chain, RunRecord, StageRecord
 from tafkir.report.curves import CURVES, SPEED_CURVES, Curve, curve_lines, draw_lines, final_loads, speed_lines
 from tafkir.report.lab import LAB_HEAD, LabFigure, lab_figures, lab_rows
 from tafkir.report.lights import LIGHT_NAMES, TOKEN_HEAD, light_cells, light_sentences, token_rows
+from tafkir.report.mismatch_lab import MISMATCH_HEAD, mismatch_figures, mismatch_rows
 from tafkir.report.preference import (
     QUALITY_HEAD,
     RELIABILITY_HEAD,
@@ -257,6 +258,21 @@ def _recursive(record: RunRecord) -> str:
     return _lead(lead) + table + f'<div class="cards spaced">{figures}</div>' + training(record)
 
 
+def _mismatch_lab(record: RunRecord) -> str:
+    variants = record.mismatch_variants
+    if not variants:
+        return ""
+    figures = "".join(_figure(figure, figure.lines, figure.chart) for figure in mismatch_figures(variants))
+    lead = (
+        "The same task and the same start, trained in float32 on rollouts that were sampled with other numbers. The "
+        "losses differ in what they do with a token whose probability the two engines see differently: nothing (GRPO), "
+        "cut its weight (TIS), or leave it out beyond a band (IcePop) or a distance (KPop). A run has survived until "
+        "the mean reward of ten steps falls below half of the best that it was. Differences are |Δ log p| in nats, "
+        "at equal weights. Lines are means over repeats."
+    )
+    return _lead(lead) + _table(MISMATCH_HEAD, mismatch_rows(variants)) + f'<div class="cards spaced">{figures}</div>'
+
+
 def _experts(record: RunRecord) -> str:
     figures = ""
     for kind in _TRAINING:
@@ -423,6 +439,7 @@ _SECTIONS: Sequence[tuple[str, str, Callable[[RunRecord], str]]] = (
     ("rlhf", "Reinforcement learning from preferences", _rlhf),
     ("agreement", "Do the two engines agree?", _agreement),
     ("lab", "The laboratory of residuals", _lab),
+    ("mismatch-lab", "The laboratory of mismatch", _mismatch_lab),
     ("trm", "The recursive model", _recursive),
     ("experts", "Work of the experts", _experts),
     ("cost", "Time, speed and memory", _cost),

@@ -5,37 +5,31 @@ Source: arXiv 2512.24880, figures 2, 3 and 5 to 8.
 
 from __future__ import annotations
 
-import logging
 import math
-import shutil
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from tafkir.data.packing import Document, pack_documents
 from tafkir.data.text import TextStream, heldout_windows, read_text, split_text
-from tafkir.errors import TrainingError
 from tafkir.models.build import build_decoder
 from tafkir.models.decoder import Decoder
 from tafkir.models.residual import Gains, composed_gains, observe_res_maps, single_gains
 from tafkir.ops.device import choose_device
+from tafkir.recipe.lab import ResidualLabConfig
 from tafkir.recipe.model import ModelConfig
-from tafkir.recipe.schema import LabConfig
 from tafkir.recipe.seeds import derive_seed
 from tafkir.recipe.stage import StageContext
-from tafkir.runlog.metrics import Metric, read_jsonl
-from tafkir.runlog.progress import format_duration
+from tafkir.runlog.metrics import Metric
 from tafkir.runlog.rundir import StageDir
+from tafkir.train.lab import fit_variant, run_variants
 from tafkir.train.language import language_loss, language_step, validation_loss
-from tafkir.train.loop import FitResult, Trainer, fit, peak_rss_bytes
+from tafkir.train.loop import FitResult, Trainer, fit
 from tafkir.train.ranks import OneProcess
 
-__all__ = ["Variant", "gain_metrics", "list_variants", "run_lab"]
-
-_logger = logging.getLogger(__name__)
+__all__ = ["Variant", "gain_metrics", "list_variants", "run_residual_lab"]
 
 # Held-out windows whose tokens the gains are averaged over; the paper takes one sequence.
 _GAIN_WINDOWS = 4
@@ -54,13 +48,23 @@ class Variant:
         """Name of its folder below the stage's `variants`."""
         return f"{self.kind}-{self.depth:03d}-seed{self.seed}"
 
+    @property
+    def group(self) -> str:
+        """Its residual: how long a block takes."""
+        return self.kind
+
+    @property
+    def size(self) -> float:
+        """Its blocks."""
+        return self.depth
+
     def shape(self, model: ModelConfig) -> ModelConfig:
         """The recipe's model with the variant's depth and residual."""
         residual = model.residual.model_copy(update={"kind": self.kind})
         return model.model_copy(update={"num_hidden_layers": self.depth, "residual": residual})
 
 
-def list_variants(config: LabConfig) -> list[Variant]:
+def list_variants(config: ResidualLabConfig) -> list[Variant]:
     """All variants in the order in which they run: shallow ones first, twins one after the other."""
     return [
         Variant(kind, depth, seed)
@@ -70,7 +74,7 @@ def list_variants(config: LabConfig) -> list[Variant]:
     ]
 
 
-def run_lab(ctx: StageContext) -> dict[str, Any]:
+def run_residual_lab(ctx: StageContext, config: ResidualLabConfig) -> dict[str, Any]:
     """Train every variant that is not finished yet; each leaves a folder `variants/<name>` of its own.
 
     Returns:
@@ -80,52 +84,19 @@ def run_lab(ctx: StageContext) -> dict[str, Any]:
     Raises:
         DataError: the text is missing or too short.
     """
-    config = ctx.recipe.lab
-    assert config is not None
     torch.set_num_threads(ctx.recipe.threads)
     train, rest = split_text(read_text(config.text))
     heldout = heldout_windows(rest, sequence_length=config.sequence_length, count=config.validation_sequences)
-    results: list[Mapping[str, Any]] = []
-    variants = list_variants(config)
-    for number, variant in enumerate(variants, start=1):
-        results.append(_run_variant(ctx, config, variant, (train, heldout), f"{number}/{len(variants)}"))
-        left = _seconds_left(variants[number:], results)
-        _logger.info("lab: %d of %d variants, about %s left", number, len(variants), format_duration(left))
-    return {
-        "steps": sum(result["steps"] for result in results),
-        "tokens": sum(result["tokens"] for result in results),
-        "wall_s": sum(result["wall_s"] for result in results),
-        "cpu_s": sum(result["cpu_s"] for result in results),
-        "peak_rss_bytes": max(result["peak_rss_bytes"] for result in results),
-        "variants": results,
-    }
 
+    def train_variant(variant: Variant, stage: StageDir, place: str) -> dict[str, Any]:
+        return _train_variant(ctx, config, variant, (train, heldout), (stage, place))
 
-def _seconds_left(variants: Sequence[Variant], results: Sequence[Mapping[str, Any]]) -> float:
-    """By the seconds that a block of each kind took so far; a kind not yet seen counts as the slowest."""
-    rates: dict[str, float] = {}
-    for result in results:
-        rates[result["kind"]] = result["wall_s"] / result["depth"]
-    return sum(rates.get(variant.kind, max(rates.values())) * variant.depth for variant in variants)
-
-
-def _run_variant(
-    ctx: StageContext, config: LabConfig, variant: Variant, text: tuple[bytes, Sequence[Document]], place: str
-) -> dict[str, Any]:
-    stage = StageDir(ctx.stage.path / "variants" / variant.name, ctx.stage.kind)
-    result = stage.read_result()
-    if result is None:
-        stage.make()
-        result = _train_variant(ctx, config, variant, text, (stage, place))
-        stage.write_result(result)
-    # Needed to go on with a variant only; kept, they would be the largest part of the run.
-    shutil.rmtree(stage.state_dir, ignore_errors=True)
-    return result
+    return run_variants(ctx, list_variants(config), train_variant)
 
 
 def _train_variant(
     ctx: StageContext,
-    config: LabConfig,
+    config: ResidualLabConfig,
     variant: Variant,
     text: tuple[bytes, Sequence[Document]],
     where: tuple[StageDir, str],
@@ -146,18 +117,16 @@ def _train_variant(
     def measure() -> dict[str, Metric]:
         return {"validation/loss": validation_loss(decoder, heldout), **gain_metrics(decoder, heldout[:_GAIN_WINDOWS])}
 
-    result = {"kind": variant.kind, "depth": variant.depth, "seed": variant.seed}
-    result["parameters"] = decoder.config.num_parameters()
-    began, began_cpu = time.perf_counter(), time.process_time()
-    try:
-        fitted = fit(trainer, stage, step, validate=measure, label=f"lab {place} {variant.name}")
-    except TrainingError as error:
-        _logger.warning("lab: %s does not train on: %s", variant.name, error.what)
-        steps = max((int(row["step"]) for row in read_jsonl(stage.metrics_path)), default=0)
-        tokens = steps * config.batch_sequences * config.sequence_length
-        wall_s, cpu_s = time.perf_counter() - began, time.process_time() - began_cpu
-        return {**result, **asdict(FitResult(steps, tokens, wall_s, cpu_s, peak_rss_bytes())), "diverged": str(error)}
-    return {**result, **asdict(fitted), "diverged": None}
+    def run() -> FitResult:
+        return fit(trainer, stage, step, validate=measure, label=f"lab {place} {variant.name}")
+
+    return {
+        "kind": variant.kind,
+        "depth": variant.depth,
+        "seed": variant.seed,
+        "parameters": decoder.config.num_parameters(),
+        **fit_variant(run, stage, variant.name, lambda steps: steps * config.batch_sequences * config.sequence_length),
+    }
 
 
 @torch.no_grad()

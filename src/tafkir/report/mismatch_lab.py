@@ -1,0 +1,248 @@
+"""What the mismatch laboratory measured: figures like those of arXiv 2510.18855, a table and a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean, stdev
+
+from tafkir.report.charts import Line, Point, line_chart, number
+from tafkir.report.collect import MismatchRecord, series
+from tafkir.report.lab import LabFigure
+
+__all__ = [
+    "LOSS_TITLES",
+    "MISMATCH_HEAD",
+    "ROLLOUT_TITLES",
+    "mismatch_beside",
+    "mismatch_figures",
+    "mismatch_rows",
+    "mismatch_sentence",
+]
+
+ROLLOUT_TITLES: Mapping[str, str] = {
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+    "fp8": "FP8",
+    "nvfp4": "NVFP4 weights",
+    "nvfp4_w4a4": "NVFP4 weights and inputs",
+    "noise": "noisy weights",
+}
+LOSS_TITLES: Mapping[str, str] = {
+    "grpo": "GRPO",
+    "tis": "TIS",
+    "icepop": "IcePop [0.5, 5]",
+    "icepop_narrow": "IcePop [0.5, 2]",
+    "kpop": "KPop",
+}
+MISMATCH_HEAD: Sequence[str] = (
+    "Rollouts and loss",
+    "Steps survived",
+    "Reward at the end",
+    "Of float32 rollouts",
+    "Largest gradient norm",
+    "Mean difference",
+    "Largest difference",
+    "Masked tokens",
+    "Experts in common",
+)
+
+_COLORS: Mapping[str, str] = {
+    "grpo": "c-baseline",
+    "tis": "c-second",
+    "icepop": "c-rlvr",
+    "icepop_narrow": "c-pretrain",
+    "kpop": "c-third",
+}
+_EXACT = "float32"
+# The furthest from training first: what the sentence is about.
+_HARDEST = ("nvfp4_w4a4", "nvfp4", "noise", "fp8", "bfloat16")
+_STOP_LINE = 0.05
+_LAST_STEPS = 10
+Variants = Sequence[MismatchRecord]
+
+# Name, title, unit, what to look for, metric, logarithmic.
+_PANELS: Sequence[tuple[str, str, str, str, str, bool]] = (
+    (
+        "reward",
+        "reward",
+        "mean of a step's completions",
+        "lines that rise and stay; one that falls has collapsed.",
+        "rollout/reward_mean",
+        False,
+    ),
+    (
+        "grad-norm",
+        "gradient norm",
+        "log scale",
+        "lines that stay together. A growing norm comes before a collapse.",
+        "train/grad_norm",
+        True,
+    ),
+    (
+        "max-difference",
+        "largest |Δ log p|",
+        "nats, log scale",
+        "lines that do not grow: the engines disagree no more than at first.",
+        "mismatch/abs_logprob_diff_max",
+        True,
+    ),
+    (
+        "masked",
+        "masked tokens",
+        "share of a step's tokens",
+        "one or two in a thousand, as IcePop's authors saw; GRPO and TIS mask nothing.",
+        "mismatch/masked_fraction",
+        False,
+    ),
+)
+
+
+def _groups(variants: Variants) -> Iterator[tuple[str, bool]]:
+    """Kinds of rollouts and whether experts were replayed, as far as there are variants."""
+    for rollout in ROLLOUT_TITLES:
+        for replay in (False, True):
+            if any((variant.rollout, variant.replay) == (rollout, replay) for variant in variants):
+                yield rollout, replay
+
+
+def _of(variants: Variants, rollout: str, loss: str, replay: bool) -> list[MismatchRecord]:
+    return [v for v in variants if (v.rollout, v.loss, v.replay) == (rollout, loss, replay)]
+
+
+def _group_title(rollout: str, replay: bool) -> str:
+    return ROLLOUT_TITLES[rollout] + (", experts replayed" if replay else "")
+
+
+def _values(variant: MismatchRecord, metric: str) -> list[float]:
+    return [value for _, value in series(variant.metrics, metric) if value is not None]
+
+
+def _mean_line(variants: Variants, metric: str) -> list[Point]:
+    """The mean, at every step, over the repeats that have learned something in it."""
+    found: dict[float, list[float]] = {}
+    for variant in variants:
+        for step, value in series(variant.metrics, metric):
+            if value is not None:
+                found.setdefault(step, []).append(value)
+    return [(step, fmean(found[step])) for step in sorted(found)]
+
+
+def mismatch_figures(variants: Variants) -> list[LabFigure]:
+    """Four charts for each kind of rollouts, a line for each loss: reward, gradient norm, largest difference, mask."""
+    figures = []
+    for rollout, replay in _groups(variants):
+        title = _group_title(rollout, replay)
+        for name, words, unit, look, metric, log in _PANELS:
+            lines = [
+                Line(LOSS_TITLES[loss], _mean_line(own, metric), _COLORS[loss])
+                for loss in LOSS_TITLES
+                if (own := _of(variants, rollout, loss, replay))
+            ]
+            if log:
+                lines = [Line(line.name, [(x, y or None) for x, y in line.points], line.color) for line in lines]
+            lines = [line for line in lines if line.points]
+            chart = line_chart(lines, title=f"{title}: {words}, by step", log=log, y_min=None if log else 0.0)
+            key = f"{name}-{rollout}-{'replay' if replay else 'own'}"
+            figures.append(LabFigure(key, f"{title}: {words}", unit, look, lines, chart))
+    return [figure for figure in figures if figure.chart]
+
+
+def _rewards(variants: Variants) -> list[float]:
+    """Mean reward of the last steps, by repeat."""
+    values = (_values(variant, "rollout/reward_mean")[-_LAST_STEPS:] for variant in variants)
+    return [fmean(own) for own in values if own]
+
+
+def _share_of_exact(variants: Variants, own: Variants) -> float | None:
+    """Reward at the end against the mean over float32 rollouts, whose losses differ by rounding alone."""
+    base, mine = _rewards([v for v in variants if v.rollout == _EXACT]), _rewards(own)
+    return fmean(mine) / fmean(base) if base and mine and fmean(base) > 0 else None
+
+
+def _survived(own: Variants) -> list[int]:
+    return [int(variant.result["survived"]) for variant in own if "survived" in variant.result]
+
+
+def mismatch_rows(variants: Variants) -> list[list[str]]:
+    """Table rows, see `MISMATCH_HEAD`: one per kind of rollouts, replay and loss, over all repeats."""
+    rows = []
+    for rollout, replay in _groups(variants):
+        for loss in LOSS_TITLES:
+            own = _of(variants, rollout, loss, replay)
+            if not own:
+                continue
+            share = _share_of_exact(variants, own)
+            means = [value for v in own for value in _values(v, "mismatch/abs_logprob_diff_mean")]
+            masked = [value for v in own for value in _values(v, "mismatch/masked_fraction")]
+            experts = [value for v in own for value in _values(v, "mismatch/expert_agreement")]
+            rows.append(
+                [
+                    f"{_group_title(rollout, replay)}\n{LOSS_TITLES[loss]}",
+                    _survival_words(own),
+                    _with_spread(_rewards(own)),
+                    "–" if share is None else f"{share:.1%}",
+                    number(max((x for v in own for x in _values(v, "train/grad_norm")), default=None)),
+                    f"{fmean(means):.4f}" if means else "–",
+                    number(max((x for v in own for x in _values(v, "mismatch/abs_logprob_diff_max")), default=None)),
+                    f"{1000 * fmean(masked):.2f} ‰" if masked else "–",
+                    f"{fmean(experts):.1%}" if experts else "–",
+                ]
+            )
+    return rows
+
+
+def _survival_words(own: Variants) -> str:
+    survived = _survived(own)
+    if not survived:
+        return "not finished"
+    steps = max(int(variant.result["steps"]) for variant in own if variant.result)
+    whole = sum(count >= steps for count in survived)
+    words = f"{whole} of {len(own)} to the end" if whole == len(survived) else ", ".join(map(str, sorted(survived)))
+    lost = sum(bool(variant.result.get("diverged")) for variant in own)
+    return words + (f"\n{lost} diverged" if lost else "")
+
+
+def _with_spread(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    return f"{fmean(values):.3f}" + (f"\n± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def mismatch_sentence(variants: Variants) -> str:
+    """The finding in one sentence, from the rollouts that are furthest from training; empty without measurements."""
+    for rollout in _HARDEST:
+        shares = {
+            loss: share
+            for loss in ("icepop", "grpo")
+            if (own := _of(variants, rollout, loss, False)) and (share := _share_of_exact(variants, own)) is not None
+        }
+        if shares:
+            told = " and ".join(f"{share:.1%} with {LOSS_TITLES[loss]}" for loss, share in shares.items())
+            return f"On rollouts with {ROLLOUT_TITLES[rollout]}, reward ends at {told} of what float32 rollouts reach."
+    return ""
+
+
+def mismatch_beside(variants: Variants) -> list[str]:
+    """What belongs beside the finding: what collapsed, where the stop line was crossed, and how far to trust it."""
+    finished = [variant for variant in variants if "survived" in variant.result]
+    if not finished:
+        return []
+    by_loss = []
+    for loss, title in LOSS_TITLES.items():
+        own = [v for v in finished if v.loss == loss and v.rollout != _EXACT]
+        if own:
+            lost = sum(int(v.result["survived"]) < int(v.result["steps"]) or bool(v.result["diverged"]) for v in own)
+            by_loss.append(f"{title} {lost} of {len(own)}")
+    told = [f"Collapsed or diverged on inexact rollouts: {', '.join(by_loss)}."] if by_loss else []
+    crossed = sorted(
+        {
+            ROLLOUT_TITLES[v.rollout]
+            for v in finished
+            if (means := _values(v, "mismatch/abs_logprob_diff_mean")) and fmean(means) > _STOP_LINE
+        }
+    )
+    if crossed:
+        told.append(f"Above the stop line of {_STOP_LINE} in mean |Δ log p|: {', '.join(crossed)}.")
+    if len({variant.seed for variant in variants}) == 1:
+        told.append("There is one repeat of each variant, so small differences prove nothing.")
+    return told
