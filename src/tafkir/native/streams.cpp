@@ -10,8 +10,9 @@
 
 namespace {
 
-constexpr int64_t kLanes = 16;         // floats of a vector, and tokens of a Sinkhorn block
-constexpr int64_t kBlockFloats = 65536;  // streams of a block: a quarter of a MiB
+constexpr int64_t kLanes = 16;                // floats of a vector, and tokens of a Sinkhorn block
+constexpr int64_t kReadFloats = 1 << 20;      // streams of a block, forward: enough rows for a full matrix product
+constexpr int64_t kBackwardFloats = 1 << 17;  // and backward, where three times as much has to stay in the cache
 
 // Sixteen floats wherever they lie; a machine with narrower registers takes several.
 typedef float Vec __attribute__((vector_size(64), aligned(4)));
@@ -105,7 +106,7 @@ void gather_token(const float* RESTRICT gx, const float* RESTRICT gu, const floa
   }
 }
 
-inline int64_t block_tokens(int64_t width) { return std::max<int64_t>(8, kBlockFloats / width); }
+inline int64_t block_tokens(int64_t width, int64_t floats) { return std::max<int64_t>(8, floats / width); }
 
 struct Shape {
   int64_t tokens, d, maps;
@@ -114,7 +115,7 @@ struct Shape {
 template <int n>
 void project_and_read(int threads, const float* x, const float* phi, const float* bias, float alpha, float norm_eps,
                       float pre_eps, Shape shape, float* z, float* u, float* gate, float* pre, float* rstd) {
-  const int64_t width = n * shape.d, step = block_tokens(width), blocks = (shape.tokens + step - 1) / step;
+  const int64_t width = n * shape.d, step = block_tokens(width, kReadFloats), blocks = (shape.tokens + step - 1) / step;
   const int maps = (int)shape.maps, wide = (int)width;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t b = 0; b < blocks; b++) {
@@ -141,7 +142,8 @@ void project_and_read_backward(int threads, const float* grad_z, const float* gr
                                const float* x, const float* phi, float alpha, const float* rstd, const float* z,
                                const float* gate, const float* pre, Shape shape, float* total, float* grad_phi,
                                float* grad_pre) {
-  const int64_t d = shape.d, width = n * d, step = block_tokens(width), blocks = (shape.tokens + step - 1) / step;
+  const int64_t d = shape.d, width = n * d, step = block_tokens(width, kBackwardFloats);
+  const int64_t blocks = (shape.tokens + step - 1) / step;
   const int64_t numbers = shape.maps * width;
   const int maps = (int)shape.maps, wide = (int)width;
   std::vector<float> parts((threads - 1) * numbers);
