@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import tafkir
-from tafkir.cli import doctor, evaluate, merge, model, recipes, report, rollout_view, run, serve
+from tafkir.cli import doctor, evaluate, merge, model, recipes, report, rollout_view, run, serve, solve
 from tafkir.errors import TafkirError
 
 __all__ = ["app", "main"]
@@ -44,6 +44,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("compare")(evaluate.compare)
 app.command("report")(report.report)
 app.command("merge")(merge.merge)
+app.command("solve")(solve.solve)
 app.command("rollouts")(rollout_view.rollouts)
 
 
