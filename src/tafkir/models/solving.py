@@ -6,10 +6,9 @@ Shapes: N puzzles, L cells, K supervision steps.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tafkir.data.puzzles.format import PAD, Cells
 from tafkir.models.trm import Trm
@@ -27,21 +26,24 @@ class Solved:
     """
 
     answers: Cells
-    q_halt: np.ndarray[Any, np.dtype[np.float32]]
+    q_halt: NDArray[np.float32]
 
-    def halts(self, threshold: float) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def halts(self, threshold: float) -> NDArray[np.int64]:
         """The first step (from 0) with q above the threshold, the last one where there is none; [N]."""
         above = self.q_halt > threshold
         above[-1] = True
-        return above.argmax(0)
+        first: NDArray[np.int64] = above.argmax(0)
+        return first
 
-    def pick(self, steps: np.ndarray[Any, np.dtype[np.int64]]) -> Cells:
+    def pick(self, steps: NDArray[np.int64]) -> Cells:
         """Each puzzle's answer after its own step; [N, L]."""
-        return self.answers[steps, np.arange(self.answers.shape[1])]
+        picked: Cells = self.answers[steps, np.arange(self.answers.shape[1])]
+        return picked
 
-    def right(self, labels: Cells) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    def right(self, labels: Cells) -> NDArray[np.bool_]:
         """Which labelled cells are right, [K, N, L]; cells without a label count as right."""
-        return (self.answers == labels) | (labels == PAD)
+        right: NDArray[np.bool_] = (self.answers == labels) | (labels == PAD)
+        return right
 
 
 def solve_puzzles(model: Trm, inputs: Cells, *, steps: int | None = None, batch_size: int = 256) -> Solved:

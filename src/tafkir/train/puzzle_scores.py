@@ -26,7 +26,7 @@ def score_puzzles(
     """
     solved = solve_puzzles(model, puzzles.inputs, batch_size=batch_size)
     right = solved.right(puzzles.labels)
-    exact = right.all(-1)
+    exact = np.all(right, axis=-1)
     halts = solved.halts(halt_threshold)
     steps = len(exact)
     return {
