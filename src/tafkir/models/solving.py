@@ -6,6 +6,7 @@ Shapes: N puzzles, L cells, K supervision steps.
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray

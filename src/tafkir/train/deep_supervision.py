@@ -219,9 +219,10 @@ def deep_supervision_step(
             sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
         norm = trainer.update(f"{label} step {step + 1}")
         means = {name: value / config.batch_size for name, value in sums.items()}
+        means = {name: value / config.batch_size for name, value in sums.items()}
         metrics: dict[str, Metric] = {f"train/{name}": value for name, value in means.items()}
         metrics |= {"train/grad_norm": norm, **_halt(config, model, carry, q_halt_B, right_B, derive_seed(seed, step))}
-        shown = {name: means[name] for name in ("loss", "cells")}
+        shown = {"loss": means["loss"], "cells": means["cells"]}
         return StepOutput(metrics=metrics, tokens=carry.inputs.numel(), shown=shown)
 
     return step
