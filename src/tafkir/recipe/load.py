@@ -349,7 +349,10 @@ def _explain_one(detail: ErrorDetails, path: str) -> tuple[str, str | None, str 
     got = detail["input"]
     kind = next((name for python, name in _TYPES if isinstance(got, python)), type(got).__name__)
     shown = kind if isinstance(got, dict) else f"{json.dumps(got, default=str, ensure_ascii=False)} ({kind})"
-    return f"got {shown}", _expected(detail), None
+    expected = _expected(detail)
+    if isinstance(got, dict) and expected == "an array":
+        return f"got {shown}", "an array of tables", f"write [[{path}]] in a recipe file, once for each"
+    return f"got {shown}", expected, None
 
 
 def _expected(detail: ErrorDetails) -> str:
