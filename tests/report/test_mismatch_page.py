@@ -59,7 +59,9 @@ def make_lab(path: Path) -> RunDir:
                 for row in rows_of(name, seed):
                     writer.append(row)
             diverged = "the gradient norm is inf" if lost and seed else None
-            own.write_result({"steps": STEPS, "survived": lost or STEPS, "cpu_s": 2.0, "diverged": diverged})
+            reward = ENDS[name][0] + 0.02 * seed - 0.01
+            result = {"survived": lost or STEPS, "diverged": diverged, "heldout_reward": reward}
+            own.write_result({"steps": STEPS, "cpu_s": 2.0, **result})
     stage.write_result({"finished": True, "steps": 200, "tokens": 1000, "wall_s": 30.0, "cpu_s": 36.0})
     return run
 
@@ -106,8 +108,8 @@ def test_four_charts_for_each_kind_of_rollouts(record: RunRecord) -> None:
 def test_the_pages_say_what_was_found(record: RunRecord) -> None:
     head = headline(record)
     assert head.sentence == (
-        "On rollouts with NVFP4 weights, reward ends at 95.0% with IcePop [0.5, 5] and 25.0% with GRPO of what "
-        "float32 rollouts reach."
+        "Trained on rollouts with NVFP4 weights, a model reaches 95.0% with IcePop [0.5, 5] and 25.0% with GRPO of the "
+        "reward after float32 rollouts."
     )
     assert "GRPO 2 of 2, IcePop [0.5, 5] 0 of 4" in head.beside[0] and "NVFP4 weights" in head.beside[1]
     page = render_html(record)

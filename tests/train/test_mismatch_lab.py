@@ -75,7 +75,7 @@ def test_every_combination_is_trained(unbroken: tuple[dict[str, Any], Path]) -> 
     assert result["steps"] == 2 * len(names) and result["tokens"] > 0
     assert not list(variants.rglob("state")), "states of finished variants only take up room"
     for variant in result["variants"]:
-        assert 0 <= variant["reward_last"] <= 1
+        assert 0 <= variant["heldout_reward"] <= 1
 
 
 def test_twins_begin_alike_and_formats_differ(unbroken: tuple[dict[str, Any], Path]) -> None:

@@ -37,7 +37,7 @@ LOSS_TITLES: Mapping[str, str] = {
 MISMATCH_HEAD: Sequence[str] = (
     "Rollouts and loss",
     "Steps survived",
-    "Reward at the end",
+    "Held-out reward",
     "Of float32 rollouts",
     "Largest gradient norm",
     "Mean difference",
@@ -57,7 +57,6 @@ _EXACT = "float32"
 # The furthest from training first: what the sentence is about.
 _HARDEST = ("nvfp4_w4a4", "nvfp4", "noise", "fp8", "bfloat16")
 _STOP_LINE = 0.05
-_LAST_STEPS = 10
 Variants = Sequence[MismatchRecord]
 
 # Name, title, unit, what to look for, metric, logarithmic.
@@ -148,9 +147,8 @@ def mismatch_figures(variants: Variants) -> list[LabFigure]:
 
 
 def _rewards(variants: Variants) -> list[float]:
-    """Mean reward of the last steps, by repeat."""
-    values = (_values(variant, "rollout/reward_mean")[-_LAST_STEPS:] for variant in variants)
-    return [fmean(own) for own in values if own]
+    """Reward on held-out problems at the end, with the weights as they are, by repeat."""
+    return [float(variant.result["heldout_reward"]) for variant in variants if "heldout_reward" in variant.result]
 
 
 def _share_of_exact(variants: Variants, own: Variants) -> float | None:
@@ -218,7 +216,8 @@ def mismatch_sentence(variants: Variants) -> str:
         }
         if shares:
             told = " and ".join(f"{share:.1%} with {LOSS_TITLES[loss]}" for loss, share in shares.items())
-            return f"On rollouts with {ROLLOUT_TITLES[rollout]}, reward ends at {told} of what float32 rollouts reach."
+            what = f"Trained on rollouts with {ROLLOUT_TITLES[rollout]}, a model reaches {told}"
+            return f"{what} of the reward after float32 rollouts."
     return ""
 
 

@@ -268,7 +268,7 @@ def _mismatch_lab(record: RunRecord) -> str:
         "losses differ in what they do with a token whose probability the two engines see differently: nothing (GRPO), "
         "cut its weight (TIS), or leave it out beyond a band (IcePop) or a distance (KPop). A run has survived until "
         "the mean reward of ten steps falls below half of the best that it was. Differences are |Δ log p| in nats, "
-        "at equal weights. Lines are means over repeats."
+        "at equal weights; the held-out reward is that of the weights as they are. Lines are means over repeats."
     )
     return _lead(lead) + _table(MISMATCH_HEAD, mismatch_rows(variants)) + f'<div class="cards spaced">{figures}</div>'
 

@@ -20,10 +20,12 @@ from tafkir.data.tokenizer import Tokenizer
 from tafkir.errors import RecipeError
 from tafkir.models.build import build_decoder
 from tafkir.ops.native import select_kernels
+from tafkir.protocols import Completer
 from tafkir.recipe.lab import LAB_LOSSES, LabLoss, LabRollout, MismatchLabConfig
+from tafkir.recipe.rollout import RolloutConfig
 from tafkir.recipe.seeds import derive_seed
 from tafkir.recipe.stage import StageContext
-from tafkir.records import Example
+from tafkir.records import Example, SamplingParams
 from tafkir.runlog.metrics import read_jsonl
 from tafkir.runlog.rundir import StageDir
 from tafkir.tasks.reversal import Reversal
@@ -31,11 +33,12 @@ from tafkir.train.lab import fit_variant, run_variants
 from tafkir.train.language import language_step
 from tafkir.train.loop import FitResult, Trainer, fit
 from tafkir.train.rlvr import RlvrStep
-from tafkir.train.rollout import SynchronousRollouts
+from tafkir.train.rollout import SynchronousRollouts, collect_rollouts
 
 __all__ = ["MismatchVariant", "list_variants", "run_mismatch_lab", "steps_survived"]
 
 _VOCABULARY = 300
+_HELDOUT = 100
 # Steps over which rewards are averaged before a run is called collapsed.
 _WINDOW = 10
 # A run has collapsed when its reward falls to half of the best that it had.
@@ -174,6 +177,8 @@ def _train_variant(
     per_step = config.prompts_per_step * config.group_size * (config.digits + 1)
     totals = fit_variant(run, stage, variant.name, lambda steps: steps * per_step)
     rewards = [float(row["rollout/reward_mean"]) for row in read_jsonl(stage.metrics_path)]
+    exact = ctx.build_completer(start, RolloutConfig())
+    exact.load_weights(trainer.decoder.state_dict().items(), config.steps)
     return {
         "rollout": variant.rollout,
         "loss": variant.loss,
@@ -181,8 +186,21 @@ def _train_variant(
         "seed": variant.seed,
         **totals,
         "survived": steps_survived(rewards) * config.log_every if rewards else 0,
-        "reward_last": fmean(rewards[-_WINDOW:]) if rewards else 0.0,
+        "heldout_reward": _heldout_reward(exact, tokenizer, task, table),
     }
+
+
+def _heldout_reward(completer: Completer, tokenizer: Tokenizer, task: Reversal, config: MismatchLabConfig) -> float:
+    """Mean reward on held-out problems, sampled as in training, but with the weights as they are."""
+    examples = task.examples("validation")[:_HELDOUT]
+    params = SamplingParams(
+        temperature=config.temperature,
+        max_tokens=config.max_completion_tokens,
+        stop_token_ids=(tokenizer.turn_end_id,),
+    )
+    prompts = [(example, tokenizer.encode(example.question)) for example in examples]
+    groups = collect_rollouts(completer, tokenizer, task, prompts, group_size=4, params=params, seed=0)
+    return fmean(rollout.verdict.reward for group in groups for rollout in group.rollouts)
 
 
 def steps_survived(rewards: Sequence[float]) -> int:
