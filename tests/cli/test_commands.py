@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tafkir.cli import doctor
-from tafkir.recipe.bundled import bundled_recipes
+from tafkir.recipe.bundled import bundled_fragments, bundled_recipes
 from tafkir.recipe.load import load_recipe
 from tests.conftest import ROOT, Cli
 
@@ -57,7 +57,8 @@ def test_version(here: Cli) -> None:
 
 
 def test_recipe_commands(here: Cli, tmp_path: Path) -> None:
-    assert [line.split()[0] for line in here("recipe", "ls").stdout.splitlines()] == list(bundled_recipes())
+    names = [*bundled_recipes(), *bundled_fragments()]
+    assert [line.split()[0] for line in here("recipe", "ls").stdout.splitlines()] == names
     assert set(json.loads(here("recipe", "ls", "--json").stdout)) == set(bundled_recipes())
     shown = here("recipe", "show", "smoke", "--set", "seed=4").stdout
     assert "seed = 4" in shown and "# --set" in shown and "# default" in shown

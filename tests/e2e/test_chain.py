@@ -17,7 +17,7 @@ from tafkir.records import STAGES
 from tests.e2e.conftest import Tafkir, copy_of, listing
 
 # The stages of the smoke recipe by the numbers of their folders.
-NOT_THERE = ("reward", "dpo", "rlhf", "lab")
+NOT_THERE = ("reward", "dpo", "rlhf", "lab", "trm")
 NUMBERED = [(number, kind) for number, kind in enumerate(STAGES, start=1) if kind not in NOT_THERE]
 TRAINED = {"02-pretrain": 6, "03-sft": 6, "06-rlvr": 3}
 TOKENIZER = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
@@ -54,6 +54,8 @@ def test_the_run_directory_is_laid_out_as_designed(smoke: Path) -> None:
     for stage, steps in TRAINED.items():
         wanted += [f"stages/{stage}/{name}" for name in ("metrics.jsonl", "timings.jsonl", "state")]
         wanted += [f"stages/{stage}/state/step-{steps:08d}.safetensors"]
+    rollouts = "stages/06-rlvr/rollouts"
+    wanted += [rollouts, *(f"{rollouts}/step-{step:08d}.jsonl.gz" for step in range(1, TRAINED["06-rlvr"] + 1))]
     assert listing(smoke) == sorted(wanted)
 
 
