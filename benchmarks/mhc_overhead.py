@@ -2,9 +2,10 @@
 
 Twins that differ in the residual alone take steps in turn, in one run, on the same tokens; the overhead is the median
 of the pairwise ratios of CPU seconds (of wall seconds on a GPU), less one. `reference` computes the paper's equations
-with autograd, `fused` is what the decoder does, `recompute` keeps the streams of one sublayer in a few, `compiled` has
-torch.compile make the reference's kernels. Bytes are what the operations of one sublayer's mixing read and write,
-tensor by tensor, per token; the least is the paper's table (arXiv 2512.24880, section 4.3) with its backward.
+with autograd, `fused` is what the decoder does (by compiled kernels or torch's ops, as `--kernels` says), `recompute`
+keeps the streams of one sublayer in a few, `compiled` has torch.compile make the reference's kernels. Bytes are what
+the operations of one sublayer's mixing read and write, tensor by tensor, per token, with torch's ops (what a compiled
+kernel does inside cannot be seen); the least is the paper's table (arXiv 2512.24880, section 4.3) with its backward.
 
     python benchmarks/mhc_overhead.py --out benchmarks/results/mhc_overhead.json
 """
@@ -30,6 +31,7 @@ from tafkir.models import residual
 from tafkir.models.attention import VarlenCausal
 from tafkir.models.build import build_decoder
 from tafkir.ops import hyper_connections as hc
+from tafkir.ops import native
 from tafkir.ops.loss import next_token_loss
 from tafkir.ops.sinkhorn import sinkhorn, sinkhorn_reference
 from tafkir.recipe.model import ModelConfig
@@ -206,11 +208,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="rounds in which each version takes a step")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--kernels", choices=("auto", "native", "torch"), default="auto")
     parser.add_argument("--note", default="", help="goes into the result, such as how busy the machine was")
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    native.select_kernels("torch")
+    # What a compiler fused cannot be seen operation by operation.
+    moved = {name: mixing_bytes(name, 1024) for name in ("reference", "fused")}
     result = {
         "benchmark": "mhc_overhead",
         "command": " ".join(["python", *sys.argv]),
@@ -226,8 +232,8 @@ def main() -> None:
         "torch": torch.__version__,
         "note": args.note,
         "least_bytes_in_hidden_states": least_bytes(),
-        # What a compiler fused cannot be seen operation by operation.
-        "bytes": {name: mixing_bytes(name, 1024) for name in ("reference", "fused")},
+        "bytes": moved,
+        "kernels": native.select_kernels(args.kernels),
         "rows": [compare(hidden, args) for hidden in args.hidden],
     }
     if not args.json:
