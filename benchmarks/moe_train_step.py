@@ -31,7 +31,7 @@ from torch import Tensor
 from tafkir.models.attention import VarlenCausal
 from tafkir.models.build import build_decoder
 from tafkir.models.decoder import Decoder
-from tafkir.native.library import KernelChoice
+from tafkir.native.compiled import KernelChoice
 from tafkir.ops.loss import IGNORE_INDEX, next_token_loss
 from tafkir.ops.native import select_kernels
 from tafkir.recipe.load import load_recipe

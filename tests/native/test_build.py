@@ -16,7 +16,7 @@ from tafkir.cli import doctor
 from tafkir.cli.pipeline import run_recipe, select_stages
 from tafkir.errors import BackendUnavailable, RecipeError
 from tafkir.native import build as building
-from tafkir.native import library
+from tafkir.native import compiled
 from tafkir.ops import native
 from tafkir.recipe.load import load_recipe
 from tafkir.recipe.resolve import resolve_recipe
@@ -27,10 +27,10 @@ from tests.conftest import ROOT
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv(library.OVERRIDE, raising=False)
-    library.library_path.cache_clear()
+    monkeypatch.delenv(compiled.OVERRIDE, raising=False)
+    compiled.library_path.cache_clear()
     yield tmp_path / "cache"
-    library.library_path.cache_clear()
+    compiled.library_path.cache_clear()
 
 
 def compiler(folder: Path, script: str) -> str:
@@ -44,13 +44,13 @@ def compiler(folder: Path, script: str) -> str:
 def test_the_name_changes_with_source_flags_and_processor(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other_source = empty_cache.parent / "kernels.cpp"
     other_source.write_text("int x;")
-    names = {library.library_path()}
+    names = {compiled.library_path()}
     changes = {"SOURCES": (other_source,), "flags": lambda: ("-O1",), "_processor": lambda: "another"}
     for name, value in changes.items():
         with monkeypatch.context() as patch:
-            patch.setattr(library, name, value)
-            library.library_path.cache_clear()
-            names.add(library.library_path())
+            patch.setattr(compiled, name, value)
+            compiled.library_path.cache_clear()
+            names.add(compiled.library_path())
     assert len(names) == 4 and all(path.parent == empty_cache / "tafkir" for path in names)
 
 
@@ -63,14 +63,14 @@ def test_a_build_is_whole_or_not_there(empty_cache: Path, monkeypatch: pytest.Mo
     assert building.build().read_text() == "whole\n"
     monkeypatch.setenv("CXX", "/nowhere/c++")
     assert building.build().read_text() == "whole\n"
-    assert [path.name for path in (empty_cache / "tafkir").iterdir()] == [library.library_path().name]
+    assert [path.name for path in (empty_cache / "tafkir").iterdir()] == [compiled.library_path().name]
 
 
 def test_a_file_that_is_no_library_is_refused(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    library.library_path().parent.mkdir(parents=True)
-    library.library_path().write_text("nothing")
+    compiled.library_path().parent.mkdir(parents=True)
+    compiled.library_path().write_text("nothing")
     monkeypatch.setattr(native._State, "library", None)
-    with pytest.raises(BackendUnavailable, match=library.BUILD_COMMAND):
+    with pytest.raises(BackendUnavailable, match=compiled.BUILD_COMMAND):
         native.select_kernels("native")
 
 
@@ -81,23 +81,23 @@ def test_without_a_compiler_one_line_says_what_to_do(empty_cache: Path) -> None:
         done = subprocess.run([*command, *extra], env=env, capture_output=True, text=True, check=False)
         assert done.returncode == code, done.stderr
         assert (
-            len(done.stdout.splitlines()) == 1 and "install g++" in done.stdout and library.BUILD_COMMAND in done.stdout
+            len(done.stdout.splitlines()) == 1 and "install g++" in done.stdout and compiled.BUILD_COMMAND in done.stdout
         )
 
 
 def test_choices_and_the_override(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert library.resolve_kernels("auto") == "torch"
-    with pytest.raises(BackendUnavailable, match=library.BUILD_COMMAND):
-        library.resolve_kernels("native")
-    library.library_path().parent.mkdir(parents=True)
-    library.library_path().touch()
-    assert library.resolve_kernels("auto") == "native"
-    assert library.resolve_kernels("torch") == "torch"
-    monkeypatch.setenv(library.OVERRIDE, "torch")
-    assert (library.resolve_kernels("auto"), library.resolve_kernels("native")) == ("torch", "native")
-    monkeypatch.setenv(library.OVERRIDE, "cuda")
+    assert compiled.resolve_kernels("auto") == "torch"
+    with pytest.raises(BackendUnavailable, match=compiled.BUILD_COMMAND):
+        compiled.resolve_kernels("native")
+    compiled.library_path().parent.mkdir(parents=True)
+    compiled.library_path().touch()
+    assert compiled.resolve_kernels("auto") == "native"
+    assert compiled.resolve_kernels("torch") == "torch"
+    monkeypatch.setenv(compiled.OVERRIDE, "torch")
+    assert (compiled.resolve_kernels("auto"), compiled.resolve_kernels("native")) == ("torch", "native")
+    monkeypatch.setenv(compiled.OVERRIDE, "cuda")
     with pytest.raises(RecipeError, match="auto, native or torch"):
-        library.resolve_kernels("auto")
+        compiled.resolve_kernels("auto")
 
 
 def test_a_recipe_says_what_auto_became_and_a_run_keeps_it(empty_cache: Path) -> None:
@@ -106,8 +106,8 @@ def test_a_recipe_says_what_auto_became_and_a_run_keeps_it(empty_cache: Path) ->
     assert (resolved.recipe.kernels, resolved.origins["kernels"]) == ("torch", "auto")
     with pytest.raises(BackendUnavailable):
         resolve_recipe(smoke, kernels="native")
-    library.library_path().parent.mkdir(parents=True)
-    library.library_path().touch()
+    compiled.library_path().parent.mkdir(parents=True)
+    compiled.library_path().touch()
     assert resolve_recipe(smoke).recipe.kernels == "native"
     assert resolve_recipe(smoke, kernels="torch").recipe.kernels == "torch"
     asked = resolve_recipe(load_recipe(["smoke"], ['kernels="torch"']), kernels="native")
@@ -126,12 +126,12 @@ def test_the_doctor_names_the_command(
     found = doctor.examine(ROOT)
     assert found["kernels"] is False
     doctor.show(found)
-    assert library.BUILD_COMMAND in capsys.readouterr().out
-    library.library_path().parent.mkdir(parents=True)
-    library.library_path().touch()
+    assert compiled.BUILD_COMMAND in capsys.readouterr().out
+    compiled.library_path().parent.mkdir(parents=True)
+    compiled.library_path().touch()
     doctor.show(doctor.examine(ROOT))
     said = capsys.readouterr().out
-    assert "native" in said and library.BUILD_COMMAND not in said
+    assert "native" in said and compiled.BUILD_COMMAND not in said
 
 
 def test_a_run_says_which_kernels_it_used(

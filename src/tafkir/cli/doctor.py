@@ -46,7 +46,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
 def examine(place: Path) -> dict[str, Any]:
     """What the machine has, and `problems`: one line for each thing that keeps Tafkir from running."""
-    from tafkir.native.library import library_path
+    from tafkir.native.compiled import library_path
     from tafkir.runlog.rundir import available_cores, cpu_model, memory_bytes, physical_cores
 
     torch = _ask_torch()
@@ -128,7 +128,7 @@ def show(found: dict[str, Any]) -> None:
 
 
 def _kernels_line(built: bool) -> str:
-    from tafkir.native.library import BUILD_COMMAND
+    from tafkir.native.compiled import BUILD_COMMAND
 
     return "native, built for this processor" if built else f"torch's; faster ones need a compiler: {BUILD_COMMAND}"
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tafkir.cli.rollouts import grading_sharer, rollout_builder
 from tafkir.errors import RecipeError, RunDirError
-from tafkir.native.library import library_path
+from tafkir.native.compiled import library_path
 from tafkir.recipe.advice import advise
 from tafkir.recipe.bundled import find_checkpoint
 from tafkir.recipe.fingerprint import fingerprint_stages

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tafkir.cluster.actors import ActorPool, PoolLimits
 from tafkir.errors import RequestError, RolloutError
-from tafkir.native.library import KernelChoice
+from tafkir.native.compiled import KernelChoice
 from tafkir.protocols import Completer
 from tafkir.records import Completion, Request
 

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from tafkir.errors import BackendUnavailable
-from tafkir.native.library import BUILD_COMMAND, SOURCES, flags, library_path
+from tafkir.native.compiled import BUILD_COMMAND, SOURCES, flags, library_path
 
 __all__ = ["build", "torch_blas"]
 

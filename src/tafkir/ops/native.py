@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tafkir.errors import BackendUnavailable
 from tafkir.native.build import torch_blas
-from tafkir.native.library import BUILD_COMMAND, KernelChoice, library_path, resolve_kernels
+from tafkir.native.compiled import BUILD_COMMAND, KernelChoice, library_path, resolve_kernels
 
 __all__ = ["call", "kernels_in_use", "select_kernels", "takes"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
-from tafkir.native.library import KernelChoice, resolve_kernels
+from tafkir.native.compiled import KernelChoice, resolve_kernels
 from tafkir.recipe.load import LoadedRecipe
 from tafkir.runlog.rundir import physical_cores
 

@@ -10,7 +10,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from tafkir.native.library import KernelChoice
+from tafkir.native.compiled import KernelChoice
 from tafkir.recipe.cluster import ClusterConfig
 from tafkir.recipe.lab import LabConfig
 from tafkir.recipe.model import ModelConfig
