@@ -81,7 +81,9 @@ def test_without_a_compiler_one_line_says_what_to_do(empty_cache: Path) -> None:
         done = subprocess.run([*command, *extra], env=env, capture_output=True, text=True, check=False)
         assert done.returncode == code, done.stderr
         assert (
-            len(done.stdout.splitlines()) == 1 and "install g++" in done.stdout and compiled.BUILD_COMMAND in done.stdout
+            len(done.stdout.splitlines()) == 1
+            and "install g++" in done.stdout
+            and compiled.BUILD_COMMAND in done.stdout
         )
 
 
