@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import tafkir
-from tafkir.cli import doctor, evaluate, merge, model, recipes, report, rollout_view, run, serve, solve
+from tafkir.cli import card, doctor, evaluate, merge, model, recipes, report, rollout_view, run, serve, solve
 from tafkir.errors import TafkirError
 
 __all__ = ["app", "main"]
@@ -42,6 +42,7 @@ app.command("serve")(serve.serve)
 app.command("chat")(serve.chat)
 app.command("eval")(evaluate.evaluate)
 app.command("compare")(evaluate.compare)
+app.command("card")(card.card)
 app.command("report")(report.report)
 app.command("merge")(merge.merge)
 app.command("solve")(solve.solve)
@@ -67,6 +68,8 @@ def _common(
 
 def main() -> None:
     """Run the command line; an expected error ends as one line on stderr and an exit code, without a traceback."""
+    # Tafkir brings no plugins for pydantic, which would search every installed package for them.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
         app(prog_name="tafkir")
     except TafkirError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import sys
 import tomllib
@@ -96,6 +95,8 @@ def find_model(name: str) -> tuple[str, str, ModelConfig]:
         RecipeError: there is none of that name; the message names the nearest one.
         CheckpointError: the folder is no checkpoint, or of an unknown architecture.
     """
+    import difflib
+
     from tafkir.errors import RecipeError
     from tafkir.recipe.bundled import bundled_checkpoints, bundled_recipes
     from tafkir.recipe.presets import list_presets, load_preset

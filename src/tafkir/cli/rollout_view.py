@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tafkir.errors import RunDirError
-from tafkir.records import StageName
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from tafkir.records import StageName
     from tafkir.runlog.rollouts import RolloutLog
     from tafkir.runlog.rundir import RunDir
 
@@ -106,6 +105,8 @@ def _of_problem(rows: Sequence[Row], problem: str, step: int) -> list[Row]:
     found = [row for row in rows if row["id"] == problem]
     if found:
         return found
+    from difflib import get_close_matches
+
     known = list(dict.fromkeys(row["id"] for row in rows))
     raise RunDirError(
         f"step {step} has no problem {problem!r}",

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tafkir.records import StageName
-
 if TYPE_CHECKING:
     from tafkir.recipe.load import LoadedRecipe
+    from tafkir.records import StageName
     from tafkir.runlog.rundir import RunDir
 
 __all__ = ["program_name", "run"]
