@@ -230,7 +230,7 @@ def _relative(path: Path, run: RunDir) -> str:
 def _read_chains(
     run: RunDir, evaluation: Mapping[str, Any], num_chains: int, notes: list[str]
 ) -> tuple[list[Chain], str | None, int]:
-    """Greedy answers of the last evaluated stage, each outcome in its true proportion."""
+    """Greedy answers of the last evaluated stage, each outcome in its share of the whole and at least one of each."""
     files = evaluation.get("records")
     if not isinstance(files, dict) or not files:
         return [], None, 0

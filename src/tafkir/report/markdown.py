@@ -12,7 +12,7 @@ from tafkir.report.collect import Chain, RunRecord, StageRecord
 from tafkir.report.curves import CURVES, SPEED_CURVES, curve_lines, final_loads, value_words
 from tafkir.report.lab import LAB_HEAD, LabFigure, lab_figures, lab_rows
 from tafkir.report.lights import TOKEN_HEAD, light_sentences, token_rows
-from tafkir.report.mismatch_lab import MISMATCH_HEAD, mismatch_figures, mismatch_rows
+from tafkir.report.mismatch_lab import MISMATCH_HEAD, mismatch_figures, mismatch_matrix, mismatch_rows
 from tafkir.report.preference import (
     QUALITY_HEAD,
     RELIABILITY_HEAD,
@@ -115,6 +115,7 @@ def _lab(record: RunRecord) -> list[str]:
 def _mismatch_lab(record: RunRecord) -> list[str]:
     return _section(
         "The laboratory of mismatch",
+        _table(*mismatch_matrix(record.mismatch_variants)) if record.mismatch_variants else "",
         _table(MISMATCH_HEAD, mismatch_rows(record.mismatch_variants)),
         _figure_table("Loss", mismatch_figures(record.mismatch_variants)),
     )
@@ -173,7 +174,7 @@ def _chains(record: RunRecord) -> list[str]:
     if not record.chains:
         return []
     stage = findings.STAGE_TITLES.get(record.chain_stage or "", record.chain_stage or "")
-    lead = f"Greedy answers of {stage}, drawn by a hash with each outcome in its true proportion."
+    lead = f"Greedy answers of {stage}, drawn by a hash, each outcome in its share of the whole and at least one of each."
     return _section("Sample answers", lead, *(_chain(chain) for chain in record.chains))
 
 

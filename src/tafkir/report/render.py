@@ -14,7 +14,7 @@ from tafkir.report.collect import Chain, RunRecord, StageRecord
 from tafkir.report.curves import CURVES, SPEED_CURVES, Curve, curve_lines, draw_lines, final_loads, speed_lines
 from tafkir.report.lab import LAB_HEAD, LabFigure, lab_figures, lab_rows
 from tafkir.report.lights import LIGHT_NAMES, TOKEN_HEAD, light_cells, light_sentences, token_rows
-from tafkir.report.mismatch_lab import MISMATCH_HEAD, mismatch_figures, mismatch_rows
+from tafkir.report.mismatch_lab import MISMATCH_HEAD, mismatch_groups, mismatch_matrix, mismatch_rows
 from tafkir.report.preference import (
     QUALITY_HEAD,
     RELIABILITY_HEAD,
@@ -262,15 +262,26 @@ def _mismatch_lab(record: RunRecord) -> str:
     variants = record.mismatch_variants
     if not variants:
         return ""
-    figures = "".join(_figure(figure, figure.lines, figure.chart) for figure in mismatch_figures(variants))
     lead = (
         "The same task and the same start, trained in float32 on rollouts that were sampled with other numbers. The "
         "losses differ in what they do with a token whose probability the two engines see differently: nothing (GRPO), "
-        "cut its weight (TIS), or leave it out beyond a band (IcePop) or a distance (KPop). A run has survived until "
-        "the mean reward of ten steps falls below half of the best that it was. Differences are |Δ log p| in nats, "
-        "at equal weights; the held-out reward is that of the weights as they are. Lines are means over repeats."
+        "cut its weight (TIS), or leave it out beyond a band (IcePop) or a distance (KPop). The figures are rewards on "
+        "held-out problems, with the weights as they are, in share of those after float32 rollouts."
     )
-    return _lead(lead) + _table(MISMATCH_HEAD, mismatch_rows(variants)) + f'<div class="cards spaced">{figures}</div>'
+    head, rows = mismatch_matrix(variants)
+    details = (
+        "A run has survived until the mean reward of ten steps falls below half of the best that it was. Differences "
+        "are |Δ log p| in nats, at equal weights. All figures are over all steps and repeats."
+    )
+    table = _lead(details) + _table(MISMATCH_HEAD, mismatch_rows(variants))
+    more = f"<details><summary>Every kind of rollouts and loss in numbers</summary>{table}</details>"
+    charts = "".join(
+        f'<h3 class="group">{escape(title)}</h3><div class="cards pairs">'
+        + "".join(_figure(figure, figure.lines, figure.chart) for figure in figures)
+        + "</div>"
+        for title, figures in mismatch_groups(variants)
+    )
+    return _lead(lead) + _table(head, rows) + more + charts
 
 
 def _experts(record: RunRecord) -> str:
@@ -316,8 +327,8 @@ def _chains(record: RunRecord) -> str:
     stage = findings.STAGE_TITLES.get(record.chain_stage or "", record.chain_stage or "")
     lead = (
         f"Greedy answers of {stage} to {len(record.chains)} of {record.chain_pool:,} held-out problems, drawn by a "
-        "hash with each outcome in its true proportion; nobody chose them. A tick marks a step that computes, a wavy "
-        "line one that does not."
+        "hash, each outcome in its share of the whole and at least one of each; nobody chose them. A tick marks a "
+        "step that computes, a wavy line one that does not."
     )
     return _lead(lead) + f'<div class="chains">{"".join(_chain(chain) for chain in record.chains)}</div>'
 
