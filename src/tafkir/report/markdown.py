@@ -174,7 +174,9 @@ def _chains(record: RunRecord) -> list[str]:
     if not record.chains:
         return []
     stage = findings.STAGE_TITLES.get(record.chain_stage or "", record.chain_stage or "")
-    lead = f"Greedy answers of {stage}, drawn by a hash, each outcome in its share of the whole and at least one of each."
+    lead = (
+        f"Greedy answers of {stage}, drawn by a hash, each outcome in its share of the whole and at least one of each."
+    )
     return _section("Sample answers", lead, *(_chain(chain) for chain in record.chains))
 
 
