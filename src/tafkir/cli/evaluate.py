@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -14,8 +14,11 @@ __all__ = ["compare", "evaluate"]
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder, run directory, or bundled name.")],
     task: Annotated[
-        Literal["problems", "needle"],
-        typer.Option(help="Held-out problems, or numbers to be found in texts of a given length."),
+        str,
+        typer.Option(
+            help="problems (held-out ones), needle (numbers to be found in long texts), or puzzles, by recursive and "
+            "language models alike: sudoku4, sudoku6, maze-small, ..., or a recipe file with [trm.puzzles]."
+        ),
     ] = "problems",
     overrides: Annotated[
         list[str] | None,
@@ -40,7 +43,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="Needle: named numbers in each text.", show_default="4")
     ] = None,
 ) -> None:
-    """Score a checkpoint on held-out problems, or on what it finds in long texts.
+    """Score a checkpoint on held-out problems, on puzzles, or on what it finds in long texts.
 
     Answers, scores and a report go to a run directory of their own; a killed evaluation goes on from there.
     """
@@ -49,8 +52,14 @@ def evaluate(
     if task == "needle":
         _refuse(overrides, "--set", "problems")
         _needle(checkpoint, given, name, runs_dir, as_json)
+        return
+    _refuse(given, ", ".join(f"--{key.removeprefix('num_')}" for key in given), "needle")
+    if task != "problems":
+        from tafkir.cli.card import show_card
+
+        _refuse(overrides, "--set", "problems")
+        show_card([checkpoint], task, name=name, runs_dir=runs_dir, as_json=as_json)
     else:
-        _refuse(given, ", ".join(f"--{key.removeprefix('num_')}" for key in given), "needle")
         _problems(checkpoint, overrides or [], name, runs_dir, as_json)
 
 

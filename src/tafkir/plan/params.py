@@ -9,7 +9,16 @@ from math import ceil
 
 from tafkir.recipe.model import LayerSpec, ModelConfig, ParameterCounts
 
-__all__ = ["WEIGHT_FORMATS", "ModelSummary", "block_matrices", "describe_layers", "summarize_model", "weight_bytes"]
+__all__ = [
+    "WEIGHT_FORMATS",
+    "ModelSummary",
+    "block_matrices",
+    "decode_flops",
+    "describe_layers",
+    "prefill_flops",
+    "summarize_model",
+    "weight_bytes",
+]
 
 WEIGHT_FORMATS = ("bf16", "fp8", "nvfp4")
 _BF16_BYTES = 2
@@ -65,8 +74,8 @@ def summarize_model(config: ModelConfig, context: int) -> ModelSummary:
         context=context,
         kv_bytes_per_token=kv_bytes,
         kv_bytes=kv_bytes * context,
-        prefill_flops_per_token=_prefill_flops(config, context),
-        decode_flops_per_token=_decode_flops(config, context),
+        prefill_flops_per_token=prefill_flops(config, context),
+        decode_flops_per_token=decode_flops(config, context),
         weight_bytes={name: weight_bytes(config, name) for name in WEIGHT_FORMATS},
         mtp_depth=config.mtp.depth if config.mtp else 0,
         mtp_weight_bytes=counts.mtp * _BF16_BYTES,
@@ -93,16 +102,16 @@ def _describe_attention(config: ModelConfig) -> str:
     return f"GQA, {heads}, {config.num_key_value_heads} for keys and values, {config.rotary_size} dims rotated"
 
 
-def _prefill_flops(config: ModelConfig, context: int) -> float:
-    """Causal attention sees (context + 1) / 2 tokens in the mean."""
+def prefill_flops(config: ModelConfig, context: int) -> float:
+    """Of each token of a prompt in the mean, without the head: causal attention sees (context + 1) / 2 tokens."""
     head = 2 * config.vocab_size * config.hidden_size
     blocks = config.flops_per_token(0) - head
     per_seen = config.flops_per_token(1) - config.flops_per_token(0)
     return blocks + per_seen * (context + 1) / 2
 
 
-def _decode_flops(config: ModelConfig, context: int) -> float:
-    """With MLA the queries are carried into the latent space, where keys and values stay as they are cached.
+def decode_flops(config: ModelConfig, context: int) -> float:
+    """Of a new token that sees `context` tokens. With MLA the queries are carried into the latent space, where keys and values stay as they are cached.
 
     What carries them there and back is as large as the expansion that it replaces, so only attention itself differs.
     """

@@ -15,7 +15,7 @@ from tafkir.recipe.seeds import derive_seed
 from tafkir.tasks.answers import normalize
 from tafkir.tasks.generated import RIGHT, Check, Puzzle, PuzzleKind
 
-__all__ = ["GRIDS", "TRANSFORMATIONS", "Grid", "explanations"]
+__all__ = ["GRIDS", "TRANSFORMATIONS", "Grid", "ask_grids", "explanations"]
 
 Grid = tuple[tuple[int, ...], ...]
 """Rows of colours 0 to 9, 0 being the background."""
@@ -97,10 +97,15 @@ def make_grids(seed: int, level: int) -> Puzzle:
             continue
         if all(_apply(other, last) == answer for other in explanations(given, length)):
             break
-    parts = [f"Input:\n{_rows(a)}\nOutput:\n{_rows(b)}" for a, b in given]
-    question = "Find the rule, and apply it to the last input.\n" + "\n".join(parts)
-    question += f"\nInput:\n{_rows(last)}\nWrite the rows of the output in \\boxed{{}}."
+    question = ask_grids([(_rows(shown), _rows(wanted)) for shown, wanted in given], _rows(last))
     return Puzzle(question, _rows(answer), ", then ".join(chain), {"output": [list(row) for row in answer]})
+
+
+def ask_grids(pairs: Sequence[tuple[str, str]], last: str) -> str:
+    """The question for pairs of grids in lines, and the input whose output is asked for."""
+    parts = [f"Input:\n{shown}\nOutput:\n{wanted}" for shown, wanted in pairs]
+    question = "Find the rule, and apply it to the last input.\n" + "\n".join(parts)
+    return f"{question}\nInput:\n{last}\nWrite the rows of the output in \\boxed{{}}."
 
 
 def _rows(grid: Grid) -> str:

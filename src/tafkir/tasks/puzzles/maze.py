@@ -12,7 +12,7 @@ from tafkir.recipe.seeds import derive_seed
 from tafkir.tasks.answers import normalize
 from tafkir.tasks.generated import RIGHT, Check, Puzzle, PuzzleKind
 
-__all__ = ["MAZE", "make_maze"]
+__all__ = ["MAZE", "ask_maze", "make_maze", "read_moves"]
 
 _CELLS = {1: 3, 2: 4, 3: 5, 4: 6, 5: 8, 6: 10}
 _WORDS = {"UP": "U", "DOWN": "D", "LEFT": "L", "RIGHT": "R", "↑": "U", "↓": "D", "←": "L", "→": "R"}
@@ -42,9 +42,17 @@ def make_maze(seed: int, level: int) -> Puzzle:
     rows = ["".join(row) for row in grid]
     path = shortest_path(rows, start, end)
     assert path is not None
-    question = "Find a way from S to E; # is a wall.\n" + "\n".join(rows)
-    question += "\nWrite the moves in \\boxed{} as letters U, D, L, R."
-    return Puzzle(question, path, "", {"rows": rows})
+    return Puzzle(ask_maze("\n".join(rows)), path, "", {"rows": rows})
+
+
+def ask_maze(rows: str) -> str:
+    """The question for a maze in lines."""
+    return f"Find a way from S to E; # is a wall.\n{rows}\nWrite the moves in \\boxed{{}} as letters U, D, L, R."
+
+
+def read_moves(text: str) -> str:
+    """Moves as letters U, D, L, R, where they are written as letters, words or arrows; what is no move stays."""
+    return _BETWEEN.sub("", _WORD.sub(lambda word: _WORDS[word[0]], normalize(text).upper()))
 
 
 def _find(rows: Sequence[str], sign: str) -> tuple[int, int]:
@@ -54,7 +62,7 @@ def _find(rows: Sequence[str], sign: str) -> tuple[int, int]:
 def check(data: Mapping[str, Any], text: str) -> Check:
     """Whether the moves, as letters, words or arrows, lead from S to E without crossing a wall."""
     rows = data["rows"]
-    moves = _BETWEEN.sub("", _WORD.sub(lambda word: _WORDS[word[0]], normalize(text).upper()))
+    moves = read_moves(text)
     unknown = next((move for move in moves if move not in MOVES), None)
     if unknown is not None:
         return "wrong", f"{unknown!r} is no move"

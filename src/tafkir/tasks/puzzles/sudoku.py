@@ -12,7 +12,7 @@ from tafkir.recipe.seeds import derive_seed
 from tafkir.tasks.answers import normalize
 from tafkir.tasks.generated import RIGHT, Check, Puzzle, PuzzleKind
 
-__all__ = ["SUDOKU", "make_sudoku"]
+__all__ = ["SUDOKU", "ask_sudoku", "make_sudoku"]
 
 # Side of a box, and how many cells are left empty (fewer where the solution would not be the only one).
 _LEVELS = {1: (2, 4), 2: (2, 8), 3: (2, 12), 4: (3, 30), 5: (3, 42), 6: (3, 54)}
@@ -35,12 +35,17 @@ def make_sudoku(seed: int, level: int) -> Puzzle:
             holes -= 1
         else:
             grid[cell] = solution[cell]
-    rows = "\n".join(_rows(grid, side)).replace("0", ".")
-    question = (
-        f"Solve this Sudoku: every row, column and {size}x{size} box holds 1 to {side} once.\n{rows}\n"
+    question = ask_sudoku("\n".join(_rows(grid, side)).replace("0", "."), box)
+    return Puzzle(question, " ".join(_rows(solution, side)), "", {"grid": grid, "box": size})
+
+
+def ask_sudoku(rows: str, box: Box) -> str:
+    """The question for a grid in lines, its blanks as dots."""
+    last = str(box.side) if box.side < 10 else "9, A" if box.side == 10 else f"9, A to {chr(ord('A') + box.side - 10)}"
+    return (
+        f"Solve this Sudoku: every row, column and {box.rows}x{box.columns} box holds 1 to {last} once.\n{rows}\n"
         "Write the rows in \\boxed{}."
     )
-    return Puzzle(question, " ".join(_rows(solution, side)), "", {"grid": grid, "box": size})
 
 
 def _rows(grid: Sequence[int], side: int) -> list[str]:

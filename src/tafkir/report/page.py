@@ -1,0 +1,40 @@
+"""The frame of every page: one self-contained HTML file that runs no script and asks nobody for anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from importlib import resources
+
+__all__ = ["frame_page", "plain_table"]
+
+# Even if an escape were missed, the page could neither run a script nor reach the network.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+
+
+def frame_page(title: str, body: str, *, language: str = "en") -> str:
+    """A whole page around `body`, which is HTML."""
+    style = resources.files("tafkir.report").joinpath("page.css").read_text(encoding="utf-8")
+    return (
+        f'<!doctype html>\n<html lang="{language}">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
+        f'<div class="wrap">{body}</div>\n</body>\n</html>\n'
+    )
+
+
+def plain_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, words: int = 1) -> str:
+    """A table whose first `words` columns are text and the others numbers; a line break makes what follows small."""
+
+    def cell(tag: str, column: int, text: str) -> str:
+        first, _, rest = text.partition("\n")
+        small = f"<small>{escape(rest)}</small>" if rest else ""
+        return f"<{tag}{'' if column < words else ' class=num'}>{escape(first)}{small}</{tag}>"
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        return "<tr>" + "".join(cell(tag, column, text) for column, text in enumerate(cells)) + "</tr>"
+
+    body = "".join(line("td", row) for row in rows)
+    return f'<div class="table"><table><thead>{line("th", head)}</thead><tbody>{body}</tbody></table></div>'
