@@ -296,13 +296,7 @@ def render_card_table(card: dict[str, Any]) -> str:
     """The card as lines for a terminal."""
     lines = [_HEAD, *(_cells(row) for row in card["rows"])]
     widths = [max(len(line[column]) for line in lines) for column in range(len(_HEAD))]
-    text = [
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
+    text = ["  ".join(f"{cell:{'<' if i < 2 else '>'}{widths[i]}}" for i, cell in enumerate(line)) for line in lines]
     rule = "-" * len(text[0])
     part = card["settings"]["split"]
     return "\n".join(

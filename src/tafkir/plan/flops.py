@@ -1,4 +1,4 @@
-"""What one answer costs in FLOPs, from shapes alone: of a language model by its tokens, of a recursive one by its steps.
+"""What one answer costs in FLOPs, from shapes alone: by its tokens, or by its supervision steps.
 
 Multiplications and additions of matrix products and of attention are counted, as torch's FlopCounterMode counts them;
 norms, activations and lookups are not.

@@ -111,7 +111,9 @@ def prefill_flops(config: ModelConfig, context: int) -> float:
 
 
 def decode_flops(config: ModelConfig, context: int) -> float:
-    """Of a new token that sees `context` tokens. With MLA the queries are carried into the latent space, where keys and values stay as they are cached.
+    """Of a new token that sees `context` tokens, the head included.
+
+    With MLA the queries are carried into the latent space, where keys and values stay as they are cached.
 
     What carries them there and back is as large as the expansion that it replaces, so only attention itself differs.
     """

@@ -118,8 +118,9 @@ class PuzzleSetTask:
             return ask_sudoku(rows, Box(*self.format.box))
         if self.format.kind == "maze":
             return ask_maze(rows.translate(_AS_TEXT))
-        shown = zip(self.puzzles.train.inputs, self.puzzles.train.labels, strict=True)
-        pairs = [(self.format.show(a), self.format.show(b)) for (a, b), _ in zip(shown, range(_DEMONSTRATIONS))]
+        train = self.puzzles.train
+        shown = zip(train.inputs[:_DEMONSTRATIONS], train.labels[:_DEMONSTRATIONS], strict=True)
+        pairs = [(self.format.show(grid), self.format.show(answer)) for grid, answer in shown]
         return ask_grids(pairs, rows)
 
 
