@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,16 +32,22 @@ from tafkir.recipe.trm import TrmShape
 __all__ = ["ARCHITECTURE", "TrmCheckpoint", "load_official_trm", "load_trm", "save_trm"]
 
 ARCHITECTURE = "TrmForPuzzles"
+IDENTIFIERS_NAME = "identifiers.json"
 
 
 @dataclass(frozen=True, slots=True)
 class TrmCheckpoint:
-    """A loaded recursive model, and the puzzles that it was trained on."""
+    """A loaded recursive model, and the puzzles that it was trained on.
+
+    `identifiers` names the rows of the table of puzzle vectors, where puzzles have vectors of their own: forms of ARC
+    tasks, as in the `identifiers.json` of the official datasets.
+    """
 
     path: Path
     model: Trm
     puzzles: PuzzleFormat
     manifest: Manifest | None
+    identifiers: tuple[str, ...] | None = None
 
 
 def save_trm(
@@ -51,6 +57,7 @@ def save_trm(
     *,
     extra: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
+    identifiers: Sequence[str] | None = None,
 ) -> Manifest:
     """Write a model as a folder that appears under its name only when it is complete; equal weights, equal bytes.
 
@@ -60,6 +67,7 @@ def save_trm(
         puzzles: format of the grids that it solves.
         extra: lineage, JSON values.
         dtype: of the weights on disk.
+        identifiers: names of the rows of the table of puzzle vectors.
 
     Raises:
         CheckpointError: a weight is not finite, the place is not writable, or the disk is full.
@@ -84,6 +92,8 @@ def save_trm(
     with write_folder(Path(path)) as staging:
         for name, value in (("config.json", config), (MANIFEST_NAME, manifest.model_dump())):
             (staging / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if identifiers is not None:
+            (staging / IDENTIFIERS_NAME).write_text(json.dumps(list(identifiers)) + "\n", encoding="utf-8")
         write_weights(staging, entries, tensors.items, MAX_SHARD_BYTES)
     return manifest
 
@@ -122,7 +132,26 @@ def load_trm(name: Path | str, *, verify_hashes: bool = True) -> TrmCheckpoint:
         _check_names(set(model.state_dict()), set(files.names), str(files.listing))
         for tensor_name, place in model.state_dict().items():
             files.read_into(tensor_name, place)
-    return TrmCheckpoint(path, model.eval(), puzzles, manifest)
+    return TrmCheckpoint(path, model.eval(), puzzles, manifest, _read_identifiers(path, shape))
+
+
+def _read_identifiers(path: Path, shape: TrmShape) -> tuple[str, ...] | None:
+    """The names of the rows of the table of puzzle vectors, where the folder has them."""
+    where = path / IDENTIFIERS_NAME
+    if not where.is_file():
+        return None
+    try:
+        names = json.loads(where.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot be read as JSON ({error})", where=str(where)) from error
+    if not isinstance(names, list) or len(names) != shape.num_puzzle_ids:
+        raise CheckpointError(
+            "does not name the rows of the table of puzzle vectors",
+            where=str(where),
+            expected=f"a list of {shape.num_puzzle_ids} names",
+            fix="take the whole checkpoint anew",
+        )
+    return tuple(map(str, names))
 
 
 def load_official_trm(path: Path | str, **known: Any) -> Trm:

@@ -65,8 +65,12 @@ def fingerprint_stages(recipe: Recipe, base: Path | None) -> dict[StageName, str
                 previous = _hash([previous, recipe.preferences.model_dump(mode="json"), files])
             if isinstance(table, ResidualLabConfig) and Path(table.text).is_file():
                 previous = _hash([previous, _hash_file(Path(table.text))])
-            if kind == "trm" and recipe.trm and recipe.trm.puzzles.path and Path(recipe.trm.puzzles.path).is_file():
-                previous = _hash([previous, _hash_file(Path(recipe.trm.puzzles.path))])
+            if kind == "trm" and recipe.trm:
+                for path in map(Path, recipe.trm.puzzles.paths):
+                    if path.is_file():
+                        previous = _hash([previous, _hash_file(path)])
+                    elif path.is_dir():
+                        previous = _hash([previous, _hash_folder(path)])
             fingerprints[kind] = previous
     return fingerprints
 
@@ -82,6 +86,15 @@ def _effective(table: BaseModel) -> dict[str, Any]:
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _hash_folder(path: Path) -> list[str]:
+    """Of JSON files their content; arrays of gigabytes are known by their size."""
+    found = sorted(file for file in path.rglob("*") if file.is_file())
+    return [
+        f"{file.relative_to(path)} {_hash_file(file) if file.suffix == '.json' else file.stat().st_size}"
+        for file in found
+    ]
 
 
 def _hash_file(path: Path) -> str:

@@ -9,10 +9,29 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from tafkir.recipe.tables import Positive, Table
 
-__all__ = ["GridPuzzles", "MazePuzzles", "PuzzleTable", "Puzzles", "SudokuPuzzles"]
+__all__ = [
+    "BUNDLED_TASKS",
+    "ArcPuzzles",
+    "GridPuzzles",
+    "MazePuzzles",
+    "OfficialPuzzles",
+    "PuzzleTable",
+    "Puzzles",
+    "SudokuPuzzles",
+]
+
+BUNDLED_TASKS: Mapping[str, str] = {
+    "mini-arc": "mini-arc/tasks.jsonl.gz",
+    "1d-arc": "1d-arc/tasks.jsonl.gz",
+    "concept-arc": "concept-arc/tasks.jsonl.gz",
+    "arc-agi-1/training": "arc-agi-1/training.jsonl.gz",
+    "arc-agi-1/evaluation": "arc-agi-1/evaluation.jsonl.gz",
+}
+"""ARC-like tasks that ship with the package, by name, below `tafkir/datasets/arc`."""
 
 _MAX_SIDE = 16
-_KIND = "Sudoku, mazes, or grids of one's own without known rules."
+_KIND = "Sudoku, mazes, grids of one's own without known rules, ARC tasks, or a dataset that the official code built."
+_TASKS = "a set that ships with the package, a folder of JSON files, a JSON file of tasks by id, or JSON lines"
 _PATH = "JSON, CSV or text file of puzzles of one's own; not set, they are made from the seed."
 
 
@@ -31,6 +50,12 @@ class PuzzleTable(Table):
     def num_cells(self) -> int | None:
         """Cells of a grid; None where only the file knows."""
         return None
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The file, where there is one."""
+        path: str | None = getattr(self, "path", None)
+        return () if path is None else (path,)
 
 
 class SudokuPuzzles(PuzzleTable):
@@ -89,6 +114,71 @@ class GridPuzzles(PuzzleTable):
     )
 
 
+class ArcPuzzles(Table):
+    """Tasks of ARC and its kin: each has a few demonstrations, and test inputs whose outputs are never trained on.
+
+    Demonstrations of the tasks that are measured belong to training: a task is known by its puzzle vector.
+    """
+
+    kind: Literal["arc"] = Field("arc", description=_KIND)
+    path: str = Field(description=f"Tasks that are measured: {_TASKS}.")
+    train_paths: tuple[str, ...] = Field((), description=f"More tasks, trained on with all their pairs, each {_TASKS}.")
+    num_validation: Positive = Field(40, description="Tasks whose test inputs choose the checkpoint.")
+    num_test: Positive = Field(1000, description="Tasks that are only measured on, at most.")
+    num_copies: int = Field(
+        1000, ge=0, description="Other forms of each task, at most, each with a puzzle vector of its own."
+    )
+    dihedral: bool = Field(True, description="Forms are turned and mirrored, as far as the canvas keeps its size.")
+    recolour: bool = Field(True, description="Forms have their colours 1 to 9 exchanged; 0 stays.")
+    translate: bool = Field(True, description="Training pairs stand anywhere on the canvas, but one of each form.")
+    canvas: tuple[Positive, Positive] | None = Field(
+        None, description="Rows and columns that grids are laid on; not set, the fewest that hold every grid."
+    )
+    overlap: Literal["refuse", "exclude"] = Field(
+        "refuse", description="Tasks of train_paths that share a pair with measured ones: an error, or left out."
+    )
+    num_votes: int = Field(0, ge=0, description="Forms of each test input that vote in measuring, at most; 0 is all.")
+
+    @property
+    def num_cells(self) -> int | None:
+        """Cells of the canvas; None where only the tasks know."""
+        return None if self.canvas is None else self.canvas[0] * self.canvas[1]
+
+    @property
+    def augment(self) -> bool:
+        """Whether a training pair looks different each time."""
+        return self.translate
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All files and folders."""
+        return (self.path, *self.train_paths)
+
+
+class OfficialPuzzles(Table):
+    """A folder that a dataset builder of the official TRM or HRM code has written: `train/`, `test/`, numpy arrays."""
+
+    kind: Literal["official"] = Field("official", description=_KIND)
+    path: str = Field(description="The builder's output folder, with train/dataset.json and test/dataset.json.")
+    num_validation: Positive = Field(200, description="Examples that choose the checkpoint.")
+    num_test: Positive = Field(2000, description="Test examples that are only measured on, at most.")
+
+    @property
+    def num_cells(self) -> int | None:
+        """None: only the folder knows."""
+        return None
+
+    @property
+    def augment(self) -> bool:
+        """The arrays hold every form already."""
+        return False
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The folder."""
+        return (self.path,)
+
+
 def _kind(value: Any) -> str:
     """A table without a `kind` is a Sudoku's."""
     return str(value.get("kind", "sudoku") if isinstance(value, Mapping) else getattr(value, "kind", "sudoku"))
@@ -97,7 +187,9 @@ def _kind(value: Any) -> str:
 Puzzles = Annotated[
     Annotated[SudokuPuzzles, Tag("sudoku")]
     | Annotated[MazePuzzles, Tag("maze")]
-    | Annotated[GridPuzzles, Tag("grids")],
+    | Annotated[GridPuzzles, Tag("grids")]
+    | Annotated[ArcPuzzles, Tag("arc")]
+    | Annotated[OfficialPuzzles, Tag("official")],
     Discriminator(_kind),
 ]
 """What `[trm.puzzles]` may hold, told apart by `kind`."""

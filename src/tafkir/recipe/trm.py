@@ -16,7 +16,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from tafkir.recipe.puzzles import Puzzles, SudokuPuzzles
+from tafkir.recipe.puzzles import ArcPuzzles, Puzzles, SudokuPuzzles
 from tafkir.recipe.tables import Positive, Table, TrainTable
 
 __all__ = ["TrmConfig", "TrmModelConfig", "TrmShape"]
@@ -158,6 +158,8 @@ class TrmConfig(TrainTable):
         shares = [share for share, _, _ in self.curriculum]
         if shares != sorted(set(shares)) or any(not 0 < share < 1 for share in shares):
             raise ValueError("the shares of curriculum must rise between 0 and 1")
+        if isinstance(self.puzzles, ArcPuzzles) and not self.model.puzzle_embedding_size:
+            raise ValueError("tasks of ARC are told apart by their vectors: set model.puzzle_embedding_size")
         if self.micro_batches > self.batch_size:
             raise ValueError("micro_batches is larger than batch_size")
         return self

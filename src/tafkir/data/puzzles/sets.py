@@ -1,4 +1,4 @@
-"""The puzzles of a recipe by part, and the stream of training samples.
+"""The puzzles of a recipe by part: read from files, or made from a seed.
 
 A puzzle's part depends on what it is, whatever symmetric form it has: no form of a training puzzle is ever tested on.
 
@@ -8,23 +8,24 @@ Shapes: N puzzles, L cells.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import count
 from random import Random
-from typing import Any, NamedTuple
 
 import numpy as np
 
+from tafkir.data.puzzles.arc_sets import build_arc
 from tafkir.data.puzzles.files import RawPuzzle, read_puzzles
 from tafkir.data.puzzles.format import Cells, PuzzleFormat
 from tafkir.data.puzzles.maze import make_maze, maze_format
+from tafkir.data.puzzles.official import read_official
+from tafkir.data.puzzles.parts import Pair, PuzzleSet, PuzzleSets, PuzzleStream, Samples
 from tafkir.data.puzzles.rules import has_rules, is_right, solve_by_rules
 from tafkir.data.puzzles.sudoku import Box, draw_symmetry, fingerprint, make_puzzle, sudoku_format
 from tafkir.data.puzzles.symmetry import DrawSymmetry, Symmetry, dihedral_moves, draw_exchange, identity
 from tafkir.errors import DataError
-from tafkir.recipe.puzzles import GridPuzzles, MazePuzzles, Puzzles, SudokuPuzzles
+from tafkir.recipe.puzzles import ArcPuzzles, GridPuzzles, MazePuzzles, OfficialPuzzles, Puzzles, SudokuPuzzles
 from tafkir.recipe.seeds import derive_seed
 from tafkir.records import Split
 
@@ -34,42 +35,6 @@ __all__ = ["PuzzleSet", "PuzzleSets", "PuzzleStream", "Samples", "build_puzzles"
 _TEST_SHARE, _VALIDATION_SHARE = 0.2, 0.1
 # Puzzles in a row that are made and thrown away before giving up.
 _MAX_MISSES = 2000
-
-Pair = tuple[Cells, Cells]
-
-
-class Samples(NamedTuple):
-    """Training samples: questions and answers [n, L], and rows [n] of the table of puzzle vectors."""
-
-    inputs: Cells
-    labels: Cells
-    puzzle_ids: np.ndarray[Any, np.dtype[np.int64]]
-
-
-@dataclass(frozen=True, slots=True)
-class PuzzleSet:
-    """Puzzles of one part: tokens [N, L] of questions and answers; PAD in an answer is a cell without a label."""
-
-    inputs: Cells
-    labels: Cells
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-
-@dataclass(frozen=True, slots=True)
-class PuzzleSets:
-    """All puzzles of a recipe, and how a puzzle is shown in another form."""
-
-    format: PuzzleFormat
-    train: PuzzleSet
-    validation: PuzzleSet
-    test: PuzzleSet
-    draw_symmetry: DrawSymmetry
-
-    def counts(self) -> dict[str, int]:
-        """Puzzles by part."""
-        return {"train": len(self.train), "validation": len(self.validation), "test": len(self.test)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +53,10 @@ def build_puzzles(config: Puzzles, seed: int) -> PuzzleSets:
     Raises:
         DataError: the file is not what it should be, or there are too few different puzzles of this kind.
     """
+    if isinstance(config, ArcPuzzles):
+        return build_arc(config, seed)
+    if isinstance(config, OfficialPuzzles):
+        return read_official(config)
     if isinstance(config, GridPuzzles):
         raw = read_puzzles(config.path)
         kind = _grid_kind(config, raw)
@@ -241,39 +210,3 @@ def _first_come(cells: Cells, exchangeable: Sequence[int]) -> bytes:
         if token in exchangeable and token not in names:
             names[token] = exchangeable[len(names)]
     return bytes(names.get(token, token) for token in cells.tolist())
-
-
-# ---- samples -----------------------------------------------------------------------------------------------------
-
-
-class PuzzleStream:
-    """Training samples by number: whole epochs in shuffled order, each puzzle in a fresh form.
-
-    A sample depends on the seed and its number alone, so a resumed run goes on with the samples it would have had.
-    """
-
-    def __init__(self, puzzles: PuzzleSets, *, augment: bool, seed: int) -> None:
-        self._set, self._draw = puzzles.train, puzzles.draw_symmetry if augment else None
-        self._seed = seed
-        self._order = lru_cache(maxsize=2)(self._shuffle)
-
-    def take(self, first: int, size: int) -> Samples:
-        """The samples from number `first` on; a set by rules is one puzzle, so all have the puzzle vector 0."""
-        inputs, labels = zip(*self._samples(first, size), strict=True)
-        return Samples(np.stack(inputs), np.stack(labels), np.zeros(size, dtype=np.int64))
-
-    def _samples(self, first: int, size: int) -> Iterator[Pair]:
-        for number in range(first, first + size):
-            epoch, place = divmod(number, len(self._set))
-            index = self._order(epoch)[place]
-            pair = self._set.inputs[index], self._set.labels[index]
-            if self._draw is None:
-                yield pair
-                continue
-            form = self._draw(Random(derive_seed(self._seed, "form", number)))
-            yield form.apply(pair[0]), form.apply(pair[1])
-
-    def _shuffle(self, epoch: int) -> list[int]:
-        order = list(range(len(self._set)))
-        Random(derive_seed(self._seed, "epoch", epoch)).shuffle(order)
-        return order
