@@ -10,7 +10,13 @@ import pytest
 from tafkir.report.collect import RunRecord, collect
 from tafkir.report.findings import headline
 from tafkir.report.markdown import render_markdown
-from tafkir.report.mismatch_lab import MISMATCH_HEAD, mismatch_figures, mismatch_rows
+from tafkir.report.mismatch_lab import (
+    MISMATCH_HEAD,
+    mismatch_figures,
+    mismatch_groups,
+    mismatch_matrix,
+    mismatch_rows,
+)
 from tafkir.report.render import render_html
 from tafkir.runlog.metrics import JsonlWriter
 from tafkir.runlog.rundir import RunDir, StageDir
@@ -82,12 +88,26 @@ def test_the_table_says_what_survived_and_what_it_reached(record: RunRecord) -> 
     ]
     assert all(len(row) == len(MISMATCH_HEAD) - 1 for row in rows.values())
     collapsed = rows["NVFP4 weights, GRPO"]
-    assert collapsed[:4] == ["12, 12\n1 diverged", "0.200\n± 0.014", "25.0%", "40"]
-    assert collapsed[4:] == ["0.0600", "2.5", "0.00 ‰", "90.0%"]
-    assert rows["NVFP4 weights, IcePop [0.5, 5]"][:3] == ["2 of 2 to the end", "0.760\n± 0.014", "95.0%"]
+    assert collapsed[:4] == ["12, 12\n1 diverged", "0.200\n± 0.014", "25.0\u202f%", "40"]
+    assert collapsed[4:] == ["0.0600", "2.5", "0.00 ‰", "90.0\u202f%"]
+    assert rows["NVFP4 weights, IcePop [0.5, 5]"][:3] == ["2 of 2 to the end", "0.760\n± 0.014", "95.0\u202f%"]
     assert rows["NVFP4 weights, IcePop [0.5, 5]"][6] == "2.00 ‰"
-    assert rows["NVFP4 weights, experts replayed, IcePop [0.5, 5]"][-1] == "100.0%"
-    assert rows["float32, GRPO"][2] == "100.0%" and rows["float32, GRPO"][-1] == "–"
+    assert rows["NVFP4 weights, experts replayed, IcePop [0.5, 5]"][-1] == "100.0\u202f%"
+    assert rows["float32, GRPO"][2] == "100.0\u202f%" and rows["float32, GRPO"][-1] == "–"
+
+
+def test_a_small_table_says_what_each_loss_makes_of_each_kind_of_rollouts(record: RunRecord) -> None:
+    head, rows = mismatch_matrix(record.mismatch_variants)
+    assert head == ["Rollouts", "GRPO", "IcePop [0.5, 5]"]
+    assert rows[1:] == [
+        ["NVFP4 weights", "25.0\u202f%\n2 of 2 collapsed", "95.0\u202f%"],
+        ["NVFP4 weights\nexperts replayed", "", "100.0\u202f%"],
+    ]
+    assert [title for title, _ in mismatch_groups(record.mismatch_variants)] == [
+        "float32",
+        "NVFP4 weights",
+        "NVFP4 weights, experts replayed",
+    ]
 
 
 def test_four_charts_for_each_kind_of_rollouts(record: RunRecord) -> None:
@@ -108,8 +128,8 @@ def test_four_charts_for_each_kind_of_rollouts(record: RunRecord) -> None:
 def test_the_pages_say_what_was_found(record: RunRecord) -> None:
     head = headline(record)
     assert head.sentence == (
-        "Trained on rollouts with NVFP4 weights, a model reaches 95.0% with IcePop [0.5, 5] and 25.0% with GRPO of the "
-        "reward after float32 rollouts."
+        "Trained on rollouts with NVFP4 weights, a model reaches 95.0\u202f% with IcePop [0.5, 5] and 25.0\u202f% with "
+        "GRPO of the reward after float32 rollouts."
     )
     assert "GRPO 2 of 2, IcePop [0.5, 5] 0 of 4" in head.beside[0] and "NVFP4 weights" in head.beside[1]
     page = render_html(record)

@@ -139,6 +139,8 @@ def test_the_shipped_laboratory_is_what_its_heading_says() -> None:
         (["lab.method=other"], "got lab.method = other"),
         (["lab.digit=3"], "unknown key"),
         (["lab.replay=[]"], "lab.replay"),
+        (["lab.skip=['fp4-*']"], "'fp4-\\*' is the name of no variant, such as 'float32-grpo-own-seed0'"),
+        (["lab.skip=['*']"], "skip leaves no variant"),
     ],
 )
 def test_what_a_laboratory_cannot_do_is_refused(overrides: list[str], words: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from tafkir.recipe.lab import MismatchLabConfig, ResidualLabConfig
@@ -134,8 +135,7 @@ def _estimate_mismatch_lab(recipe: Recipe, config: MismatchLabConfig, rates: Rat
     forward = float(recipe.model.flops_per_token(config.digits))
     flops = seconds = 0.0
     num_variants = 0
-    for name in config.rollouts:
-        runs = len(config.losses) * config.seeds * (1 if name == "float32" else len(config.replay))
+    for name, runs in Counter(rollout for rollout, *_ in config.variants()).items():
         slowdown = _QUANTIZED_INPUTS_SLOWDOWN if name == "nvfp4_w4a4" else 1.0
         num_variants += runs
         flops += runs * forward * (3 * trained + sampled)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from itertools import product
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -11,7 +13,15 @@ from tafkir.recipe.rl import Acceptance, IcePop, KPop, NoAcceptance, PolicyTable
 from tafkir.recipe.rollout import RolloutConfig
 from tafkir.recipe.tables import Positive, TrainTable
 
-__all__ = ["LAB_LOSSES", "LabConfig", "LabLoss", "LabRollout", "MismatchLabConfig", "ResidualLabConfig"]
+__all__ = [
+    "LAB_LOSSES",
+    "LabConfig",
+    "LabLoss",
+    "LabRollout",
+    "MismatchLabConfig",
+    "ResidualLabConfig",
+    "lab_variant_name",
+]
 
 _METHOD = "What the variants differ in: their residual, or how their rollouts and losses deal with mismatch."
 LabRollout = Literal["float32", "bfloat16", "fp8", "nvfp4", "nvfp4_w4a4", "noise"]
@@ -25,6 +35,11 @@ LAB_LOSSES: Mapping[LabLoss, Acceptance] = {
     "kpop": KPop(),
 }
 """The acceptance regions that the laboratory compares, by name."""
+
+
+def lab_variant_name(rollout: LabRollout, loss: LabLoss, replay: bool, seed: int) -> str:
+    """What a variant of the mismatch laboratory is called, such as `nvfp4-icepop-own-seed0`."""
+    return f"{rollout}-{loss}-{'replay' if replay else 'own'}-seed{seed}"
 
 
 class ResidualLabConfig(TrainTable):
@@ -77,6 +92,9 @@ class MismatchLabConfig(PolicyTable):
     replay: tuple[bool, ...] = Field(
         (False, True), min_length=1, description="Without and with replayed experts, where rollouts are not exact."
     )
+    skip: tuple[str, ...] = Field(
+        (), description="Variants that are left out, by patterns of their names such as bfloat16-*-replay-*."
+    )
     seeds: Positive = Field(3, description="Repeats, each with weights, problems and draws of its own.")
     digits: Positive = Field(8, description="Digits of the numbers to reverse.")
     warm_start_steps: Positive = Field(150, description="Supervised steps before reinforcement begins.")
@@ -98,7 +116,26 @@ class MismatchLabConfig(PolicyTable):
             raise ValueError("the lab compares losses without a reference policy: leave kl.coef at 0")
         if self.max_completion_tokens <= self.digits:
             raise ValueError("max_completion_tokens must leave room for the digits and the end of the turn")
+        every = [lab_variant_name(*variant) for variant in self._combinations()]
+        for pattern in self.skip:
+            if not any(fnmatchcase(name, pattern) for name in every):
+                raise ValueError(f"skip: {pattern!r} is the name of no variant, such as {every[0]!r}")
+        if not self.variants():
+            raise ValueError("skip leaves no variant")
         return self
+
+    def _combinations(self) -> Iterator[tuple[LabRollout, LabLoss, bool, int]]:
+        for seed, rollout, replay in product(range(self.seeds), self.rollouts, sorted(self.replay)):
+            if not replay or not self.rollout_of(rollout, replay=False).is_exact:
+                yield from ((rollout, loss, replay, seed) for loss in self.losses)
+
+    def variants(self) -> list[tuple[LabRollout, LabLoss, bool, int]]:
+        """Rollouts, loss, replay and repeat of all variants, in their order; exact rollouts have nothing to replay."""
+        return [
+            variant
+            for variant in self._combinations()
+            if not any(fnmatchcase(lab_variant_name(*variant), pattern) for pattern in self.skip)
+        ]
 
     def rollout_of(self, name: LabRollout, *, replay: bool) -> RolloutConfig:
         """The rollouts of a variant."""

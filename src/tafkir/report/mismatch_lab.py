@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean, stdev
 
-from tafkir.report.charts import Line, Point, line_chart, number
+from tafkir.report.charts import Line, Point, line_chart, number, percent
 from tafkir.report.collect import MismatchRecord, series
 from tafkir.report.lab import LabFigure
 
@@ -15,6 +16,8 @@ __all__ = [
     "ROLLOUT_TITLES",
     "mismatch_beside",
     "mismatch_figures",
+    "mismatch_groups",
+    "mismatch_matrix",
     "mismatch_rows",
     "mismatch_sentence",
 ]
@@ -126,24 +129,68 @@ def _mean_line(variants: Variants, metric: str) -> list[Point]:
     return [(step, fmean(found[step])) for step in sorted(found)]
 
 
-def mismatch_figures(variants: Variants) -> list[LabFigure]:
-    """Four charts for each kind of rollouts, a line for each loss: reward, gradient norm, largest difference, mask."""
-    figures = []
+def mismatch_groups(variants: Variants) -> list[tuple[str, list[LabFigure]]]:
+    """Each kind of rollouts with its four charts, a line for each loss: reward, gradient norm, difference, mask."""
+    found = []
     for rollout, replay in _groups(variants):
         title = _group_title(rollout, replay)
-        for name, words, unit, look, metric, log in _PANELS:
-            lines = [
-                Line(LOSS_TITLES[loss], _mean_line(own, metric), _COLORS[loss])
-                for loss in LOSS_TITLES
-                if (own := _of(variants, rollout, loss, replay))
-            ]
-            if log:
-                lines = [Line(line.name, [(x, y or None) for x, y in line.points], line.color) for line in lines]
-            lines = [line for line in lines if line.points]
-            chart = line_chart(lines, title=f"{title}: {words}, by step", log=log, y_min=None if log else 0.0)
-            key = f"{name}-{rollout}-{'replay' if replay else 'own'}"
-            figures.append(LabFigure(key, f"{title}: {words}", unit, look, lines, chart))
-    return [figure for figure in figures if figure.chart]
+        figures = [_panel(variants, (rollout, replay), panel) for panel in _PANELS]
+        found.append((title, [figure for figure in figures if figure.chart]))
+    return found
+
+
+def _panel(variants: Variants, group: tuple[str, bool], panel: tuple[str, str, str, str, str, bool]) -> LabFigure:
+    name, words, unit, look, metric, log = panel
+    rollout, replay = group
+    lines = [
+        Line(LOSS_TITLES[loss], _mean_line(own, metric), _COLORS[loss])
+        for loss in LOSS_TITLES
+        if (own := _of(variants, rollout, loss, replay))
+    ]
+    if log:
+        lines = [Line(line.name, [(x, y or None) for x, y in line.points], line.color) for line in lines]
+    lines = [line for line in lines if line.points]
+    title = f"{_group_title(rollout, replay)}: {words}, by step"
+    chart = line_chart(lines, title=title, log=log, y_min=None if log else 0.0)
+    key = f"{name}-{rollout}-{'replay' if replay else 'own'}"
+    return LabFigure(key, words[0].upper() + words[1:], unit, look, lines, chart)
+
+
+def mismatch_figures(variants: Variants) -> list[LabFigure]:
+    """The charts of all kinds of rollouts one after the other, each with its rollouts in the title."""
+    return [
+        replace(figure, title=f"{title}: {figure.title[0].lower()}{figure.title[1:]}")
+        for title, figures in mismatch_groups(variants)
+        for figure in figures
+    ]
+
+
+def mismatch_matrix(variants: Variants) -> tuple[list[str], list[list[str]]]:
+    """The outcome at a glance: a row for each kind of rollouts, a column for each loss; head and rows.
+
+    A cell is the held-out reward as a share of that after float32 rollouts, and below it what did not survive.
+    """
+    losses = [loss for loss in LOSS_TITLES if any(variant.loss == loss for variant in variants)]
+    rows = []
+    for rollout, replay in _groups(variants):
+        cells = [_matrix_cell(variants, _of(variants, rollout, loss, replay)) for loss in losses]
+        title, _, beside = _group_title(rollout, replay).partition(", ")
+        rows.append([f"{title}\n{beside}" if beside else title, *cells])
+    return ["Rollouts", *(LOSS_TITLES[loss] for loss in losses)], rows
+
+
+def _matrix_cell(variants: Variants, own: Variants) -> str:
+    if not own:
+        return ""
+    share, done = _share_of_exact(variants, own), [v for v in own if "survived" in v.result]
+    if not done:
+        return "–\nnot finished"
+    lost = sum(_is_lost(variant) for variant in done)
+    return percent(share) + (f"\n{lost} of {len(done)} collapsed" if lost else "")
+
+
+def _is_lost(variant: MismatchRecord) -> bool:
+    return int(variant.result["survived"]) < int(variant.result["steps"]) or bool(variant.result.get("diverged"))
 
 
 def _rewards(variants: Variants) -> list[float]:
@@ -178,12 +225,12 @@ def mismatch_rows(variants: Variants) -> list[list[str]]:
                     f"{_group_title(rollout, replay)}\n{LOSS_TITLES[loss]}",
                     _survival_words(own),
                     _with_spread(_rewards(own)),
-                    "–" if share is None else f"{share:.1%}",
+                    percent(share),
                     number(max((x for v in own for x in _values(v, "train/grad_norm")), default=None)),
                     f"{fmean(means):.4f}" if means else "–",
                     number(max((x for v in own for x in _values(v, "mismatch/abs_logprob_diff_max")), default=None)),
                     f"{1000 * fmean(masked):.2f} ‰" if masked else "–",
-                    f"{fmean(experts):.1%}" if experts else "–",
+                    percent(fmean(experts)) if experts else "–",
                 ]
             )
     return rows
@@ -215,7 +262,7 @@ def mismatch_sentence(variants: Variants) -> str:
             if (own := _of(variants, rollout, loss, False)) and (share := _share_of_exact(variants, own)) is not None
         }
         if shares:
-            told = " and ".join(f"{share:.1%} with {LOSS_TITLES[loss]}" for loss, share in shares.items())
+            told = " and ".join(f"{percent(share)} with {LOSS_TITLES[loss]}" for loss, share in shares.items())
             what = f"Trained on rollouts with {ROLLOUT_TITLES[rollout]}, a model reaches {told}"
             return f"{what} of the reward after float32 rollouts."
     return ""
@@ -230,8 +277,7 @@ def mismatch_beside(variants: Variants) -> list[str]:
     for loss, title in LOSS_TITLES.items():
         own = [v for v in finished if v.loss == loss and v.rollout != _EXACT]
         if own:
-            lost = sum(int(v.result["survived"]) < int(v.result["steps"]) or bool(v.result["diverged"]) for v in own)
-            by_loss.append(f"{title} {lost} of {len(own)}")
+            by_loss.append(f"{title} {sum(map(_is_lost, own))} of {len(own)}")
     told = [f"Collapsed or diverged on inexact rollouts: {', '.join(by_loss)}."] if by_loss else []
     crossed = sorted(
         {

@@ -21,7 +21,7 @@ from tafkir.errors import RecipeError
 from tafkir.models.build import build_decoder
 from tafkir.ops.native import select_kernels
 from tafkir.protocols import Completer
-from tafkir.recipe.lab import LAB_LOSSES, LabLoss, LabRollout, MismatchLabConfig
+from tafkir.recipe.lab import LAB_LOSSES, LabLoss, LabRollout, MismatchLabConfig, lab_variant_name
 from tafkir.recipe.rollout import RolloutConfig
 from tafkir.recipe.seeds import derive_seed
 from tafkir.recipe.stage import StageContext
@@ -57,7 +57,7 @@ class MismatchVariant:
     @property
     def name(self) -> str:
         """Name of its folder below the stage's `variants`."""
-        return f"{self.rollout}-{self.loss}-{'replay' if self.replay else 'own'}-seed{self.seed}"
+        return lab_variant_name(self.rollout, self.loss, self.replay, self.seed)
 
     @property
     def group(self) -> str:
@@ -71,15 +71,8 @@ class MismatchVariant:
 
 
 def list_variants(config: MismatchLabConfig) -> list[MismatchVariant]:
-    """All variants in the order in which they run, repeat by repeat; exact rollouts have nothing to replay."""
-    return [
-        MismatchVariant(rollout, loss, replay, seed)
-        for seed in range(config.seeds)
-        for rollout in config.rollouts
-        for replay in sorted(config.replay)
-        for loss in config.losses
-        if not replay or not config.rollout_of(rollout, replay=False).is_exact
-    ]
+    """All variants in the order in which they run, repeat by repeat."""
+    return [MismatchVariant(*variant) for variant in config.variants()]
 
 
 def run_mismatch_lab(ctx: StageContext, config: MismatchLabConfig) -> dict[str, Any]:

@@ -1,0 +1,150 @@
+"""The numbers and the picture of docs/mismatch-lab.md, from runs of recipes/mismatch-lab.toml, finished or not.
+
+    tafkir run recipes/mismatch-lab.toml
+    python benchmarks/mismatch_lab.py runs/mismatch-lab --out benchmarks/results/mismatch_lab.json --figures docs/img
+
+Variants that are not finished are left out and counted. The pictures show the first run: one of four panels for each
+kind of rollouts, like the figures of arXiv 2510.18855.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from mhc_lab import picture
+
+from tafkir.intervals import mean_interval
+from tafkir.report.collect import MismatchRecord, RunRecord, collect, series
+from tafkir.report.mismatch_lab import LOSS_TITLES, MISMATCH_HEAD, ROLLOUT_TITLES, mismatch_figures, mismatch_rows
+from tafkir.runlog.rundir import RunDir
+
+PEAKS = {"grad_norm": "train/grad_norm", "abs_logprob_diff": "mismatch/abs_logprob_diff_max"}
+MEANS = {
+    "abs_logprob_diff_mean": "mismatch/abs_logprob_diff_mean",
+    "masked_fraction": "mismatch/masked_fraction",
+    "out_of_band": "mismatch/out_of_band",
+    "ess": "mismatch/ess",
+    "expert_agreement": "mismatch/expert_agreement",
+}
+WINDOW = 10
+
+
+def values_of(variants: Sequence[MismatchRecord], metric: str) -> list[float]:
+    """A metric at every step of every repeat."""
+    return [value for v in variants for _, value in series(v.metrics, metric) if value is not None]
+
+
+def ends_of(variants: Sequence[MismatchRecord]) -> list[dict[str, float]]:
+    """For each repeat, the best and the last mean reward of ten steps in training."""
+    rows = []
+    for variant in variants:
+        rewards = values_of([variant], "rollout/reward_mean")
+        means = [fmean(rewards[i : i + WINDOW]) for i in range(max(1, len(rewards) - WINDOW + 1))] if rewards else [0.0]
+        rows.append({"best": max(means), "last": means[-1]})
+    return rows
+
+
+def share_of_exact(own: Sequence[MismatchRecord], exact: dict[int, float]) -> dict[str, Any] | None:
+    """Held-out reward as a share of float32 rollouts' with the same seed: mean over repeats, Student's interval."""
+    shares = [float(v.result["heldout_reward"]) / exact[v.seed] for v in own if exact.get(v.seed)]
+    if not shares:
+        return None
+    found = mean_interval(shares)
+    interval = [found.low, found.high] if len(shares) > 1 else None
+    return {"mean": found.value, "interval": interval, "repeats": shares}
+
+
+def row_of(own: Sequence[MismatchRecord], exact: dict[int, float]) -> dict[str, Any]:
+    """One kind of rollouts with one loss, over its repeats."""
+    rewards = [float(v.result["heldout_reward"]) for v in own]
+    peaks = {f"{name}_max": max(values_of(own, metric), default=None) for name, metric in PEAKS.items()}
+    means = {name: fmean(found) for name, metric in MEANS.items() if (found := values_of(own, metric))}
+    return {
+        "rollout": own[0].rollout,
+        "loss": own[0].loss,
+        "replay": own[0].replay,
+        "repeats": len(own),
+        "steps": own[0].result["steps"],
+        "survived": [v.result["survived"] for v in own],
+        "diverged": [v.result["diverged"] for v in own if v.result["diverged"]],
+        "heldout_reward": fmean(rewards),
+        "heldout_reward_sd": stdev(rewards) if len(rewards) > 1 else None,
+        "share_of_float32": share_of_exact(own, exact),
+        "reward_in_training": ends_of(own),
+        **peaks,
+        **means,
+        "cpu_s": fmean(float(v.result["cpu_s"]) for v in own),
+    }
+
+
+def run_row(record: RunRecord) -> dict[str, Any]:
+    """One run: its settings, and a row for every kind of rollouts, replay and loss."""
+    lab = dict(record.recipe["lab"])
+    groups: dict[tuple[int, bool, int], list[MismatchRecord]] = {}
+    done = [variant for variant in record.mismatch_variants if "heldout_reward" in variant.result]
+    for variant in done:
+        place = list(ROLLOUT_TITLES).index(variant.rollout), variant.replay, list(LOSS_TITLES).index(variant.loss)
+        groups.setdefault(place, []).append(variant)
+    exact: dict[int, float] = {}
+    for seed in {variant.seed for variant in done}:
+        found = [float(v.result["heldout_reward"]) for v in done if (v.rollout, v.seed) == ("float32", seed)]
+        exact |= {seed: fmean(found)} if found else {}
+    keys = ("steps", "digits", "noise", "learning_rate", "prompts_per_step", "group_size", "updates_per_rollout")
+    return {
+        "recipe": record.name,
+        "command": " ".join(["tafkir", *map(str, record.environment.get("command", [])[1:])]),
+        "cpu": record.environment.get("cpu"),
+        "torch": record.environment.get("torch"),
+        **{key: lab[key] for key in keys if key in lab},
+        "hidden_size": record.recipe["model"]["hidden_size"],
+        "num_experts": record.recipe["model"].get("num_experts"),
+        "variants": len(done),
+        "not_finished": len(record.mismatch_variants) - len(done),
+        "cpu_s": sum(float(variant.result["cpu_s"]) for variant in done),
+        "rows": [row_of(groups[place], exact) for place in sorted(groups)],
+    }
+
+
+def render(record: RunRecord) -> str:
+    """The report's table as markdown."""
+    rows = [[cell.replace("\n", ", ").strip() for cell in row] for row in mismatch_rows(record.mismatch_variants)]
+    lines = [MISMATCH_HEAD, ["---"] * len(MISMATCH_HEAD), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write_pictures(record: RunRecord, folder: Path) -> None:
+    """`mismatch-lab-<rollout>.svg`, with `-replay` where experts were replayed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    groups: dict[str, list[Any]] = {}
+    for figure in mismatch_figures(record.mismatch_variants):
+        _, rollout, replay = figure.name.rsplit("-", 2)
+        groups.setdefault(rollout + ("-replay" if replay == "replay" else ""), []).append(figure)
+    for name, figures in groups.items():
+        (folder / f"mismatch-lab-{name}.svg").write_text(picture(figures), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="run directories")
+    parser.add_argument("--out", type=Path, help="write the JSON to this file")
+    parser.add_argument("--figures", type=Path, help="write the pictures to this folder")
+    args = parser.parse_args()
+    records = [collect(RunDir.open(path)) for path in args.runs]
+    for record in records:
+        print(f"{record.path.name}\n\n{render(record)}\n")
+    result = {"benchmark": "mismatch_lab", "runs": [run_row(record) for record in records]}
+    print(json.dumps(result))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if args.figures:
+        write_pictures(records[0], args.figures)
+
+
+if __name__ == "__main__":
+    main()
