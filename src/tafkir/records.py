@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "cancelled"]
+_BROKEN = frozenset({"sandbox", "start"})
 Outcome = Literal["correct", "wrong", "no_answer", "length", "error", "graded"]
 Split = Literal["train", "validation", "test"]
 StageName = Literal["tokenizer", "pretrain", "sft", "reward", "dpo", "rlvr", "rlhf", "eval", "lab", "trm", "report"]
@@ -51,7 +52,8 @@ class Example:
 class Verdict:
     """What a grader says of one completion. `reason` tells why the outcome is not "correct".
 
-    "graded" is an answer that is better or worse, not right or wrong: its reward says all.
+    "graded" is an answer that is better or worse, not right or wrong: its reward says all. `failure` names in a word
+    what went wrong in the grader itself, such as "sandbox" or "time"; it is empty where nothing did.
     """
 
     outcome: Outcome
@@ -59,10 +61,16 @@ class Verdict:
     extracted: str | None
     expected: str
     reason: str = ""
+    failure: str = ""
 
     @property
     def correct(self) -> bool:
         return self.outcome == "correct"
+
+    @property
+    def is_ungraded(self) -> bool:
+        """The grader did not work here: the reward says nothing about the answer, and nothing is learned from it."""
+        return self.failure in _BROKEN
 
 
 @dataclass(frozen=True, slots=True)

@@ -276,6 +276,11 @@ def test_a_sandbox_that_does_not_work_is_refused_with_what_it_said(
     assert (result.ending, result.detail) == ("sandbox", "the sandbox failed: exit code 1")
     verdict = CodeProblems(sandbox=Sandbox(probe=False)).grade(SQUARE, block("def square(n): return n * n"))
     assert (verdict.outcome, verdict.reason) == ("error", "the sandbox failed: exit code 1")
+    assert verdict.failure == "sandbox" and verdict.is_ungraded
+    gone = Sandbox(probe=False)
+    broken.unlink()
+    verdict = CodeProblems(sandbox=gone).grade(SQUARE, block("def square(n): return n * n"))
+    assert verdict.is_ungraded and "the sandbox cannot be started: " in verdict.reason and "bwrap" in verdict.reason
     monkeypatch.undo()
     for cached in (sandbox_module._bwrap_command, sandbox_module._probe):
         cached.cache_clear()

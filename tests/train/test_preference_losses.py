@@ -11,23 +11,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from tafkir.data.preference import EncodedPair, PreferencePair
+from tafkir.data.preference import EncodedPair, PairStream, PreferencePair
 from tafkir.models.build import build_decoder
 from tafkir.models.reward import reward_model_from
 from tafkir.recipe.model import ModelConfig
 from tafkir.recipe.rlhf import DpoConfig
 from tafkir.records import Message
 from tafkir.train.dpo import (
+    KtoReference,
     PairLogprobs,
     answer_logprobs,
     dpo_loss,
+    dpo_step,
     ipo_loss,
+    kto_loss,
+    measure_dpo,
     orpo_loss,
     preference_loss,
     reference_logprobs,
     robust_dpo_loss,
     simpo_loss,
 )
+from tafkir.train.loop import Trainer
 from tafkir.train.pairs import build_pair_batch
 from tafkir.train.reward_model import bradley_terry_loss, score_answers, score_pairs
 
@@ -111,6 +116,88 @@ def test_simpo_conservative_and_orpo_are_trls(seed: int) -> None:
     torch.testing.assert_close(dpo_loss(pairs, beta=2.0, label_smoothing=0.15), want, atol=1e-6, rtol=0)
     odds = orpo.ORPOTrainer.odds_ratio_loss(SimpleNamespace(beta=0.2, accelerator=device), *means)[0]
     torch.testing.assert_close(orpo_loss(pairs, beta=0.2), (-means[0] - odds).double(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("shift", [0.4, -0.4])
+def test_kto_is_trls_whatever_the_sign_of_the_divergence(shift: float) -> None:
+    """`KTOTrainer._compute_loss` on the same answers, with the mismatched ones' log-probabilities given."""
+    trainer_module = pytest.importorskip("trl.trainer.kto_trainer")
+    pairs, tokens, mask = logprobs(4)
+    own = tokens.clone().requires_grad_()
+    draw = torch.Generator().manual_seed(1)
+    reference = torch.cat([pairs.ref_chosen_P, pairs.ref_rejected_P])
+    mismatched = -8 * torch.rand(8, generator=draw, dtype=torch.float64)
+    fake: Any = SimpleNamespace(
+        model=SimpleNamespace(training=True),
+        accelerator=SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x),
+        aux_loss_enabled=False,
+        precompute_ref_logps=True,
+        calculate_KL=True,
+        loss_type="kto",
+        beta=0.3,
+        desirable_weight=1.0,
+        undesirable_weight=1.0,
+        _compute_kl_logps=lambda model, batch: mismatched + shift,
+        _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    zeros = torch.zeros_like(tokens)
+    inputs = {
+        "input_ids": torch.zeros_like(mask),
+        "attention_mask": torch.ones_like(mask),
+        "completion_mask": mask,
+        "label": torch.tensor([True] * 4 + [False] * 4),
+        "ref_logps": reference,
+        "ref_KL_logps": mismatched,
+    }
+    out = SimpleNamespace(log_probs=own, entropy=zeros, mean_logits=zeros)
+    want = trainer_module.KTOTrainer._compute_loss(fake, lambda **_: out, inputs, False)
+    want.backward()
+    sums = tokens.sum(1).requires_grad_()
+    ours = PairLogprobs(
+        sums[:4],
+        sums[4:],
+        pairs.ref_chosen_P,
+        pairs.ref_rejected_P,
+        pairs.chosen_lengths_P,
+        pairs.rejected_lengths_P,
+    )
+    divergence = torch.tensor(shift, dtype=torch.float64).clamp(min=0)
+    got = kto_loss(ours, beta=0.3, divergence=divergence).mean()
+    got.backward()
+    assert got.item() == pytest.approx(want.item(), abs=1e-9)
+    torch.testing.assert_close(sums.grad, own.grad[:, 0], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("micro_batches", [2, 5])
+def test_kto_starts_at_a_half_and_its_divergence_is_the_whole_steps(micro_batches: int) -> None:
+    pairs = encoded(3, 5)
+
+    def train(pieces: int) -> tuple[list[dict[str, Any]], float, dict[str, Tensor]]:
+        config = DpoConfig(
+            loss="kto", beta=1.0, batch_pairs=5, warmup_steps=0, learning_rate=3e-2, micro_batches=pieces
+        )
+        decoder = build_decoder(SHAPE, 4)
+        reference, kto = reference_logprobs(decoder, pairs), KtoReference(decoder, pairs)
+        trainer = Trainer(decoder, config)
+        step = dpo_step(trainer, PairStream(pairs, batch_pairs=5, seed=0), reference, config, kto)
+        rows = []
+        for number in range(3):
+            trainer.set_step(number)
+            rows.append(dict(step(number).metrics))
+        loss = float(measure_dpo(decoder, pairs, reference, config, kto)[0].mean())
+        return rows, loss, decoder.state_dict()
+
+    (whole, loss, weights), (cut, cut_loss, cut_weights) = train(1), train(micro_batches)
+    assert whole[0]["train/loss"] == pytest.approx(0.5, abs=1e-6) and whole[0]["dpo/divergence"] == pytest.approx(0.0)
+    assert loss < whole[0]["train/loss"] - 0.01
+    for a, b in zip(whole, cut, strict=True):
+        assert b["train/loss"] == pytest.approx(a["train/loss"], abs=1e-5)
+        assert b["dpo/divergence"] == pytest.approx(a["dpo/divergence"], abs=1e-4)
+    assert cut_loss == pytest.approx(loss, abs=1e-4)
+    for name, value in weights.items():
+        torch.testing.assert_close(cut_weights[name], value, atol=2e-4, rtol=0, msg=name)
 
 
 def test_dpo_is_log_two_at_the_reference_and_falls_with_the_margin() -> None:

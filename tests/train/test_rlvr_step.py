@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -172,6 +173,20 @@ def test_an_empty_completion_counts_and_teaches_nothing() -> None:
 def test_a_reward_that_is_no_number_is_named(reward: float) -> None:
     with pytest.raises(TrainingError, match=r"problem sum-7: the reward of completion 1 is (nan|inf); expected a fin"):
         learn(group(([5, 6], 1.0), ([5], reward)))
+
+
+def test_what_the_grader_could_not_judge_is_left_out_and_counted() -> None:
+    """A sandbox that failed says nothing about the answer: the step is that of the other groups alone."""
+    good = group(([5, 6], 1.0), ([7], 0.0)), group(([8], 0.0), ([9, 4], 1.0))
+    bad = group(([5], 0.0), ([6], 1.0))
+    broken = replace(bad.rollouts[0].verdict, outcome="error", reason="no bwrap", failure="sandbox")
+    bad = replace(bad, rollouts=(replace(bad.rollouts[0], verdict=broken), bad.rollouts[1]))
+    for keys in ({}, {"advantage": "reinforce++"}):
+        metrics, after = learn(*good, bad, **keys)
+        plain, want = learn(*good, **keys)
+        assert metrics == plain | {"rollout/ungraded": 1.0} and same(after, want)
+    with pytest.raises(TrainingError, match=r"rlvr step 1: 1 of 2 answers could not be graded; the first: no bwrap"):
+        learn(bad)
 
 
 @pytest.mark.parametrize("pieces", [2, 3])

@@ -51,8 +51,8 @@ class RewardConfig(TrainTable):
 class DpoConfig(TrainTable):
     """Direct learning from preference pairs, without a reward model or rollouts."""
 
-    loss: Literal["sigmoid", "robust", "ipo", "simpo", "orpo"] = Field(
-        "sigmoid", description="DPO (with label_smoothing: cDPO), robust DPO, IPO, SimPO or ORPO."
+    loss: Literal["sigmoid", "robust", "ipo", "simpo", "orpo", "kto"] = Field(
+        "sigmoid", description="DPO (with label_smoothing: cDPO), robust DPO, IPO, SimPO, ORPO or KTO."
     )
     beta: float = Field(0.1, gt=0, description="Strength of the pull to the reference; IPO's tau, ORPO's lambda.")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Share of pairs taken to be labelled the wrong way.")
@@ -82,13 +82,21 @@ class JudgeConfig(Table):
 
     url: str = Field(description="Base URL, such as http://127.0.0.1:8000/v1.")
     model: str = Field(description="Name of the model there.")
+    mode: Literal["rubric", "pairwise"] = Field(
+        "rubric",
+        description="Score each answer, or let the answers to a prompt meet in pairs, each pair in both orders: the "
+        "reward is the share of points.",
+    )
+    opponents: int = Field(
+        0, ge=0, description="Pairwise: others of its group that each answer is compared with; 0 is all of them."
+    )
     api_key_env: str = Field("OPENAI_API_KEY", description="Environment variable that holds the key; may be unset.")
     rubric: str = Field(
         "Is the answer correct, helpful, harmless, and no longer than it needs to be?",
         min_length=1,
         description="What the answer is judged by.",
     )
-    max_score: int = Field(10, ge=1, description="Best score; the reward is score / max_score.")
+    max_score: int = Field(10, ge=1, description="Rubric: best score; the reward is score / max_score.")
     max_tokens: Positive = Field(512, description="Length limit of a judgement.")
     timeout_s: float = Field(60.0, gt=0, description="Time limit of one call.")
     max_retries: int = Field(3, ge=0, description="Further calls after a failed one, with growing pauses between.")

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 from random import Random
@@ -136,15 +137,17 @@ class CodeProblems:
             return _verdict(example, "wrong", program[:40] + "…", reason)
         tests = _read_tests(example.extra["tests"])
         entry = example.extra["entry"]
-        outcome, reason = _compare(
-            entry, tests, self.sandbox.run(program, entry, [arguments for arguments, _ in tests])
-        )
+        calls = [arguments for arguments, _ in tests]
+        result = self.sandbox.run(program, entry, calls)
+        if result.ending == "sandbox":  # a machine that is short of processes for a moment is not worth a reward
+            result = self.sandbox.run(program, entry, calls)
+        if result.ending == "sandbox":
+            return replace(_verdict(example, "error", program, result.detail), failure="sandbox")
+        outcome, reason = _compare(entry, tests, result)
         return _verdict(example, outcome, program, reason)
 
 
 def _compare(entry: str, tests: Sequence[tuple[tuple[Any, ...], Any]], result: ProgramResult) -> tuple[Outcome, str]:
-    if result.ending == "sandbox":
-        return "error", result.detail
     for number, (call, (arguments, expected)) in enumerate(zip(result.calls, tests, strict=False), start=1):
         where = f"test {number} of {len(tests)}: {entry}({', '.join(map(repr, arguments))})"
         if call.error:

@@ -24,7 +24,7 @@ from tafkir.recipe.rlhf import JudgeConfig
 from tafkir.records import Message, Verdict
 from tafkir.runlog.metrics import JsonlWriter, read_jsonl
 
-__all__ = ["JudgeCounts", "RubricJudge", "read_score", "rubric_prompt"]
+__all__ = ["JudgeCounts", "JudgeEndpoint", "RubricJudge", "Ungraded", "plain", "read_score", "rubric_prompt"]
 
 _SCORE = re.compile(r"score[^\w-]{0,5}(-?\d+(?:\.\d+)?)", re.IGNORECASE)
 # Busy or broken for now; any other 4xx will not be different the next time.
@@ -50,8 +50,8 @@ class JudgeCounts:
     tokens: int = 0
 
 
-class _Ungraded(Exception):
-    """Why there is no grade."""
+class Ungraded(Exception):
+    """Why there is no grade; never leaves a judge."""
 
 
 class _Again(Exception):
@@ -62,12 +62,15 @@ class _Again(Exception):
         self.pause_s = pause_s
 
 
+def plain(text: str) -> str:
+    """A text whose tags are broken up, so that it cannot close those around it."""
+    return re.sub(
+        r"</?(rubric|conversation|answer|answer_a|answer_b)>", lambda found: found[0].replace("<", "< "), text
+    )
+
+
 def rubric_prompt(conversation: Sequence[Message], answer: str, rubric: str, max_score: int) -> list[dict[str, str]]:
-    """The judge's messages. Tags that the texts themselves hold are broken up, so that they cannot close theirs."""
-
-    def plain(text: str) -> str:
-        return re.sub(r"</?(rubric|conversation|answer)>", lambda found: found[0].replace("<", "< "), text)
-
+    """The judge's messages."""
     turns = "\n\n".join(f"{message.role}: {plain(message.content)}" for message in conversation)
     body = (
         f"<rubric>\n{rubric}\n</rubric>\n<conversation>\n{turns}\n</conversation>\n<answer>\n{plain(answer)}\n</answer>"
@@ -85,8 +88,8 @@ def read_score(judgement: str, max_score: int) -> float | None:
     return value / max_score if 0 <= value <= max_score else None
 
 
-class RubricJudge:
-    """Grades answers by a rubric; equal questions are asked once.
+class JudgeEndpoint:
+    """A language model behind an OpenAI-compatible endpoint; equal questions are asked once.
 
     Args:
         config: endpoint, rubric, limits.
@@ -94,6 +97,8 @@ class RubricJudge:
         transport: what carries HTTP, for tests.
         sleep: waits between retries.
     """
+
+    Counts: type[JudgeCounts] = JudgeCounts
 
     def __init__(
         self,
@@ -103,7 +108,7 @@ class RubricJudge:
         transport: httpx.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.config, self.counts, self._sleep = config, JudgeCounts(), sleep
+        self.config, self.counts, self._sleep = config, self.Counts(), sleep
         key = os.environ.get(config.api_key_env, "")
         self._client = httpx.Client(
             base_url=config.url.rstrip("/"),
@@ -128,35 +133,15 @@ class RubricJudge:
 
     def load_state(self, state: Any) -> None:
         """Go on with the counts that `state` returned."""
-        self.counts = JudgeCounts(**state)
+        self.counts = self.Counts(**state)
 
-    def grade(self, items: Sequence[tuple[Sequence[Message], str]]) -> list[Verdict]:
-        """Verdicts of answers to conversations, in order; rewards from 0 to 1.
+    def judgement(self, messages: list[dict[str, str]]) -> str:
+        """The judge's words, from the cache where they are known.
 
         Raises:
+            Ungraded: the budget is spent, or every call failed.
             BackendUnavailable: the endpoint refuses the key, the model or the request itself.
         """
-        with ThreadPoolExecutor(self.config.concurrency) as pool:
-            return list(pool.map(lambda item: self._grade(*item), items))
-
-    def _grade(self, conversation: Sequence[Message], answer: str) -> Verdict:
-        with self._lock:
-            self.counts.answers += 1
-        if not answer.strip():
-            return Verdict("no_answer", 0.0, None, "", "the answer is empty")
-        try:
-            judgement = self._judgement(rubric_prompt(conversation, answer, self.config.rubric, self.config.max_score))
-            score = read_score(judgement, self.config.max_score)
-            if score is None:
-                raise _Ungraded(f"no score from 0 to {self.config.max_score} in {judgement[-80:]!r}")
-        except _Ungraded as why:
-            with self._lock:
-                self.counts.failures += 1
-            return Verdict("error", 0.0, None, "", f"the judge gave no grade: {why}")
-        return Verdict("graded", score, judgement[-200:], "")
-
-    def _judgement(self, messages: list[dict[str, str]]) -> str:
-        """The judge's words, from the cache where they are known."""
         body = {
             "model": self.config.model,
             "messages": messages,
@@ -182,7 +167,7 @@ class RubricJudge:
                 return self._call(body)
             except _Again as again:
                 if attempt == self.config.max_retries:
-                    raise _Ungraded(f"{again} ({attempt + 1} calls)") from None
+                    raise Ungraded(f"{again} ({attempt + 1} calls)") from None
                 pause = max(again.pause_s, self.config.backoff_s * 2**attempt)
                 self._sleep(min(pause, _LONGEST_PAUSE_S))
         raise AssertionError
@@ -191,9 +176,9 @@ class RubricJudge:
         config, counts = self.config, self.counts
         with self._lock:
             if counts.calls >= config.max_calls:
-                raise _Ungraded(f"the budget of {config.max_calls} calls is spent")
+                raise Ungraded(f"the budget of {config.max_calls} calls is spent")
             if config.token_budget and counts.tokens >= config.token_budget:
-                raise _Ungraded(f"the budget of {config.token_budget} tokens is spent")
+                raise Ungraded(f"the budget of {config.token_budget} tokens is spent")
             counts.calls += 1
             counts.retries += attempt > 0
 
@@ -233,6 +218,35 @@ class RubricJudge:
         if not isinstance(text, str):
             raise _Again("a completion without text")
         return text
+
+
+class RubricJudge(JudgeEndpoint):
+    """Grades answers by a rubric."""
+
+    def grade(self, items: Sequence[tuple[Sequence[Message], str]]) -> list[Verdict]:
+        """Verdicts of answers to conversations, in order; rewards from 0 to 1.
+
+        Raises:
+            BackendUnavailable: the endpoint refuses the key, the model or the request itself.
+        """
+        with ThreadPoolExecutor(self.config.concurrency) as pool:
+            return list(pool.map(lambda item: self._grade(*item), items))
+
+    def _grade(self, conversation: Sequence[Message], answer: str) -> Verdict:
+        with self._lock:
+            self.counts.answers += 1
+        if not answer.strip():
+            return Verdict("no_answer", 0.0, None, "", "the answer is empty")
+        try:
+            judgement = self.judgement(rubric_prompt(conversation, answer, self.config.rubric, self.config.max_score))
+            score = read_score(judgement, self.config.max_score)
+            if score is None:
+                raise Ungraded(f"no score from 0 to {self.config.max_score} in {judgement[-80:]!r}")
+        except Ungraded as why:
+            with self._lock:
+                self.counts.failures += 1
+            return Verdict("error", 0.0, None, "", f"the judge gave no grade: {why}")
+        return Verdict("graded", score, judgement[-200:], "")
 
 
 def _retry_after(response: httpx.Response) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -94,13 +93,13 @@ def _open(path: str, timeout_s: float) -> RewardFile:
 class RewardedTask:
     """A task whose rewards come from a user's function; what is correct is still the task's own word.
 
-    A call that fails is an "error" with reward 0 and its reason, is counted in `failures`, and warned of the first time
-    that it fails in that way.
+    A call that fails is an "error" with reward 0, its reason, and how it failed as the verdict's `failure`. The first
+    of each kind is warned of.
     """
 
     def __init__(self, task: Task, reward: RewardFile) -> None:
         self.task, self.reward = task, reward
-        self.failures: Counter[RewardFailure] = Counter()
+        self._warned: set[RewardFailure] = set()
 
     @property
     def name(self) -> str:
@@ -119,9 +118,9 @@ class RewardedTask:
         if isinstance(result, float):
             return replace(verdict, reward=result)
         kind, reason = result
-        if not self.failures[kind]:
+        if kind not in self._warned:
+            self._warned.add(kind)
             _logger.warning(
                 "a reward is 0 because %s (example %s); more of the kind are only counted", reason, example.id
             )
-        self.failures[kind] += 1
-        return replace(verdict, outcome="error", reward=0.0, reason=reason)
+        return replace(verdict, outcome="error", reward=0.0, reason=reason, failure=kind)

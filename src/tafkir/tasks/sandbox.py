@@ -99,8 +99,11 @@ class Sandbox:
             "cpu_s": math.ceil(self.timeout_s),
             "memory_bytes": self.memory_bytes,
         }
-        with _process(self._command, request) as process:
-            output, ending = _read(process, 3 * self.timeout_s)
+        try:
+            with _process(self._command, request) as process:
+                output, ending = _read(process, 3 * self.timeout_s)
+        except OSError as error:  # bubblewrap is gone, or there is no process, memory or file left
+            return ProgramResult("sandbox", f"the sandbox cannot be started: {error}")
         lines = output.splitlines() if output.endswith(b"\n") else output.splitlines()[:-1]
         return _judge(lines, ending, process, len(calls), self.timeout_s)
 
@@ -120,17 +123,19 @@ def _process(command: Sequence[str], request: dict[str, Any]) -> Iterator[subpro
         ]
         # -P: the folder of the script is no place to import from; a fixed hash seed gives equal runs equal results
         full += [python, "-s", "-S", "-P", "-B", "/runner.py" if command else runner]
-        process = subprocess.Popen(
-            full,
-            stdin=stdin,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={"PYTHONHASHSEED": "0"},
-            start_new_session=True,
-            pass_fds=() if filter_fd is None else (filter_fd,),
-        )
-    if filter_fd is not None:
-        os.close(filter_fd)
+        try:
+            process = subprocess.Popen(
+                full,
+                stdin=stdin,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env={"PYTHONHASHSEED": "0"},
+                start_new_session=True,
+                pass_fds=() if filter_fd is None else (filter_fd,),
+            )
+        finally:
+            if filter_fd is not None:
+                os.close(filter_fd)
     try:
         yield process
     finally:

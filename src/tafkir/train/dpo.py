@@ -6,7 +6,7 @@ Shapes: P pairs, S = 2 P answers, T answer tokens. Log-probabilities of an answe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +21,13 @@ from tafkir.train.loop import StepOutput, Trainer, add_loads, router_metrics
 from tafkir.train.pairs import AnswerBatch, build_pair_batch
 
 __all__ = [
+    "KtoReference",
     "PairLogprobs",
     "answer_logprobs",
     "dpo_loss",
     "dpo_step",
     "ipo_loss",
+    "kto_loss",
     "measure_dpo",
     "orpo_loss",
     "preference_loss",
@@ -103,8 +105,25 @@ def _log1m_exp(x: Tensor) -> Tensor:
     return torch.where(x > -0.6931472, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
 
 
-def preference_loss(pairs: PairLogprobs, config: DpoConfig) -> Tensor:
-    """The loss that the recipe names, one value a pair."""
+def kto_loss(pairs: PairLogprobs, *, beta: float, divergence: Tensor) -> Tensor:
+    """KTO (Ethayarajh et al. 2024, arXiv 2402.01306, equation 8): each side by itself is desirable or it is not.
+
+    Mean of 1 - sigmoid(beta (h_w - z)) and 1 - sigmoid(beta (z - h_l)), with h the log-ratio of one answer. Chosen and
+    rejected answers are equal in number, so both weights lambda are one.
+
+    Args:
+        divergence: z, the estimate of KL(pi || pi_ref), of the whole step and without a gradient; not below zero.
+    """
+    chosen_P = torch.sigmoid(beta * (pairs.chosen_P - pairs.ref_chosen_P - divergence))
+    rejected_P = torch.sigmoid(beta * (divergence - (pairs.rejected_P - pairs.ref_rejected_P)))
+    return 1 - (chosen_P + rejected_P) / 2
+
+
+def preference_loss(pairs: PairLogprobs, config: DpoConfig, divergence: Tensor | None = None) -> Tensor:
+    """The loss that the recipe names, one value a pair; KTO's needs its estimate of the divergence."""
+    if config.loss == "kto":
+        assert divergence is not None
+        return kto_loss(pairs, beta=config.beta, divergence=divergence)
     if config.loss == "robust":
         return robust_dpo_loss(pairs, beta=config.beta, label_smoothing=config.label_smoothing)
     if config.loss == "ipo":
@@ -131,17 +150,48 @@ def reference_logprobs(decoder: Decoder, pairs: Sequence[EncodedPair]) -> Tensor
     return torch.cat([answer_logprobs(decoder, build_pair_batch(part))[0] for part in parts]).view(-1, 2)
 
 
+class KtoReference:
+    """KTO's reference point z: how far the policy is from the reference on answers that belong to other prompts.
+
+    z = max(0, mean of log pi(y') - log pi_ref(y')) over the step's pairs (section 4.1), y' both answers of the pair
+    that comes next in the data: so the reference is asked once, whichever pairs share a step.
+
+    Args:
+        reference: the decoder as it is before the first step.
+        pairs: all that steps draw from.
+    """
+
+    def __init__(self, reference: Decoder, pairs: Sequence[EncodedPair]) -> None:
+        others = [*pairs[1:], *pairs[:1]]
+        self.mismatched = [
+            replace(pair, chosen_ids=other.chosen_ids, rejected_ids=other.rejected_ids)
+            for pair, other in zip(pairs, others, strict=True)
+        ]
+        self.reference_P2 = reference_logprobs(reference, self.mismatched)
+
+    def divergence(self, decoder: Decoder, indices: Sequence[int]) -> Tensor:
+        """z over the pairs at `indices`, a scalar."""
+        own_P2 = reference_logprobs(decoder, [self.mismatched[i] for i in indices])
+        return (own_P2 - self.reference_P2[list(indices)]).mean().clamp(min=0)
+
+
 def dpo_step(
-    trainer: Trainer, stream: PairStream, reference_P2: Tensor, config: DpoConfig
+    trainer: Trainer,
+    stream: PairStream,
+    reference_P2: Tensor,
+    config: DpoConfig,
+    kto: KtoReference | None = None,
 ) -> Callable[[int], StepOutput]:
     """A step function: mean preference loss over the pairs of the step, whatever the micro-batches.
 
     Args:
         reference_P2: `reference_logprobs` of `stream.pairs`.
+        kto: of `stream.pairs`, where the loss is KTO's.
     """
 
     def step(step: int) -> StepOutput:
         indices = stream.indices_at(step)
+        divergence = kto.divergence(trainer.decoder, indices) if kto is not None else None
         total, tokens = 0.0, 0
         loads: list[Tensor] = []
         margins: list[Tensor] = []
@@ -150,7 +200,7 @@ def dpo_step(
             batch = build_pair_batch([stream.pairs[i] for i in part])
             logprobs_S, out = answer_logprobs(trainer.decoder, batch)
             pairs = _pair_logprobs(logprobs_S, reference_P2[list(part)], batch.lengths_S)
-            loss = preference_loss(pairs, config).sum() / len(indices)
+            loss = preference_loss(pairs, config, divergence).sum() / len(indices)
             loss.backward()
             total += loss.item()
             tokens += batch.input_ids_N.numel()
@@ -169,6 +219,7 @@ def dpo_step(
                 "dpo/margin": config.beta * float(margins_P.mean()),
                 # Below zero, the preferred answers themselves become less likely: DPO's known failure.
                 "dpo/chosen_reward": config.beta * float(torch.cat(chosen).mean()),
+                **({} if divergence is None else {"dpo/divergence": float(divergence)}),
                 **router_metrics(loads),
             },
             tokens=tokens,
@@ -180,15 +231,20 @@ def dpo_step(
 
 @torch.no_grad()
 def measure_dpo(
-    decoder: Decoder, pairs: Sequence[EncodedPair], reference_P2: Tensor, config: DpoConfig
+    decoder: Decoder,
+    pairs: Sequence[EncodedPair],
+    reference_P2: Tensor,
+    config: DpoConfig,
+    kto: KtoReference | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loss and the margin h of each pair, (P,) both, without training on them."""
     losses, margins = [], []
+    divergence = kto.divergence(decoder, range(len(pairs))) if kto is not None else None
     for start in range(0, len(pairs), _SCORE_BATCH):
         batch = build_pair_batch(pairs[start : start + _SCORE_BATCH])
         logprobs_S, _ = answer_logprobs(decoder, batch)
         part = _pair_logprobs(logprobs_S, reference_P2[start : start + _SCORE_BATCH], batch.lengths_S)
-        losses.append(preference_loss(part, config))
+        losses.append(preference_loss(part, config, divergence))
         margins.append(part.margins())
     return torch.cat(losses), torch.cat(margins)
 

@@ -29,9 +29,10 @@ from tafkir.runlog.atomic import write_text
 from tafkir.runlog.metrics import Metric
 from tafkir.runlog.rollouts import Keep, RolloutLog
 from tafkir.runlog.rundir import StageDir
+from tafkir.tasks.arena import PairwiseJudge
 from tafkir.tasks.judge import RubricJudge
 from tafkir.tasks.math import WordProblems
-from tafkir.train.dpo import dpo_step, measure_dpo, reference_logprobs
+from tafkir.train.dpo import KtoReference, dpo_step, measure_dpo, reference_logprobs
 from tafkir.train.long_tail import open_rollouts
 from tafkir.train.loop import FitResult, Trainer, fit
 from tafkir.train.monitor import MismatchMonitor
@@ -44,6 +45,7 @@ from tafkir.train.rlhf import (
     Grader,
     OpenPrompts,
     OpenTask,
+    PairwiseGrader,
     RewardModelGrader,
     RlhfStep,
     RubricGrader,
@@ -87,11 +89,14 @@ def run_dpo(ctx: StageContext) -> dict[str, Any]:
     # Once, before the first step changes the weights: no second model is kept.
     reference_P2 = reference_logprobs(decoder, pairs.train)
     heldout_reference_P2 = reference_logprobs(decoder, pairs.heldout) if pairs.heldout else torch.zeros(0, 2)
+    is_kto = config.loss == "kto"
+    kto = KtoReference(decoder, pairs.train) if is_kto else None
+    heldout_kto = KtoReference(decoder, pairs.heldout) if is_kto and pairs.heldout else None
     trainer = Trainer(decoder, config, open_ranks(ctx.recipe.parallel, ctx.recipe.model))
     stream = PairStream(pairs.train, batch_pairs=config.batch_pairs, seed=derive_seed(ctx.seed, "dpo"))
 
     def validate() -> Mapping[str, Metric]:
-        losses_P, margins_P = measure_dpo(decoder, pairs.heldout, heldout_reference_P2, config)
+        losses_P, margins_P = measure_dpo(decoder, pairs.heldout, heldout_reference_P2, config, heldout_kto)
         return {
             "validation/loss": float(losses_P.mean()),
             "validation/accuracy": float((margins_P > 0).float().mean()),
@@ -100,7 +105,7 @@ def run_dpo(ctx: StageContext) -> dict[str, Any]:
     result = fit(
         trainer,
         ctx.stage,
-        dpo_step(trainer, stream, reference_P2, config),
+        dpo_step(trainer, stream, reference_P2, config, kto),
         validate=validate if pairs.heldout else None,
         keep=keep_checkpoints(ctx, trainer, tokenizer),
         label="dpo",
@@ -108,7 +113,7 @@ def run_dpo(ctx: StageContext) -> dict[str, Any]:
     finished = finish_policy(ctx, config, trainer, tokenizer, result) | {"loss": config.loss, "pairs": pairs.counts()}
     if pairs.heldout:
         with as_written(trainer, config):
-            losses_P, margins_P = measure_dpo(decoder, pairs.heldout, heldout_reference_P2, config)
+            losses_P, margins_P = measure_dpo(decoder, pairs.heldout, heldout_reference_P2, config, heldout_kto)
         right = accuracy([margin > 0 for margin in margins_P.tolist()])
         finished["heldout"] = {"accuracy": right.to_dict(), "loss": float(losses_P.mean())}
     return finished
@@ -150,14 +155,14 @@ def run_rlhf(ctx: StageContext) -> dict[str, Any]:
     inner = RlvrStep(trainer, rollouts, config, reference=reference, log=log, monitor=monitor)
     step = RlhfStep(trainer, rollouts, inner, guard)
     carried: dict[str, Carried] = {"rollouts": rollouts, "monitor": monitor, "guard": guard}
-    if isinstance(grader, RubricGrader):
+    if isinstance(grader, RubricGrader | PairwiseGrader):
         carried["judge"] = grader.judge
     keep = keep_checkpoints(ctx, trainer, tokenizer)
     result = fit(trainer, ctx.stage, step, keep=keep, carried=carried, label="rlhf")
     told = finish_policy(ctx, config, trainer, tokenizer, result)
     told |= {"prompts": len(prompts.prompts), "overlong_prompts": prompts.overlong}
     told["guard"] = {"stopped": guard.stopped, "rate": guard.rate, "trips": guard.trips}
-    if isinstance(grader, RubricGrader):
+    if isinstance(grader, RubricGrader | PairwiseGrader):
         told["judge"] = grader.judge.state()
         grader.judge.close()
     return told
@@ -206,7 +211,10 @@ def _graders(ctx: StageContext, config: RlhfConfig, tokenizer: Tokenizer) -> tup
     judge = reward_model(folder / JUDGE / "checkpoint") if config.guard.judge else None
     if config.grader == "judge":
         assert config.judge is not None
-        return RubricGrader(RubricJudge(config.judge, ctx.stage.path / "judgements.jsonl")), judge
+        cache = ctx.stage.path / "judgements.jsonl"
+        if config.judge.mode == "pairwise":
+            return PairwiseGrader(PairwiseJudge(config.judge, cache)), judge
+        return RubricGrader(RubricJudge(config.judge, cache)), judge
     return reward_model(folder / "checkpoint"), judge
 
 

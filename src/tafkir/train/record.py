@@ -24,7 +24,7 @@ __all__ = ["Learned", "record_rollouts"]
 
 _DECIMALS = 5
 
-_VERDICT = tuple(field.name for field in fields(Verdict))
+_VERDICT = tuple(field.name for field in fields(Verdict) if field.name != "failure")
 _encode = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
 
 _Tokens = tuple[list[float | None], list[int]]
@@ -122,6 +122,7 @@ def _facts(rollout: Rollout) -> dict[str, Any]:
         runs = [[version, len(list(run))] for version, run in groupby(completion.token_versions)]
     return {
         **{name: getattr(rollout.verdict, name) for name in _VERDICT},
+        **({"failure": rollout.verdict.failure} if rollout.verdict.failure else {}),
         "text": rollout.text,
         "finish_reason": completion.finish_reason,
         "versions": runs,

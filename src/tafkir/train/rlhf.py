@@ -25,6 +25,7 @@ from tafkir.recipe.rlhf import RlhfConfig
 from tafkir.recipe.seeds import derive_seed
 from tafkir.records import Example, Message, Split, Verdict
 from tafkir.runlog.metrics import Metric
+from tafkir.tasks.arena import PairwiseJudge
 from tafkir.tasks.judge import RubricJudge
 from tafkir.train.batch import build_rl_batch
 from tafkir.train.loop import StepOutput, Trainer
@@ -33,7 +34,16 @@ from tafkir.train.reward_model import score_answers
 from tafkir.train.rlvr import RlvrStep
 from tafkir.train.rollout import PromptBatch, RolloutGroup, RolloutSource
 
-__all__ = ["GradedRollouts", "Grader", "OpenPrompts", "OpenTask", "RewardModelGrader", "RlhfStep", "RubricGrader"]
+__all__ = [
+    "GradedRollouts",
+    "Grader",
+    "OpenPrompts",
+    "OpenTask",
+    "PairwiseGrader",
+    "RewardModelGrader",
+    "RlhfStep",
+    "RubricGrader",
+]
 
 _OPEN = "conversation"
 """In `Example.extra`: the messages of a prompt without a right answer."""
@@ -150,6 +160,18 @@ class RubricGrader:
         items = [(group.example.extra[_OPEN], rollout.text) for group in groups for rollout in group.rollouts]
         verdicts = iter(self.judge.grade(items))
         return [[next(verdicts) for _ in group.rollouts] for group in groups]
+
+
+class PairwiseGrader:
+    """Grades by a language model that compares the answers to a prompt."""
+
+    def __init__(self, judge: PairwiseJudge) -> None:
+        self.judge = judge
+
+    def __call__(self, groups: Sequence[RolloutGroup]) -> list[list[Verdict]]:
+        return self.judge.grade(
+            [(group.example.extra[_OPEN], [rollout.text for rollout in group.rollouts]) for group in groups]
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,7 @@ class RlvrStep:
 
     def __call__(self, step: int) -> StepOutput:
         began = time.perf_counter()
-        groups = self.rollouts(step)
+        groups, ungraded = _graded(self.rollouts(step), f"rlvr step {step + 1}")
         sampled = time.perf_counter()
         rewards_PG = _rewards(groups)
         learned = self.learn(groups, rewards_PG, where=f"rlvr step {step + 1}")
@@ -78,7 +78,13 @@ class RlvrStep:
             record_rollouts(self.log, step + 1, groups, learned)
         lights, stop = self._watch(step + 1, groups, learned)
         return StepOutput(
-            metrics={**rollout_metrics(groups, rewards_PG), **self.rollouts.numbers(), **learned.metrics, **lights},
+            metrics={
+                **rollout_metrics(groups, rewards_PG),
+                **self.rollouts.numbers(),
+                **learned.metrics,
+                **lights,
+                **ungraded,
+            },
             timings={"time/rollout_s": sampled - began, "time/train_s": time.perf_counter() - sampled},
             tokens=sum(len(r.completion.token_ids) for group in groups for r in group.rollouts),
             shown={"reward": float(rewards_PG.mean())},
@@ -221,6 +227,24 @@ class RlvrStep:
             **router_metrics(loads),
         }
         return metrics, old_T, masked_T
+
+
+def _graded(groups: Sequence[RolloutGroup], where: str) -> tuple[Sequence[RolloutGroup], dict[str, Metric]]:
+    """The groups that graders worked for, and how many completions they did not; a reward of 0 would teach nonsense.
+
+    Raises:
+        TrainingError: they did not for most of the completions.
+    """
+    verdicts = [rollout.verdict for group in groups for rollout in group.rollouts]
+    broken = [verdict for verdict in verdicts if verdict.is_ungraded]
+    kept = [group for group in groups if not group.is_ungraded] if broken else groups
+    if broken and (not kept or 2 * len(broken) > len(verdicts)):
+        raise TrainingError(
+            f"{len(broken)} of {len(verdicts)} answers could not be graded; the first: {broken[0].reason}",
+            where=where,
+            fix="mend the grader, then run the command again: it goes on from its last state",
+        )
+    return kept, {"rollout/ungraded": float(len(broken))} if broken else {}
 
 
 def _rewards(groups: Sequence[RolloutGroup]) -> Tensor:

@@ -53,6 +53,11 @@ class RolloutGroup:
         """All rewards are equal: the group teaches nothing."""
         return len({rollout.verdict.reward for rollout in self.rollouts}) <= 1
 
+    @property
+    def is_ungraded(self) -> bool:
+        """A grader did not work for one of the completions, so that the others' advantages are not known."""
+        return any(rollout.verdict.is_ungraded for rollout in self.rollouts)
+
 
 class RolloutSource(Protocol):
     """The graded groups that a step learns from. Whatever makes them also hands the step's weights to its engine."""

@@ -53,12 +53,12 @@ class TaskRollouts:
         self._numbers: dict[str, Metric] = {}
 
     def __call__(self, step: int) -> Sequence[RolloutGroup]:
-        task = self.tasks.task
-        before = dict(task.failures) if isinstance(task, RewardedTask) else {}
         groups = self.source(step)
         self._numbers = _numbers(groups, self.tasks.curriculum) if self.tasks.is_mixture else {}
-        if isinstance(task, RewardedTask):
-            self._numbers |= {f"reward/{kind}": float(task.failures[kind] - before.get(kind, 0)) for kind in FAILURES}
+        if isinstance(self.tasks.task, RewardedTask):
+            # Verdicts say it themselves: they may come from graders in other processes.
+            failures = [rollout.verdict.failure for group in groups for rollout in group.rollouts]
+            self._numbers |= {f"reward/{kind}": float(failures.count(kind)) for kind in FAILURES}
         return groups
 
     def numbers(self) -> Mapping[str, Metric]:
@@ -91,7 +91,7 @@ def _numbers(groups: Sequence[RolloutGroup], curriculum: Curriculum | None) -> d
         if curriculum is not None and kind in curriculum.difficulty:
             level = curriculum.current(kind)
             numbers[f"tasks/{kind}/curriculum_level"] = float(level)
-            counted = [group for group, of in zip(own, levels, strict=True) if of == level]
+            counted = [g for g, of in zip(own, levels, strict=True) if of == level and not g.is_ungraded]
             curriculum.record(kind, [rollout.verdict.correct for group in counted for rollout in group.rollouts])
     return numbers
 
