@@ -151,7 +151,9 @@ def _panel(variants: Variants, group: tuple[str, bool], panel: tuple[str, str, s
         lines = [Line(line.name, [(x, y or None) for x, y in line.points], line.color) for line in lines]
     lines = [line for line in lines if line.points]
     title = f"{_group_title(rollout, replay)}: {words}, by step"
-    chart = line_chart(lines, title=title, log=log, y_min=None if log else 0.0)
+    # Without a mask the axis still shows a scale on which one would be seen.
+    reach = 0.005 if name == "masked" else None
+    chart = line_chart(lines, title=title, log=log, y_min=None if log else 0.0, y_max=reach)
     key = f"{name}-{rollout}-{'replay' if replay else 'own'}"
     return LabFigure(key, words[0].upper() + words[1:], unit, look, lines, chart)
 
