@@ -1,4 +1,4 @@
-"""FP8 weights in blocks, as DeepSeek-V3 stores them: E4M3 codes and one scale for each 128x128 block.
+"""FP8 weights: E4M3 codes, and one scale for each 128x128 block (DeepSeek-V3), each row, or the whole tensor.
 
 Shapes: M rows, N columns, R = ceil(M / block rows), C = ceil(N / block columns); any leading dims before them.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,17 +18,29 @@ from tafkir.errors import CheckpointError
 __all__ = [
     "BLOCK_SIZE",
     "FP8_MAX",
+    "Fp8Convention",
+    "dequantize_fp8",
     "dequantize_fp8_blocks",
     "dequantize_fp8_blocks_reference",
     "fp8_scale_shape",
+    "quantize_fp8",
     "quantize_fp8_blocks",
     "quantize_fp8_blocks_reference",
+    "quantize_fp8_reference",
 ]
 
 FP8_MAX = 448.0
 """Largest finite E4M3 value."""
 
 BLOCK_SIZE = (128, 128)
+
+Fp8Convention = Literal["modelopt", "compressed-tensors"]
+"""In which dtype a peer computes.
+
+modelopt (0.47): scales in float32; codes from float32 ratios, under one scale for the whole tensor from ratios in the
+weight's dtype. compressed-tensors (0.19): scales and ratios in the weight's dtype, and the dtype's epsilon as the scale
+of zeros. For float32 weights both are the same, zeros apart.
+"""
 
 _TINY = torch.finfo(torch.float32).tiny
 # Codes are widened through float16, whose exponents are 8 larger; the missing 2^8 goes into the scale.
@@ -65,6 +78,66 @@ def _encode(scaled: Tensor) -> Tensor:
 def _refuse_non_finite(amax: Tensor) -> None:
     if not torch.isfinite(amax).all():
         raise CheckpointError("the weights to quantize are not finite", fix="use an earlier checkpoint")
+
+
+def quantize_fp8(
+    weight: Tensor, per: Literal["tensor", "row"], convention: Fp8Convention = "modelopt"
+) -> tuple[Tensor, Tensor]:
+    """Quantize a weight [M, N] to E4M3 with one scale for all of it, or for each row.
+
+    Returns:
+        Codes, float8_e4m3fn [M, N], and scales [] or [M, 1]: float32 by modelopt, else of the weight's dtype.
+
+    Raises:
+        CheckpointError: the weight is not finite.
+    """
+    amax = weight.abs().amax() if per == "tensor" else weight.abs().amax(-1, keepdim=True)
+    _refuse_non_finite(amax)
+    if convention == "modelopt":
+        # Divided in float64, as Python does: the peer takes the number out of the tensor.
+        scale = (amax.double() / FP8_MAX).float() if per == "tensor" else amax.float() / FP8_MAX
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        ratio = weight / scale
+    else:
+        scale = amax / FP8_MAX
+        scale = torch.where(scale == 0, torch.finfo(weight.dtype).eps, scale)
+        ratio = weight / scale + 0.0  # the peer adds a zero point, which makes 0 of -0
+    return _encode(ratio), scale
+
+
+def dequantize_fp8(codes: Tensor, scale: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """code x scale, in float32, rounded once to the wanted dtype.
+
+    Args:
+        codes: float8_e4m3fn [M, N].
+        scale: [], [1], [M] or [M, 1].
+    """
+    if scale.dim() == 1:
+        scale = scale.unsqueeze(-1)
+    return (codes.float() * scale.float()).to(dtype)
+
+
+def quantize_fp8_reference(
+    weight: Tensor, per: Literal["tensor", "row"], convention: Fp8Convention = "modelopt"
+) -> tuple[Tensor, Tensor]:
+    """Like `quantize_fp8`, row by row."""
+    codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+    scale = torch.empty((), dtype=torch.float32 if convention == "modelopt" else weight.dtype)
+    scales = []
+    for row in range(len(weight)):
+        part = weight if per == "tensor" else weight[row]
+        amax = max(map(abs, part.flatten().tolist()))
+        scale = torch.tensor(amax / FP8_MAX, dtype=scale.dtype)
+        if scale == 0:
+            scale = torch.tensor(1.0 if convention == "modelopt" else torch.finfo(scale.dtype).eps, dtype=scale.dtype)
+        ratio = weight[row].float() / scale.float()
+        if convention == "compressed-tensors" or per == "tensor":
+            ratio = ratio.to(weight.dtype).float()
+        if convention == "compressed-tensors":
+            ratio = torch.where(ratio == 0, 0.0, ratio)
+        codes[row] = _encode(ratio)
+        scales.append(scale)
+    return codes, scales[0] if per == "tensor" else torch.stack(scales).unsqueeze(-1)
 
 
 def quantize_fp8_blocks_reference(

@@ -37,7 +37,12 @@ _SIGNATURES = {
     "tafkir_project_and_read_backward": "ippppppppppllllppp",
     "tafkir_sinkhorn": "iplllp",
     "tafkir_sinkhorn_backward": "ipplllp",
+    "tafkir_block_amax": "ipllp",
+    "tafkir_encode_e2m1": "ipllpp",
+    "tafkir_pick_step": "ipllppp",
+    "tafkir_sweep_scales": "ipllfp",
 }
+_PASSED = (torch.float32, torch.int64, torch.bfloat16, torch.uint8)
 _TYPES = {"i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float, "p": ctypes.c_void_p}
 
 
@@ -78,12 +83,15 @@ def takes(*tensors: Tensor) -> bool:
 
 
 def call(name: str, *args: Tensor | float, threads: bool = True) -> int:
-    """Run one kernel on torch's number of threads. Tensors go by address: contiguous, float32 or int64."""
+    """Run one kernel on torch's number of threads. Tensors go by address: contiguous, float32 or int64.
+
+    Number formats also read bfloat16, and write bytes.
+    """
     assert _State.library is not None
     plain: list[float] = [torch.get_num_threads()] if threads else []
     for arg in args:
         if isinstance(arg, Tensor):
-            assert arg.is_contiguous() and arg.dtype in (torch.float32, torch.int64), name
+            assert arg.is_contiguous() and arg.dtype in _PASSED, name
             plain.append(arg.data_ptr())
         else:
             plain.append(arg)

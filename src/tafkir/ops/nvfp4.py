@@ -13,15 +13,22 @@ import torch
 from torch import Tensor
 
 from tafkir.errors import CheckpointError
+from tafkir.ops import native
 from tafkir.ops.fp8 import FP8_MAX
 
 __all__ = [
     "BLOCK_SIZE",
     "E2M1_MAX",
     "E2M1_VALUES",
+    "SMALLEST_SCALE",
     "Nvfp4",
+    "block_amax",
+    "check_blocks",
+    "checked_amax",
+    "decode_e2m1",
     "dequantize_nvfp4",
     "dequantize_nvfp4_reference",
+    "encode_e2m1",
     "encode_nvfp4",
     "encode_nvfp4_reference",
     "fake_quantize_nvfp4",
@@ -29,6 +36,7 @@ __all__ = [
     "nvfp4_amax",
     "nvfp4_block_scale",
     "nvfp4_global_scale",
+    "nvfp4_step",
     "quantize_nvfp4",
     "quantize_nvfp4_reference",
 ]
@@ -40,14 +48,17 @@ E2M1_MAX = 6.0
 BLOCK_SIZE = 16
 
 # What a block of zeros would need is 0; the smallest E4M3 number keeps every other block's scale above it.
-_SMALLEST_SCALE = 2.0**-9
+SMALLEST_SCALE = 2.0**-9
 _TINY = torch.finfo(torch.float32).tiny
+_KINDS = {torch.float32: 0, torch.bfloat16: 1}
 # Values quantized at once: their temporaries stay in the processor's cache.
 _CHUNK = 1 << 18
 
 
 class Nvfp4(NamedTuple):
     """A tensor [..., K] in NVFP4: value = E2M1 code x block scale x global scale.
+
+    compressed-tensors stores the inverse of the global scale (`weight_global_scale`), and divides by it.
 
     Attributes:
         packed: uint8 [..., K / 2], two codes a byte, the even one in the low nibble.
@@ -82,18 +93,18 @@ def nvfp4_global_scale(amax: Tensor, *, scale_max: float = FP8_MAX) -> Tensor:
     return torch.where(amax > 0, scale, torch.ones_like(scale))
 
 
-def nvfp4_block_scale(block_amax: Tensor, global_scale: Tensor) -> Tensor:
+def nvfp4_block_scale(amax: Tensor, global_scale: Tensor) -> Tensor:
     """The E4M3 scale of each block: amax / 6 in units of the global scale, rounded to the nearest, ties to even.
 
     A block of zeros gets 1; other scales stay between 2^-9, the smallest subnormal, and 448.
 
     Args:
-        block_amax: [..., K / 16].
-        global_scale: broadcast over the trailing dims of `block_amax`.
+        amax: of each block, [..., K / 16].
+        global_scale: broadcast over the trailing dims of `amax`.
     """
-    scale = block_amax.float() / (E2M1_MAX * _spread(global_scale, block_amax))
+    scale = amax.float() / (E2M1_MAX * _spread(global_scale, amax))
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return scale.clamp(_SMALLEST_SCALE, FP8_MAX).to(torch.float8_e4m3fn)
+    return scale.clamp(SMALLEST_SCALE, FP8_MAX).to(torch.float8_e4m3fn)
 
 
 def quantize_nvfp4(values: Tensor, *, amax: Tensor | float | None = None, lead: int = 0) -> Nvfp4:
@@ -112,29 +123,59 @@ def quantize_nvfp4(values: Tensor, *, amax: Tensor | float | None = None, lead: 
         CheckpointError: K is not a multiple of 16, values are not finite, or `amax` is negative, not finite, of
             another shape, or zero for values that are not.
     """
-    _check_values(values, lead)
-    block_amax = _block_amax(values)
-    total = _checked_amax(block_amax, amax, lead)
+    check_blocks(values, lead)
+    largest = block_amax(values)
+    total = checked_amax(largest, amax, lead)
     scale_G = nvfp4_global_scale(total)
-    scale = nvfp4_block_scale(block_amax, scale_G)
+    scale = nvfp4_block_scale(largest, scale_G)
     return Nvfp4(encode_nvfp4(values, scale, scale_G), scale, scale_G)
 
 
-def encode_nvfp4(values: Tensor, scale: Tensor, global_scale: Tensor) -> Tensor:
+def encode_nvfp4(values: Tensor, scale: Tensor, global_scale: Tensor, *, inverse: bool = False) -> Tensor:
     """Codes of the values under given scales, packed: uint8 [..., K / 2].
 
     Args:
         values: [..., K], any floating dtype.
         scale: float8_e4m3fn [..., K / 16], whatever chose it.
         global_scale: float32, its dims the first of `values`.
+        inverse: the global scale is one to divide by, as compressed-tensors has it.
     """
-    step = scale.float() * _spread(global_scale, scale)
-    blocks, steps = values.reshape(-1, BLOCK_SIZE), step.reshape(-1, 1)
+    return encode_e2m1(values, nvfp4_step(scale, global_scale, inverse=inverse))
+
+
+def nvfp4_step(scale: Tensor, global_scale: Tensor, *, inverse: bool = False) -> Tensor:
+    """What the codes of each block are multiplied by, float32, of the scales' shape."""
+    spread = _spread(global_scale, scale)
+    return scale.float() / spread if inverse else scale.float() * spread
+
+
+def encode_e2m1(values: Tensor, step: Tensor) -> Tensor:
+    """The nearest E2M1 codes of value / step, ties to the even code, beyond 6 saturated; packed, uint8 [..., K / 2].
+
+    Negative ratios that round to zero become -0 (code 8); 0.0 and -0.0 become code 0.
+
+    Args:
+        values: [..., K], any floating dtype.
+        step: float32 [..., K / 16]; blocks of 32 repeat theirs.
+    """
+    shape = (*values.shape[:-1], values.shape[-1] // 2)
+    blocks = values.reshape(-1, BLOCK_SIZE)
     packed = torch.empty(len(blocks), BLOCK_SIZE // 2, dtype=torch.uint8, device=values.device)
+    if _native(values):
+        step = step.contiguous()
+        native.call("tafkir_encode_e2m1", blocks.contiguous(), _KINDS[values.dtype], len(blocks), step, packed)
+        return packed.view(shape)
+    steps = step.reshape(-1, 1)
     for rows in _chunks(len(blocks)):
         codes = _codes(blocks[rows].float() / steps[rows])
         torch.bitwise_or(codes[:, ::2], codes[:, 1::2] << 4, out=packed[rows])
-    return packed.view(*values.shape[:-1], values.shape[-1] // 2)
+    return packed.view(shape)
+
+
+def _native(values: Tensor) -> bool:
+    """Whether the compiled kernels read these values; they give the same bits."""
+    plain = values.device.type == "cpu" and values.numel() > 0 and type(values) is Tensor
+    return plain and values.dtype in _KINDS and native.kernels_in_use() == "native"
 
 
 def _codes(ratio: Tensor) -> Tensor:
@@ -157,6 +198,7 @@ def dequantize_nvfp4(
     *,
     dtype: torch.dtype = torch.float32,
     out: Tensor | None = None,
+    inverse: bool = False,
 ) -> Tensor:
     """value = code x (block scale x global scale), in float32, rounded once to the wanted dtype.
 
@@ -166,19 +208,30 @@ def dequantize_nvfp4(
         global_scale: float32, its dims the first of `packed`.
         dtype: of the result where `out` is not given.
         out: [..., K], contiguous, any floating dtype: filled and returned.
+        inverse: the global scale is one to divide by, as compressed-tensors has it.
 
     Raises:
         CheckpointError: the shapes or dtypes do not belong together.
     """
     shape = _check_packed(packed, scale, global_scale)
     values = torch.empty(shape, dtype=dtype, device=packed.device) if out is None else out
-    pairs = _pairs(packed.device)
-    steps = (scale.float() * _spread(global_scale, scale)).reshape(-1, 1)
-    bytes_flat, blocks = packed.reshape(-1, BLOCK_SIZE // 2), values.view(-1, BLOCK_SIZE)
+    return decode_e2m1(packed, nvfp4_step(scale, global_scale, inverse=inverse), values)
+
+
+def decode_e2m1(packed: Tensor, step: Tensor, out: Tensor) -> Tensor:
+    """value = code x step, in float32, rounded once to the dtype of `out`, which is filled and returned.
+
+    Args:
+        packed: uint8 [..., K / 2].
+        step: float32 [..., K / 16].
+        out: [..., K], contiguous, any floating dtype.
+    """
+    pairs, steps = _pairs(packed.device), step.reshape(-1, 1)
+    bytes_flat, blocks = packed.reshape(-1, BLOCK_SIZE // 2), out.view(-1, BLOCK_SIZE)
     for rows in _chunks(len(blocks)):
         wide = pairs.index_select(0, bytes_flat[rows].flatten().int())
-        blocks[rows] = wide.view(-1, BLOCK_SIZE).mul_(steps[rows]).to(values.dtype)
-    return values
+        blocks[rows] = wide.view(-1, BLOCK_SIZE).mul_(steps[rows]).to(out.dtype)
+    return out
 
 
 def fake_quantize_nvfp4(values: Tensor, *, amax: Tensor | float | None = None, lead: int = 0) -> Tensor:
@@ -186,10 +239,10 @@ def fake_quantize_nvfp4(values: Tensor, *, amax: Tensor | float | None = None, l
 
     Arguments and errors are those of `quantize_nvfp4`.
     """
-    _check_values(values, lead)
-    block_amax = _block_amax(values)
-    scale_G = nvfp4_global_scale(_checked_amax(block_amax, amax, lead))
-    step = nvfp4_block_scale(block_amax, scale_G).float() * _spread(scale_G, block_amax)
+    check_blocks(values, lead)
+    largest = block_amax(values)
+    scale_G = nvfp4_global_scale(checked_amax(largest, amax, lead))
+    step = nvfp4_step(nvfp4_block_scale(largest, scale_G), scale_G)
     blocks, steps = values.reshape(-1, BLOCK_SIZE), step.reshape(-1, 1)
     result = torch.empty_like(blocks)
     for rows in _chunks(len(blocks)):
@@ -210,8 +263,8 @@ def _nearest(ratio: Tensor) -> Tensor:
 
 def quantize_nvfp4_reference(values: Tensor, *, amax: Tensor | float | None = None, lead: int = 0) -> Nvfp4:
     """Like `quantize_nvfp4`, one block after the other."""
-    _check_values(values, lead)
-    scale_G = nvfp4_global_scale(_checked_amax(_block_amax(values), amax, lead))
+    check_blocks(values, lead)
+    scale_G = nvfp4_global_scale(checked_amax(block_amax(values), amax, lead))
     scale = torch.empty(*values.shape[:-1], values.shape[-1] // BLOCK_SIZE, dtype=torch.float8_e4m3fn)
     for where in _indices(scale):
         block: tuple[int | slice, ...] = (*where[:-1], slice(where[-1] * BLOCK_SIZE, (where[-1] + 1) * BLOCK_SIZE))
@@ -261,7 +314,7 @@ def fake_quantize_nvfp4_reference(values: Tensor, *, amax: Tensor | float | None
 # ---- parts ---------------------------------------------------------------------------------------------------------
 
 
-def _check_values(values: Tensor, lead: int) -> None:
+def check_blocks(values: Tensor, lead: int) -> None:
     if values.dim() < 1 or values.shape[-1] % BLOCK_SIZE:
         raise CheckpointError(
             f"a tensor of shape {list(values.shape)} has no blocks of {BLOCK_SIZE}",
@@ -292,15 +345,19 @@ def _check_packed(packed: Tensor, scale: Tensor, global_scale: Tensor) -> tuple[
     return (*rest, width)
 
 
-def _block_amax(values: Tensor) -> Tensor:
-    """[..., K / 16], float32."""
-    blocks = values.reshape(*values.shape[:-1], values.shape[-1] // BLOCK_SIZE, BLOCK_SIZE)
-    return blocks.abs().amax(-1).float()
+def block_amax(values: Tensor) -> Tensor:
+    """Largest magnitude of each block of 16, [..., K / 16], float32; NaN where the block has one."""
+    shape = (*values.shape[:-1], values.shape[-1] // BLOCK_SIZE)
+    if _native(values):
+        out = torch.empty(shape)
+        native.call("tafkir_block_amax", values.contiguous(), _KINDS[values.dtype], out.numel(), out)
+        return out
+    return values.reshape(*shape, BLOCK_SIZE).abs().amax(-1).float()
 
 
-def _checked_amax(block_amax: Tensor, amax: Tensor | float | None, lead: int) -> Tensor:
-    """The amax that the global scale is made of, [*lead dims]; the values' own where none is given."""
-    own = nvfp4_amax(block_amax, lead=lead)
+def checked_amax(largest: Tensor, amax: Tensor | float | None, lead: int) -> Tensor:
+    """The amax that the global scale is made of, [*lead dims]; that of the blocks where none is given."""
+    own = nvfp4_amax(largest, lead=lead)
     if not torch.isfinite(own).all():
         raise CheckpointError("the values to quantize are not finite", fix="use an earlier checkpoint")
     if amax is None:
