@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import tafkir
-from tafkir.cli import card, doctor, evaluate, merge, model, recipes, report, rollout_view, run, serve, solve
+from tafkir.cli import card, doctor, evaluate, merge, model, recipes, report, rollout_view, run, serve, solve, trm
 from tafkir.errors import TafkirError
 
 __all__ = ["app", "main"]
@@ -46,6 +46,7 @@ app.command("card")(card.card)
 app.command("report")(report.report)
 app.command("merge")(merge.merge)
 app.command("solve")(solve.solve)
+app.add_typer(trm.app, name="trm")
 app.command("rollouts")(rollout_view.rollouts)
 
 

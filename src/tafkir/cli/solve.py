@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["solve"]
+__all__ = ["read_puzzles", "solve"]
 
 
 def solve(
@@ -31,7 +31,7 @@ def solve(
     from tafkir.engine.puzzles import find_solver, split_puzzles
     from tafkir.engine.puzzles import solve as solve_one
 
-    text, where = _read(puzzle)
+    text, where = read_puzzles(puzzle)
     solver = load_trm(find_solver(model, text))
     puzzles = split_puzzles(text, solver.puzzles.num_cells)
     unsolved = 0
@@ -48,7 +48,7 @@ def solve(
         raise typer.Exit(1)
 
 
-def _read(puzzle: str) -> tuple[str, str]:
+def read_puzzles(puzzle: str) -> tuple[str, str]:
     """The text of puzzles, and how to call it in errors."""
     from tafkir.errors import DataError
 

@@ -19,7 +19,7 @@ from tafkir.recipe.bundled import bundled_checkpoints
 from tafkir.runlog.atomic import read_json
 from tafkir.runlog.rundir import RunDir
 
-__all__ = ["PuzzleAnswer", "find_solver", "solve", "split_puzzles"]
+__all__ = ["PuzzleAnswer", "bundled_solvers", "find_solver", "solve", "split_puzzles"]
 
 Verdict = Literal["solved", "unsolved", "unchecked"]
 
@@ -107,9 +107,8 @@ def find_solver(
     """
     if model is None:
         num_cells = sum(not sign.isspace() for sign in puzzle)
-        for folder in bundled().values():
-            config = read_json(folder / "config.json")
-            if config.get("model_type") == "trm" and config["shape"]["sequence_length"] == num_cells:
+        for folder in bundled_solvers(bundled).values():
+            if read_json(folder / "config.json")["shape"]["sequence_length"] == num_cells:
                 return folder
         raise CheckpointError(
             f"no bundled model solves grids of {num_cells} cells",
@@ -123,6 +122,12 @@ def find_solver(
     if not path.is_dir() and str(model) not in named:
         raise CheckpointError("no such checkpoint or run directory", where=str(model))
     return path if path.is_dir() else named[str(model)]
+
+
+def bundled_solvers(bundled: Callable[[], dict[str, Path]] = bundled_checkpoints) -> dict[str, Path]:
+    """The bundled checkpoints that are recursive models, by name."""
+    found = bundled().items()
+    return {name: folder for name, folder in found if read_json(folder / "config.json").get("model_type") == "trm"}
 
 
 def split_puzzles(text: str, num_cells: int) -> list[str]:
