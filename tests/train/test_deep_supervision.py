@@ -23,7 +23,6 @@ from tafkir.models.trm_names import official_names
 from tafkir.plan.estimate import estimate_stages
 from tafkir.recipe.fingerprint import fingerprint_stages
 from tafkir.recipe.load import load_recipe
-from tafkir.recipe.parallel import ParallelSizes, check_parallel
 from tafkir.recipe.puzzles import SudokuPuzzles
 from tafkir.recipe.resolve import resolve_recipe
 from tafkir.recipe.tables import EmaConfig
@@ -441,8 +440,3 @@ def test_a_file_of_puzzles_is_part_of_the_fingerprint(tmp_path: Path) -> None:
     before = fingerprint_stages(recipe, None)["trm"]
     path.write_text("1..4.2.....3...2\n")
     assert fingerprint_stages(recipe, None)["trm"] != before
-
-
-def test_many_processes_are_refused() -> None:
-    with pytest.raises(RecipeError, match="the recursive model trains in one process"):
-        check_parallel(load_recipe(["trm-sudoku4"]).recipe, ParallelSizes(data=2))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["IGNORE_INDEX", "stable_max_loss", "stable_max_loss_reference"]
+__all__ = ["IGNORE_INDEX", "stable_max_log_probs", "stable_max_loss", "stable_max_loss_reference"]
 
 IGNORE_INDEX = -100
 
@@ -21,6 +21,12 @@ IGNORE_INDEX = -100
 def _numerators(logits: Tensor) -> Tensor:
     """s(v), with the branch that is not taken kept away from its pole."""
     return torch.where(logits < 0, 1 / (1 - logits.clamp(max=0)), logits + 1)
+
+
+def stable_max_log_probs(logits: Tensor) -> Tensor:
+    """log p of every symbol, float32 [..., V]; differentiable."""
+    numerators = _numerators(logits.float())
+    return numerators.log() - numerators.sum(-1, keepdim=True).log()
 
 
 def stable_max_loss_reference(logits: Tensor, labels: Tensor) -> Tensor:

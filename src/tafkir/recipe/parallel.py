@@ -10,6 +10,7 @@ from math import gcd
 from tafkir.errors import RecipeError
 from tafkir.recipe.model import ModelConfig
 from tafkir.recipe.schema import ParallelConfig, Recipe, TrainTable
+from tafkir.recipe.trm import TrmConfig
 
 __all__ = ["ParallelSizes", "check_parallel", "check_shapes", "resolve_sizes", "world_size"]
 
@@ -119,9 +120,7 @@ def check_parallel(recipe: Recipe, sizes: ParallelSizes) -> None:
     if sizes.world == 1:
         return
     if recipe.trm is not None:
-        raise RecipeError(
-            "the recursive model trains in one process", where="parallel", fix="start it without torchrun"
-        )
+        _check_replicas(recipe.trm, sizes)
     check_shapes(recipe.model, sizes)
     for name in _ALONE:
         if getattr(recipe, name) is not None:
@@ -149,6 +148,24 @@ def check_parallel(recipe: Recipe, sizes: ParallelSizes) -> None:
                 expected=f"at least {pieces}",
                 fix="make the batch larger or start fewer processes",
             )
+
+
+def _check_replicas(table: TrmConfig, sizes: ParallelSizes) -> None:
+    """A recursive model is small: every process holds it whole, and its own rows of the batch."""
+    for name, size in (("expert_parallel", sizes.expert), ("tensor_parallel", sizes.tensor)):
+        if size > 1:
+            raise RecipeError(
+                "the recursive model is not split: every process holds it whole",
+                where=f"parallel.{name}",
+                fix="set it to 1; data_parallel splits the batch",
+            )
+    if table.batch_size < sizes.data:
+        raise RecipeError(
+            f"{table.batch_size} puzzles are too few for {sizes.data} processes",
+            where="trm.batch_size",
+            expected=f"at least {sizes.data}",
+            fix="make the batch larger or start fewer processes",
+        )
 
 
 def _divides(key: str, size: int, **counts: int) -> None:

@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 
 from tafkir.recipe.puzzles import ArcPuzzles, Puzzles, SudokuPuzzles
 from tafkir.recipe.tables import Positive, Table, TrainTable
+from tafkir.recipe.teacher import AnswersTeacher, Teacher
 
 __all__ = ["TrmConfig", "TrmModelConfig", "TrmShape"]
 
@@ -148,6 +149,10 @@ class TrmConfig(TrainTable):
         "best", description="Checkpoint of the best validation score so far, or of the last step."
     )
     eval_batch_size: Positive = Field(256, description="Puzzles that are solved at once in measuring.")
+    num_labelled: int | None = Field(
+        None, ge=0, description="Training puzzles whose answers are known, the first so many; others are the teacher's."
+    )
+    teacher: Teacher | None = None
     model: TrmModelConfig = TrmModelConfig()
     puzzles: Puzzles = SudokuPuzzles()
 
@@ -160,6 +165,11 @@ class TrmConfig(TrainTable):
             raise ValueError("the shares of curriculum must rise between 0 and 1")
         if isinstance(self.puzzles, ArcPuzzles) and not self.model.puzzle_embedding_size:
             raise ValueError("tasks of ARC are told apart by their vectors: set model.puzzle_embedding_size")
+        taught = self.teacher is not None or self.num_labelled is not None
+        if taught and self.puzzles.kind in ("arc", "official"):
+            raise ValueError(f"num_labelled and teacher are not for puzzles of kind {self.puzzles.kind}")
+        if isinstance(self.teacher, AnswersTeacher) and self.num_labelled is None:
+            raise ValueError("a teacher of answers needs num_labelled: it answers the puzzles beyond those")
         if self.micro_batches > self.batch_size:
             raise ValueError("micro_batches is larger than batch_size")
         return self

@@ -8,23 +8,33 @@ import numpy as np
 
 from tafkir.data.puzzles.sets import PuzzleSet
 from tafkir.intervals import accuracy
-from tafkir.models.solving import solve_puzzles
 from tafkir.models.trm import Trm
+from tafkir.train.replicas import OneReplica, Replicas, solve_together
 
 __all__ = ["score_puzzles"]
 
 
 def score_puzzles(
-    model: Trm, puzzles: PuzzleSet, *, halt_threshold: float = 0.0, batch_size: int = 256
+    model: Trm,
+    puzzles: PuzzleSet,
+    *,
+    halt_threshold: float = 0.0,
+    batch_size: int = 256,
+    replicas: Replicas | None = None,
 ) -> dict[str, Any]:
     """Scores as `result.json` holds them.
+
+    Args:
+        replicas: the processes that solve them together.
 
     Returns:
         `exact`: share of whole grids right after N_sup steps, with Wilson's interval; `cells`: share of cells;
         `by_step`: share of grids right after each step; `halting`: the same of answers taken at the first step with q
         above the threshold, the mean number of steps, how many puzzles halt after each, and how many never do.
     """
-    solved = solve_puzzles(model, puzzles.inputs, batch_size=batch_size)
+    solved = solve_together(
+        replicas or OneReplica(), model, puzzles.inputs, puzzle_ids=puzzles.puzzle_ids, batch_size=batch_size
+    )
     right = solved.right(puzzles.labels)
     exact = np.all(right, axis=-1)
     halts = solved.halts(halt_threshold)
