@@ -14,9 +14,9 @@ from tafkir.checkpoint.trm import load_trm, save_trm
 from tafkir.cli.main import app
 from tafkir.data.puzzles.format import Cells, PuzzleFormat
 from tafkir.data.puzzles.sudoku import Box, sudoku_format
-from tafkir.engine import puzzles
 from tafkir.engine.puzzles import find_solver, solve, split_puzzles
 from tafkir.errors import CheckpointError, DataError, RequestError
+from tafkir.models import search
 from tafkir.models.solving import Solved
 from tafkir.models.trm import build_trm
 from tafkir.recipe.trm import TrmModelConfig
@@ -42,12 +42,12 @@ def thinking(
 ) -> None:
     """Let the model answer this, step by step."""
 
-    def fake(model: object, inputs: Cells, *, steps: int | None = None, batch_size: int = 256) -> Solved:
+    def fake(model: object, inputs: Cells, *, steps: int | None = None, **how: object) -> Solved:
         count = steps or len(answers)
         tokens = np.stack([format.encode(answer) for answer in answers[:count]])[:, None]
         return Solved(tokens, np.array(q[:count], dtype=np.float32)[:, None])
 
-    monkeypatch.setattr(puzzles, "solve_puzzles", fake)
+    monkeypatch.setattr(search, "solve_puzzles", fake)
 
 
 RIGHT = "".join(GRID)

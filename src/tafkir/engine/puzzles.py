@@ -14,7 +14,7 @@ from tafkir.checkpoint.trm import TrmCheckpoint, load_trm
 from tafkir.data.puzzles.format import Cells, PuzzleFormat
 from tafkir.data.puzzles.rules import has_rules, is_right, solve_by_rules
 from tafkir.errors import CheckpointError, RequestError
-from tafkir.models.solving import solve_puzzles
+from tafkir.models.search import Accept, Runs, Search, search_puzzles
 from tafkir.recipe.bundled import bundled_checkpoints
 from tafkir.runlog.atomic import read_json
 from tafkir.runlog.rundir import RunDir
@@ -22,6 +22,8 @@ from tafkir.runlog.rundir import RunDir
 __all__ = ["PuzzleAnswer", "bundled_solvers", "find_solver", "solve", "split_puzzles"]
 
 Verdict = Literal["solved", "unsolved", "unchecked"]
+
+_ONE_RUN = Search()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,8 @@ class PuzzleAnswer:
         steps: supervision steps up to the answer, or all that were taken.
         q: the model's own probability that its answer is right.
         seconds: wall time of the thinking.
+        run: which of the runs the answer is from, counted from 1.
+        runs: how many runs there were.
     """
 
     verdict: Verdict
@@ -41,6 +45,8 @@ class PuzzleAnswer:
     steps: int
     q: float
     seconds: float
+    run: int = 1
+    runs: int = 1
 
     def __str__(self) -> str:
         """The grid on lines, or the word "unsolved"."""
@@ -52,26 +58,28 @@ def solve(
     model: str | Path | TrmCheckpoint | None = None,
     *,
     max_steps: int | None = None,
-    halt_threshold: float = 0.0,
+    halt_threshold: float | None = 0.0,
+    search: Search = _ONE_RUN,
     where: str | None = None,
 ) -> PuzzleAnswer:
     """Solve one puzzle in text, such as `solve("1..4.2.....3....", "runs/trm-sudoku4")`.
 
-    Where rules are known, the first supervision step counts whose answer keeps them; else the first with q above the
-    threshold.
+    Where rules are known, the first supervision step counts whose answer keeps them, in whatever run; else the answers
+    at the first step with q above the threshold, of which `search.pick` takes one.
 
     Args:
         puzzle: rows on lines or all cells on one; a Sudoku's blanks are `.` or `0`.
         model: a checkpoint folder, a run directory with a stage `trm`, a name, or a loaded one; None takes the bundled
             model for grids of this size.
         max_steps: supervision steps at most; more than N_sup are allowed.
-        halt_threshold: on the halting head's logit.
+        halt_threshold: on the halting head's logit, for puzzles without known rules; None takes all steps.
+        search: how many runs, and how they differ.
         where: named in errors.
 
     Raises:
         DataError: not a grid of the model's size and symbols, or a puzzle without exactly one answer.
         CheckpointError: the model is missing or damaged, or none is bundled for this size.
-        RequestError: `max_steps` is below one.
+        RequestError: `max_steps` is below one, or no other form of such a puzzle is known for the runs.
     """
     if max_steps is not None and max_steps < 1:
         raise RequestError(f"max_steps is {max_steps}", expected="at least 1")
@@ -80,21 +88,29 @@ def solve(
     question = format.read(puzzle, where)
     if has_rules(format):
         solve_by_rules(format, question, where)
+    accept = _check(format, question) if has_rules(format) else None
+    threshold = None if accept else halt_threshold
     began = time.perf_counter()
-    found = solve_puzzles(solver.model, question[None], steps=max_steps)
+    found = search_puzzles(
+        solver.model, format, question[None], search, steps=max_steps, halt_threshold=threshold, accept=accept
+    )
     seconds = time.perf_counter() - began
-    answers, q = found.answers[:, 0], found.q_halt[:, 0]
-    verdict, step = _choose(format, question, answers, int(found.halts(halt_threshold)[0]))
-    grid = None if verdict == "unsolved" else tuple(format.show(answers[step]).split("\n"))
-    return PuzzleAnswer(verdict, grid, step + 1, float(1 / (1 + np.exp(-q[step]))), seconds)
+    verdict, step, run = _choose(found, search, threshold, accept)
+    grid = None if verdict == "unsolved" else tuple(format.show(found.answers[step, run, 0]).split("\n"))
+    q = float(1 / (1 + np.exp(-found.q_halt[step, run, 0])))
+    return PuzzleAnswer(verdict, grid, step + 1, q, seconds, run + 1, search.runs)
 
 
-def _choose(format: PuzzleFormat, question: Cells, answers: Cells, halted: int) -> tuple[Verdict, int]:
-    """The verdict, and the step (from 0) whose answer counts."""
-    if not has_rules(format):
-        return "unchecked", halted
-    right = [step for step, answer in enumerate(answers) if is_right(format, question, answer)]
-    return ("solved", right[0]) if right else ("unsolved", len(answers) - 1)
+def _check(format: PuzzleFormat, question: Cells) -> Accept:
+    return lambda _, answer: is_right(format, question, answer)
+
+
+def _choose(found: Runs, search: Search, threshold: float | None, accept: Accept | None) -> tuple[Verdict, int, int]:
+    """The verdict, and the step and the run (from 0) whose answer counts."""
+    if accept is not None and (first := found.first(accept)):
+        return "solved", *first
+    run = int(found.pick(search.pick, threshold)[0])
+    return "unchecked" if accept is None else "unsolved", int(found.ends(threshold)[run, 0]), run
 
 
 def find_solver(

@@ -26,7 +26,8 @@ class PuzzleFormat(BaseModel):
     """Size and symbols of a kind of puzzle; stands in the checkpoint of what solves it.
 
     `symbols[t]` is the sign, one character, of token t; token 0 is the padding. `blank` is the sign of an empty cell
-    where that is `.`, as in a Sudoku, whose boxes have `box` rows and columns.
+    where that is `.`, as in a Sudoku, whose boxes have `box` rows and columns. Of grids without known rules, `turns`
+    says that turned and mirrored ones are the same puzzle, and `exchangeable` which tokens may trade places.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,6 +38,8 @@ class PuzzleFormat(BaseModel):
     symbols: tuple[str, ...] = Field(min_length=2)
     blank: Literal["."] | None = None
     box: tuple[int, int] | None = None
+    turns: bool = False
+    exchangeable: tuple[int, ...] = ()
 
     @property
     def num_cells(self) -> int:

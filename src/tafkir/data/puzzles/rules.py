@@ -1,13 +1,16 @@
-"""What the rules of a puzzle say, where they are known: its answer, and whether an answer is right."""
+"""What the rules of a puzzle say, where they are known: its answer, whether one is right, and its other forms."""
 
 from __future__ import annotations
 
+from random import Random
+
 from tafkir.data.puzzles.format import PAD, Cells, PuzzleFormat
 from tafkir.data.puzzles.maze import MOVES, check_path, distances_from, shortest_path
-from tafkir.data.puzzles.sudoku import Box, check_solution, solve_unique
+from tafkir.data.puzzles.sudoku import Box, check_solution, draw_symmetry, solve_unique
+from tafkir.data.puzzles.symmetry import DrawSymmetry, Symmetry, dihedral_moves, draw_exchange, identity
 from tafkir.errors import DataError
 
-__all__ = ["has_rules", "is_right", "solve_by_rules"]
+__all__ = ["has_rules", "is_right", "solve_by_rules", "symmetry_of"]
 
 
 def has_rules(format: PuzzleFormat) -> bool:
@@ -42,6 +45,26 @@ def solve_by_rules(format: PuzzleFormat, question: Cells, where: str | None = No
     if format.kind == "maze":
         return format.encode("".join(_mark_way(_signs(format, question), where)), where)
     raise DataError(f"no rules are known for {format.kind}", where=where, expected="sudoku or maze")
+
+
+def symmetry_of(format: PuzzleFormat) -> DrawSymmetry | None:
+    """Draws another form of the same puzzle; None where no form but its own is known."""
+    if format.kind == "sudoku":
+        assert format.box is not None
+        box = Box(*format.box)
+        return lambda random: draw_symmetry(random, box)
+    turns = format.kind == "maze" or format.turns
+    if not turns and not format.exchangeable:
+        return None
+    plain = identity(format.num_cells, format.vocab_size)
+    forms = dihedral_moves(format.rows, format.columns) if turns else [plain.moves]
+
+    def draw(random: Random) -> Symmetry:
+        tokens = format.exchangeable
+        symbols = draw_exchange(random, format.vocab_size, tokens) if tokens else plain.symbols
+        return Symmetry(random.choice(forms), symbols)
+
+    return draw
 
 
 def _digits(cells: Cells) -> list[int]:

@@ -21,9 +21,9 @@ from tafkir.data.puzzles.format import Cells, PuzzleFormat
 from tafkir.data.puzzles.maze import make_maze, maze_format
 from tafkir.data.puzzles.official import read_official
 from tafkir.data.puzzles.parts import Pair, PuzzleSet, PuzzleSets, PuzzleStream, Samples
-from tafkir.data.puzzles.rules import has_rules, is_right, solve_by_rules
-from tafkir.data.puzzles.sudoku import Box, draw_symmetry, fingerprint, make_puzzle, sudoku_format
-from tafkir.data.puzzles.symmetry import DrawSymmetry, Symmetry, dihedral_moves, draw_exchange, identity
+from tafkir.data.puzzles.rules import has_rules, is_right, solve_by_rules, symmetry_of
+from tafkir.data.puzzles.sudoku import Box, fingerprint, make_puzzle, sudoku_format
+from tafkir.data.puzzles.symmetry import DrawSymmetry, dihedral_moves, identity
 from tafkir.errors import DataError
 from tafkir.recipe.puzzles import ArcPuzzles, GridPuzzles, MazePuzzles, OfficialPuzzles, Puzzles, SudokuPuzzles
 from tafkir.recipe.seeds import derive_seed
@@ -43,7 +43,7 @@ class _Kind:
 
     format: PuzzleFormat
     fingerprint: Callable[[Cells], int]
-    draw_symmetry: DrawSymmetry
+    draw_symmetry: DrawSymmetry | None
     make: Callable[[Random], Pair] | None = None
 
 
@@ -149,7 +149,8 @@ def _sudoku_kind(config: SudokuPuzzles) -> _Kind:
         grid, solution = make_puzzle(random, box, random.randint(0, config.max_extra_givens))
         return np.array(grid, dtype=np.uint8) + np.uint8(1), np.array(solution, dtype=np.uint8) + np.uint8(1)
 
-    return _Kind(sudoku_format(box), lambda cells: fingerprint(cells, box), lambda r: draw_symmetry(r, box), make)
+    format = sudoku_format(box)
+    return _Kind(format, lambda cells: fingerprint(cells, box), symmetry_of(format), make)
 
 
 def _maze_kind(config: MazePuzzles) -> _Kind:
@@ -159,7 +160,7 @@ def _maze_kind(config: MazePuzzles) -> _Kind:
         question, answer = make_maze(random, config.rows, config.columns, config.min_path)
         return format.encode(question), format.encode(answer)
 
-    return _turning_kind(format, (), turns=True, make=make)
+    return _turning_kind(format, turns=True, make=make)
 
 
 def _grid_kind(config: GridPuzzles, raw: Sequence[RawPuzzle]) -> _Kind:
@@ -180,27 +181,24 @@ def _grid_kind(config: GridPuzzles, raw: Sequence[RawPuzzle]) -> _Kind:
             where="trm.puzzles.exchangeable",
             expected=f"some of {''.join(signs)!r}",
         )
-    format = PuzzleFormat(kind="grids", rows=rows, columns=columns, symbols=("", *signs))
-    tokens = [format.symbols.index(sign) for sign in config.exchangeable]
-    return _turning_kind(format, tokens, turns=config.turns)
+    symbols = ("", *signs)
+    tokens = tuple(symbols.index(sign) for sign in config.exchangeable)
+    format = PuzzleFormat(
+        kind="grids", rows=rows, columns=columns, symbols=symbols, turns=config.turns, exchangeable=tokens
+    )
+    return _turning_kind(format, turns=config.turns)
 
 
-def _turning_kind(
-    format: PuzzleFormat, exchangeable: Sequence[int], *, turns: bool, make: Callable[[Random], Pair] | None = None
-) -> _Kind:
+def _turning_kind(format: PuzzleFormat, *, turns: bool, make: Callable[[Random], Pair] | None = None) -> _Kind:
     """Puzzles whose forms are turned and mirrored, and have some symbols exchanged."""
     plain = identity(format.num_cells, format.vocab_size)
     forms = dihedral_moves(format.rows, format.columns) if turns else [plain.moves]
 
     def mark(cells: Cells) -> int:
-        found = min(_first_come(cells[moves], exchangeable) for moves in forms)
+        found = min(_first_come(cells[moves], format.exchangeable) for moves in forms)
         return int.from_bytes(hashlib.blake2b(found, digest_size=8).digest(), "big")
 
-    def draw(random: Random) -> Symmetry:
-        symbols = draw_exchange(random, format.vocab_size, exchangeable) if exchangeable else plain.symbols
-        return Symmetry(random.choice(forms), symbols)
-
-    return _Kind(format, mark, draw, make)
+    return _Kind(format, mark, symmetry_of(format), make)
 
 
 def _first_come(cells: Cells, exchangeable: Sequence[int]) -> bytes:
