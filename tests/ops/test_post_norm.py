@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from tafkir.ops.post_norm import post_norm, post_norm_reference, swiglu_post_norm, swiglu_post_norm_reference
+from tafkir.ops.rope import rope_table
+from tafkir.ops.split_heads import split_heads, split_heads_reference
 from tafkir.ops.stable_max import IGNORE_INDEX, stable_max_loss, stable_max_loss_reference
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -50,6 +52,28 @@ def test_swiglu_post_norm(dim: Dim, dtype: torch.dtype, tolerance: float) -> Non
     x, gate_up, down = drawn(6, 3, 10), drawn(48, width, seed=1) * 0.4, drawn(width, 24, seed=2) * 0.3
     want = results(swiglu_post_norm_reference, x, gate_up, down, dtype=torch.float64, eps=1e-5, dim=dim)
     agree(results(swiglu_post_norm, x, gate_up, down, dtype=dtype, eps=1e-5, dim=dim), want, tolerance)
+
+
+@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_split_heads(turned: bool, dtype: torch.dtype, tolerance: float) -> None:
+    angles = rope_table(torch.arange(5), 8, 100.0) if turned else None
+
+    def joined(function: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[..., Tensor]:
+        return lambda x: torch.stack([part * (1 + i) for i, part in enumerate(function(x, 2, angles))])
+
+    x = drawn(3, 5, 48)
+    want = results(joined(split_heads_reference), x, dtype=torch.float64)
+    agree(results(joined(split_heads), x, dtype=dtype), want, tolerance)
+    q, k, v = split_heads(x, 2, angles)
+    assert torch.equal(v[2, 1, 4], x[2, 4, 40:]) and q.shape == k.shape == (3, 2, 5, 8)
+
+
+def test_a_number_that_is_none_stays_so(kernels: str) -> None:
+    x, update = drawn(3, 8).bfloat16(), drawn(3, 8, seed=1).bfloat16()
+    update[1, 2] = float("nan")
+    found = post_norm(x, update, 1e-5).isnan()
+    assert found[1].all() and not found[[0, 2]].any()
 
 
 def test_a_sublayer_leaves_unit_root_mean_squares() -> None:

@@ -9,7 +9,7 @@ Shapes: B batch, L cells of a grid, S positions (prefix and cells), D hidden, V 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -49,6 +49,13 @@ class TrmOutput(NamedTuple):
     logits: Tensor
     q_halt: Tensor
     q_continue: Tensor
+
+
+class _Passes(NamedTuple):
+    """One pass of the network that updates z, and of the one that updates y; mostly the same one."""
+
+    of_z: Callable[[Tensor], Tensor]
+    of_y: Callable[[Tensor], Tensor]
 
 
 class Trm(nn.Module):
@@ -144,14 +151,14 @@ class Trm(nn.Module):
         recursions, latent_steps = depth or (self.shape.num_recursions, self.shape.num_latent_steps)
         x_BSD = self.embed(inputs_BL, puzzle_ids_B)
         x, y, z = (self._inward(value) for value in (x_BSD, state.y, state.z))
-        angles = self._angles(x_BSD.shape[1], x_BSD.device)
+        passes = self._passes(self._angles(x_BSD.shape[1], x_BSD.device))
         with torch.no_grad():
             for _ in range(recursions - 1):
-                y, z = self._recurse(x, y, z, latent_steps, angles)
+                y, z = self._recurse(x, y, z, latent_steps, passes)
             if self.shape.gradient == "one_step":
-                z = self._think(x, y, z, latent_steps - 1, angles)
+                z = self._think(x, y, z, latent_steps - 1, passes)
         latent_steps = 1 if self.shape.gradient == "one_step" else latent_steps
-        y, z = self._recurse(x, y, z, latent_steps, angles)
+        y, z = self._recurse(x, y, z, latent_steps, passes)
         y_BSD = self._outward(y)
         after = TrmState(y_BSD.detach(), self._outward(z.detach()))
         logits_BLV = F.linear(y_BSD[:, self.shape.prefix_length :], self.lm_head.weight.to(self.dtype))
@@ -171,26 +178,35 @@ class Trm(nn.Module):
             state = out.state
             yield out
 
-    def _recurse(
-        self, x: Tensor, y: Tensor, z: Tensor, latent_steps: int, angles: Angles | None
-    ) -> tuple[Tensor, Tensor]:
+    def _recurse(self, x: Tensor, y: Tensor, z: Tensor, latent_steps: int, passes: _Passes) -> tuple[Tensor, Tensor]:
         """n updates of z and one of y; a single latent is updated n times with x and once without."""
-        z = self._think(x, y, z, latent_steps, angles)
+        z = self._think(x, y, z, latent_steps, passes)
         if self.shape.latents == "z":
-            z = self._pass(self.network, z, angles)
+            z = passes.of_z(z)
             return z, z
-        return self._pass(self.answer_network or self.network, y + z, angles), z
+        return passes.of_y(y + z), z
 
-    def _think(self, x: Tensor, y: Tensor, z: Tensor, latent_steps: int, angles: Angles | None) -> Tensor:
+    def _think(self, x: Tensor, y: Tensor, z: Tensor, latent_steps: int, passes: _Passes) -> Tensor:
         injected = x if self.shape.latents == "z" else y + x
         for _ in range(latent_steps):
-            z = self._pass(self.network, z + injected, angles)
+            z = passes.of_z(z + injected)
         return z
 
-    def _pass(self, network: SolverNetwork, x: Tensor, angles: Angles | None) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(network, x, angles, use_reentrant=False)  # type: ignore[no-any-return]
-        return network(x, angles)  # type: ignore[no-any-return]  # nn.Module call
+    def _passes(self, angles: Angles | None) -> _Passes:
+        """The networks of a supervision step, their matrices converted once."""
+
+        def bind(network: SolverNetwork) -> Callable[[Tensor], Tensor]:
+            matrices = network.matrices(self.dtype)
+
+            def run(x: Tensor) -> Tensor:
+                if self.recompute and torch.is_grad_enabled():
+                    return checkpoint(network, x, angles, matrices, use_reentrant=False)  # type: ignore[no-any-return]
+                return network(x, angles, matrices)  # type: ignore[no-any-return]  # nn.Module call
+
+            return run
+
+        of_z = bind(self.network)
+        return _Passes(of_z, of_z if self.answer_network is None else bind(self.answer_network))
 
     def _angles(self, num_positions: int, device: torch.device) -> Angles | None:
         if self.shape.mixer != "attention" or self.shape.position_encoding != "rope":

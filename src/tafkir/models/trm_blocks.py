@@ -5,18 +5,21 @@ Shapes: B batch, S positions, D hidden, H heads, K head dim, P puzzle ids, E num
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tafkir.models.layers import Linear, SwiGLU
 from tafkir.ops.post_norm import post_norm, swiglu_post_norm
-from tafkir.ops.rope import apply_rope_reference
+from tafkir.ops.split_heads import Angles, split_heads
 from tafkir.recipe.trm import TrmShape
 
 __all__ = ["PuzzleTable", "SolverNetwork", "truncated_normal_"]
 
-Angles = tuple[Tensor, Tensor]
+Matrices = tuple[Tensor, ...]
+"""Of a block: into its mixer and back, gate_up and down of its SwiGLU; in the dtype of the passes."""
 
 # Standard deviation of a standard normal cut at -2 and 2.
 _CUT_STD = 0.8796256610342398
@@ -36,8 +39,10 @@ class _SwigluSublayer(SwiGLU):
         super().__init__(width, shape.intermediate_size(width))
         self.eps, self.dim = shape.rms_norm_eps, dim
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate_up, down = self.gate_up_proj.weight.to(x.dtype), self.down_proj.weight.to(x.dtype)
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        return self.gate_up_proj.weight, self.down_proj.weight
+
+    def forward(self, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:  # type: ignore[override]
         return swiglu_post_norm(x, gate_up, down, self.eps, 0 if self.dim == 0 else -1)
 
 
@@ -51,14 +56,13 @@ class _AttentionSublayer(nn.Module):
         self.qkv_proj = Linear(shape.hidden_size, 3 * width)
         self.o_proj = Linear(width, shape.hidden_size)
 
-    def forward(self, x_BSD: Tensor, angles: Angles | None) -> Tensor:
-        qkv = F.linear(x_BSD, self.qkv_proj.weight.to(x_BSD.dtype)).unflatten(-1, (3 * self.num_heads, -1))
-        q_BSHK, k_BSHK, v_BSHK = qkv.chunk(3, dim=2)
-        if angles is not None:
-            q_BSHK, k_BSHK = apply_rope_reference(q_BSHK, *angles), apply_rope_reference(k_BSHK, *angles)
-        mixed = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q_BSHK, k_BSHK, v_BSHK)))
-        update = F.linear(mixed.transpose(1, 2).flatten(2), self.o_proj.weight.to(x_BSD.dtype))
-        return post_norm(x_BSD, update, self.eps)
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        return self.qkv_proj.weight, self.o_proj.weight
+
+    def forward(self, x_BSD: Tensor, qkv: Tensor, out: Tensor, angles: Angles | None) -> Tensor:
+        heads = split_heads(F.linear(x_BSD, qkv), self.num_heads, angles)
+        mixed_BHSK = F.scaled_dot_product_attention(*heads)
+        return post_norm(x_BSD, F.linear(mixed_BHSK.transpose(1, 2).flatten(2), out), self.eps)
 
 
 class _Block(nn.Module):
@@ -70,12 +74,18 @@ class _Block(nn.Module):
         self.token_mlp = _SwigluSublayer(shape, shape.num_positions, 0) if shape.mixer == "mlp" else None
         self.mlp = _SwigluSublayer(shape, shape.hidden_size, -1)
 
-    def forward(self, x: Tensor, angles: Angles | None) -> Tensor:
+    def matrices(self) -> tuple[Tensor, ...]:
+        mixer = self.attention or self.token_mlp
+        assert mixer is not None
+        return *mixer.matrices(), *self.mlp.matrices()
+
+    def forward(self, x: Tensor, matrices: Matrices, angles: Angles | None) -> Tensor:
+        into, back, gate_up, down = matrices
         if self.attention is not None:
-            x = self.attention(x, angles)
+            x = self.attention(x, into, back, angles)
         if self.token_mlp is not None:
-            x = self.token_mlp(x)
-        out: Tensor = self.mlp(x)
+            x = self.token_mlp(x, into, back)
+        out: Tensor = self.mlp(x, gate_up, down)
         return out
 
 
@@ -86,9 +96,13 @@ class SolverNetwork(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(_Block(shape) for _ in range(shape.num_hidden_layers))
 
-    def forward(self, x: Tensor, angles: Angles | None = None) -> Tensor:
-        for layer in self.layers:
-            x = layer(x, angles)
+    def matrices(self, dtype: torch.dtype) -> list[Matrices]:
+        """The blocks' matrices in another dtype, differentiable: converted once for all passes of a step."""
+        return [tuple(matrix.to(dtype) for matrix in layer.matrices()) for layer in self.layers]  # type: ignore[operator]
+
+    def forward(self, x: Tensor, angles: Angles | None = None, matrices: Sequence[Matrices] | None = None) -> Tensor:
+        for layer, own in zip(self.layers, matrices or self.matrices(x.dtype), strict=True):
+            x = layer(x, own, angles)
         return x
 
 

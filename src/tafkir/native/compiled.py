@@ -15,7 +15,10 @@ __all__ = ["BUILD_COMMAND", "OVERRIDE", "SOURCES", "KernelChoice", "flags", "lib
 
 KernelChoice = Literal["auto", "native", "torch"]
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "streams.cpp", "formats.cpp", "shared.h"))
+SOURCES = tuple(
+    Path(__file__).with_name(name)
+    for name in ("kernels.cpp", "streams.cpp", "formats.cpp", "sublayers.cpp", "shared.h")
+)
 OVERRIDE = "TAFKIR_KERNELS"
 """Environment variable that says what "auto" means, "native" or "torch"; a recipe's own word counts more."""
 BUILD_COMMAND = "python -m tafkir.native.build"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Collection
 from typing import Literal
 
 import torch
@@ -41,6 +42,12 @@ _SIGNATURES = {
     "tafkir_encode_e2m1": "ipllpp",
     "tafkir_pick_step": "ipllppp",
     "tafkir_sweep_scales": "ipllfp",
+    "tafkir_wide_swiglu": "iipllp",
+    "tafkir_wide_swiglu_backward": "iippllpp",
+    "tafkir_post_norm": "iiippfllpp",
+    "tafkir_post_norm_backward": "iiipppllp",
+    "tafkir_split_heads": "iipppllllp",
+    "tafkir_split_heads_backward": "iipppppllllp",
 }
 _PASSED = (torch.float32, torch.int64, torch.bfloat16, torch.uint8)
 _TYPES = {"i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float, "p": ctypes.c_void_p}
@@ -71,24 +78,31 @@ def kernels_in_use() -> Literal["native", "torch"]:
     return _State.chosen or select_kernels("auto")
 
 
-def takes(*tensors: Tensor) -> bool:
-    """Whether the kernels are in use and the tensors are what they read: plain float32 on the CPU, not empty.
+def takes(*tensors: Tensor, dtypes: Collection[torch.dtype] = (torch.float32,)) -> bool:
+    """Whether the kernels are in use and the tensors are what they read: plain, on the CPU, not empty, of one dtype.
 
-    Subclasses (the shards of tensor parallelism, say) have no address of their own.
+    Subclasses (the shards of tensor parallelism, say) have no address of their own; nor have the stand-ins of tracing.
+
+    Args:
+        dtypes: those that the kernel reads.
     """
     return kernels_in_use() == "native" and all(
-        x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0 and type(x) in (Tensor, nn.Parameter)
+        x.dtype == tensors[0].dtype
+        and x.dtype in dtypes
+        and x.device.type == "cpu"
+        and x.numel() > 0
+        and type(x) in (Tensor, nn.Parameter)
         for x in tensors
     )
 
 
-def call(name: str, *args: Tensor | float, threads: bool = True) -> int:
+def call(name: str, *args: Tensor | float | None, threads: bool = True) -> int:
     """Run one kernel on torch's number of threads. Tensors go by address: contiguous, float32 or int64.
 
-    Number formats also read bfloat16, and write bytes.
+    Number formats and residual sublayers also read bfloat16, and the former write bytes; None is no address.
     """
     assert _State.library is not None
-    plain: list[float] = [torch.get_num_threads()] if threads else []
+    plain: list[float | None] = [torch.get_num_threads()] if threads else []
     for arg in args:
         if isinstance(arg, Tensor):
             assert arg.is_contiguous() and arg.dtype in _PASSED, name

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tafkir.ops import native
 from tafkir.ops.moe import swiglu, swiglu_backward, swiglu_reference
 
 __all__ = ["post_norm", "post_norm_reference", "swiglu_post_norm", "swiglu_post_norm_reference"]
@@ -34,6 +35,27 @@ def swiglu_post_norm_reference(x: Tensor, gate_up: Tensor, down: Tensor, eps: fl
     return post_norm_reference(moved, update, eps).movedim(-1, dim)
 
 
+def _takes(*tensors: Tensor) -> bool:
+    return native.takes(*tensors, dtypes=(torch.float32, torch.bfloat16))
+
+
+def _layout(x: Tensor, dim: Dim) -> tuple[int, int, int]:
+    """For the kernels: whether the numbers are bfloat16, whether columns are normed, and the first size."""
+    return int(x.dtype == torch.bfloat16), int(dim == 0), x.shape[0] if dim == 0 else x.numel() // x.shape[-1]
+
+
+def _add_norm(x: Tensor, update: Tensor, eps: float, dim: Dim) -> tuple[Tensor, Tensor]:
+    """The normalised sum, and its inverse rms, float32."""
+    if not _takes(x, update):
+        return _normalize(x + update, eps, dim)
+    x, update = x.contiguous(), update.contiguous()
+    half, columns, rows = _layout(x, dim)
+    out = torch.empty_like(x)
+    rstd = x.new_empty((1, *x.shape[1:]) if columns else (*x.shape[:-1], 1), dtype=torch.float32)
+    native.call("tafkir_post_norm", half, columns, x, update, eps, rows, x.numel() // rows, out, rstd)
+    return out, rstd
+
+
 def _normalize(total: Tensor, eps: float, dim: Dim) -> tuple[Tensor, Tensor]:
     """In place where the dtype allows; the result and its inverse rms, float32."""
     if dim == 0:
@@ -49,6 +71,12 @@ def _normalize(total: Tensor, eps: float, dim: Dim) -> tuple[Tensor, Tensor]:
 
 def _normalize_backward(grad: Tensor, out: Tensor, rstd: Tensor, dim: Dim) -> Tensor:
     """Of the sum that was normalised: rstd (g - out mean(g out))."""
+    if _takes(grad, out):
+        grad = grad.contiguous()
+        half, columns, rows = _layout(out, dim)
+        total = torch.empty_like(out)
+        native.call("tafkir_post_norm_backward", half, columns, grad, out, rstd, rows, out.numel() // rows, total)
+        return total
     mean = (grad * out).sum(dim, keepdim=True, dtype=torch.float32).div_(out.shape[dim])
     if out.dtype == torch.float32:
         return torch.addcmul(grad, out, mean, value=-1.0).mul_(rstd)
@@ -60,7 +88,7 @@ class _PostNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, update: Tensor, eps: float, dim: Dim) -> Tensor:
-        out, rstd = _normalize(x + update, eps, dim)
+        out, rstd = _add_norm(x, update, eps, dim)
         ctx.save_for_backward(out, rstd)
         ctx.dim = dim
         return out
@@ -83,14 +111,38 @@ def _halves(gate_up: Tensor, dim: Dim) -> Tensor:
     return gate_up.view(-1) if dim == 0 else gate_up
 
 
+def _activate(wide: Tensor, dim: Dim) -> Tensor:
+    """SwiGLU of the widened x [2I, M], or [M, 2I]."""
+    flat = _halves(wide, dim)
+    if not _takes(wide):
+        return swiglu(flat).view(-1, wide.shape[1]) if dim == 0 else swiglu(wide)
+    width = flat.shape[-1] // 2
+    hidden = wide.new_empty((wide.shape[0] // 2, wide.shape[1]) if dim == 0 else (wide.shape[0], width))
+    half = int(wide.dtype == torch.bfloat16)
+    native.call("tafkir_wide_swiglu", half, wide, hidden.numel() // width, width, hidden)
+    return hidden
+
+
+def _activate_backward(grad_hidden: Tensor, wide: Tensor, dim: Dim) -> tuple[Tensor, Tensor]:
+    """The gradient of the widened x, and SwiGLU's result once more."""
+    flat = _halves(wide, dim)
+    if not _takes(grad_hidden, wide):
+        hidden = swiglu(flat).view_as(grad_hidden)
+        return swiglu_backward(_halves(grad_hidden, dim), flat).view_as(wide), hidden
+    grad_wide, hidden = torch.empty_like(wide), torch.empty_like(grad_hidden)
+    width, half = flat.shape[-1] // 2, int(wide.dtype == torch.bfloat16)
+    rows = hidden.numel() // width
+    native.call("tafkir_wide_swiglu_backward", half, grad_hidden, wide, rows, width, grad_wide, hidden)
+    return grad_wide, hidden
+
+
 class _SwigluPostNorm(torch.autograd.Function):
     """Keeps x, the widened x and the result; what SwiGLU made of the widened x is computed again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, eps: float, dim: Dim) -> Tensor:
         wide = _mix(gate_up, x, dim)
-        hidden = swiglu(_halves(wide, dim)).view(-1, x.shape[1]) if dim == 0 else swiglu(wide)
-        out, rstd = _normalize(_mix(down, hidden, dim).add_(x), eps, dim)
+        out, rstd = _add_norm(x, _mix(down, _activate(wide, dim), dim), eps, dim)
         ctx.save_for_backward(x, gate_up, down, wide, out, rstd)
         ctx.dim = dim
         return out
@@ -100,22 +152,15 @@ class _SwigluPostNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x, gate_up, down, wide, out, rstd = ctx.saved_tensors
         dim: Dim = ctx.dim
-        grad_total = _normalize_backward(grad, out, rstd, dim)
-        flat = _halves(wide, dim)
-        hidden = swiglu(flat)
-        grad_hidden = _mix(down.t(), grad_total, dim)
-        grad_wide = swiglu_backward(_flat(grad_hidden, dim), flat).view_as(wide)
+        grad_x = _normalize_backward(grad, out, rstd, dim)
+        grad_wide, hidden = _activate_backward(_mix(down.t(), grad_x, dim), wide, dim)
         if dim == 0:
-            hidden = hidden.view(-1, x.shape[1])
-            grad_down, grad_gate_up = grad_total @ hidden.t(), grad_wide @ x.t()
+            grad_down, grad_gate_up = grad_x @ hidden.t(), grad_wide @ x.t()
+            grad_x.addmm_(gate_up.t(), grad_wide)
         else:
-            grad_down, grad_gate_up = grad_total.t() @ hidden, grad_wide.t() @ x
-        grad_x = grad_total.add_(_mix(gate_up.t(), grad_wide, dim))
+            grad_down, grad_gate_up = grad_x.t() @ hidden, grad_wide.t() @ x
+            grad_x.addmm_(grad_wide, gate_up)
         return grad_x, grad_gate_up, grad_down, None, None
-
-
-def _flat(x: Tensor, dim: Dim) -> Tensor:
-    return x.reshape(-1) if dim == 0 else x
 
 
 def post_norm(x: Tensor, update: Tensor, eps: float, dim: Dim = -1) -> Tensor:
