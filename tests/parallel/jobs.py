@@ -7,21 +7,27 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from tafkir.checkpoint.load import load_checkpoint, load_config, outline_checkpoint
 from tafkir.data.packing import Document
+from tafkir.data.preference import EncodedPair, PreferencePair
 from tafkir.models.build import build_decoder
+from tafkir.models.decoder import Decoder
+from tafkir.models.reward import RewardModel, reward_model_from
 from tafkir.recipe.model import ModelConfig
-from tafkir.recipe.schema import ParallelConfig, PretrainConfig
+from tafkir.recipe.rlhf import RewardConfig
+from tafkir.recipe.schema import ParallelConfig, PretrainConfig, SftConfig, TrainTable
 from tafkir.runlog.metrics import read_jsonl
 from tafkir.runlog.rundir import StageDir
 from tafkir.train.language import language_step, validation_loss
 from tafkir.train.loop import StepOutput, Trainer, fit
 from tafkir.train.mtp import measure_mtp
+from tafkir.train.mtp_distill import distill_step, freeze_all_but_mtp
 from tafkir.train.ranks import open_ranks
+from tafkir.train.reward_model import reward_step, score_pairs
 
 LEARNING_RATE = 1e-2
 MODEL = ModelConfig(
@@ -65,6 +71,28 @@ def documents(step: int, longest: int = 19) -> list[Document]:
         ids = [draw.randrange(MODEL.vocab_size) for _ in range(draw.randrange(3, longest + 1))]
         made.append((ids, [draw.random() < 0.7 for _ in ids] if index % 3 == 0 else None))
     return made
+
+
+def pairs(step: int, count: int = 9) -> list[EncodedPair]:
+    """Preference pairs of unequal length; a function of the step."""
+    draw = Random(step)
+
+    def ids(longest: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(MODEL.vocab_size) for _ in range(draw.randrange(2, longest)))
+
+    named = (PreferencePair(f"{step}-{index}", "made", "train", (), "", "") for index in range(count))
+    return [EncodedPair(pair, ids(12), ids(9), ids(9)) for pair in named]
+
+
+Method = Literal["pretrain", "mtp_distill", "reward"]
+TABLES: dict[Method, type[TrainTable]] = {"pretrain": PretrainConfig, "mtp_distill": SftConfig, "reward": RewardConfig}
+
+
+def fresh(method: Method, model: ModelConfig) -> Decoder:
+    decoder = build_decoder(model, seed=3)
+    if method == "mtp_distill":
+        freeze_all_but_mtp(decoder)
+    return reward_model_from(decoder, seed=4) if method == "reward" else decoder
 
 
 def train_in_float32(folder: Path, parallel: dict[str, int], table: dict[str, Any]) -> dict[str, Any]:
@@ -113,6 +141,7 @@ def train(
     parallel: dict[str, int],
     table: dict[str, Any],
     *,
+    method: Method = "pretrain",
     stop: int | None = None,
     model: ModelConfig = MODEL,
     source: Path | None = None,
@@ -121,11 +150,12 @@ def train(
     """Train, resuming from `folder`; returns the metric rows, the totals and (on rank 0) the weights that came out.
 
     Args:
+        method: what is trained on what.
         stop: end before this step, counted from 0, and return nothing.
         source: checkpoint to start from; several ranks read their parts of it.
         longest: tokens of a document.
     """
-    config = PretrainConfig.model_validate(
+    config = TABLES[method].model_validate(
         {
             "steps": 4,
             "warmup_steps": 1,
@@ -139,14 +169,18 @@ def train(
     )
     ranks = open_ranks(ParallelConfig.model_validate(parallel), model)
     if source is None:
-        trainer = Trainer(build_decoder(model, seed=3), config, ranks)
+        trainer = Trainer(fresh(method, model), config, ranks)
     elif ranks.sizes.world == 1:
         trainer = Trainer(load_checkpoint(source).decoder, config, ranks)
     else:
         trainer = Trainer(outline_checkpoint(source), config, ranks, source)
     heldout = documents(1000)[:5]
     stage = StageDir(folder, "pretrain")
-    one_step = language_step(trainer, partial(documents, longest=longest), label="pretrain")
+    if isinstance(config, RewardConfig):
+        one_step = reward_step(trainer, pairs, config)
+    else:
+        build = distill_step if method == "mtp_distill" else language_step
+        one_step = build(trainer, partial(documents, longest=longest), label="pretrain")
 
     def step(number: int) -> StepOutput:
         if number == stop:
@@ -154,6 +188,9 @@ def train(
         return one_step(number)
 
     def validate() -> dict[str, float]:
+        if isinstance(trainer.decoder, RewardModel):
+            scored = score_pairs(trainer.decoder, pairs(1000, 5), ranks)
+            return {f"validation/{pair.id}": pair.chosen_reward - pair.rejected_reward for pair in scored}
         row = {"validation/loss": validation_loss(trainer.decoder, heldout, batch_size=2, ranks=ranks)}
         return row | (measure_mtp(trainer.decoder, heldout) if model.mtp is not None else {})
 

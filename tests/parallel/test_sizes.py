@@ -50,7 +50,6 @@ def test_another_number_of_processes_says_how_to_launch(table: dict[str, int], w
         (ParallelSizes(tensor=4), {}, "4 does not divide model.num_key_value_heads = 2"),
         (ParallelSizes(data=3, tensor=2), {}, "3 does not divide model.hidden_size = 32"),
         (ParallelSizes(data=4, tensor=2), {"kv_lora_rank": 6}, "4 does not divide model.kv_lora_rank = 6"),
-        (ParallelSizes(tensor=2), {"attention_bias": True}, "attention without biases only"),
     ],
 )
 def test_sizes_that_do_not_divide_the_model_are_refused(
@@ -66,8 +65,7 @@ def test_sizes_that_do_not_divide_the_model_are_refused(
         ({"rlvr": {}}, "rlvr runs in one process"),
         ({"rlhf": {}}, "rlhf runs in one process"),
         ({"dpo": {}}, "dpo runs in one process"),
-        ({"reward": {}}, "reward runs in one process"),
-        ({"sft": {"method": "mtp_distill"}}, "sft.method: mtp_distill runs in one process only"),
+        ({"reward": {"batch_pairs": 7, "micro_batches": 2}}, "reward.batch_pairs: 7 .*at least 8"),
         ({"sft": {"batch_problems": 3}}, "sft.batch_problems: 3 .*at least 4"),
         ({"rlvr": {}, "parallel": {"device": "cuda"}}, "parallel.device: rlvr samples on the processor"),
     ],

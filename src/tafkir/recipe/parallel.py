@@ -14,15 +14,15 @@ from tafkir.recipe.trm import TrmConfig
 
 __all__ = ["ParallelSizes", "check_parallel", "check_shapes", "resolve_sizes", "world_size"]
 
-# What many processes do of keys that they do not do in full.
-_IN_ONE_PROCESS: dict[str, tuple[str | float | None, ...]] = {
-    "method": ("next_token",),
-}
-
-
 # Stages that train in one process, and those of them that sample.
-_ALONE = ("reward", "dpo", "rlvr", "rlhf")
+_ALONE = ("dpo", "rlvr", "rlhf")
 _SAMPLES = ("rlvr", "rlhf")
+# What the others share out.
+_SHARED_OUT = {
+    "pretrain": "batch_problems",
+    "sft": "batch_problems",
+    "reward": "batch_pairs",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +84,6 @@ def check_shapes(model: ModelConfig, sizes: ParallelSizes) -> None:
         if not model.num_experts:
             raise RecipeError("there are no experts to share out", where="parallel.expert_parallel", fix="set it to 1")
     if sizes.tensor > 1:
-        if model.attention_bias:
-            raise RecipeError(
-                "tensor parallelism splits attention without biases only",
-                where="parallel.tensor_parallel",
-                fix="set it to 1, and use data_parallel and expert_parallel",
-            )
         _divides(
             "tensor_parallel",
             sizes.tensor,
@@ -127,24 +121,18 @@ def check_parallel(recipe: Recipe, sizes: ParallelSizes) -> None:
             raise RecipeError(
                 f"{name} runs in one process",
                 where="parallel",
-                fix=f"run pretrain and sft with torchrun from a recipe without [{name}], then {name} with it as base",
+                fix=f"leave out [{name}] here, then run it without torchrun from a recipe with this run as its base",
             )
-    for name in ("pretrain", "sft"):
+    for name, key in _SHARED_OUT.items():
         table: TrainTable | None = getattr(recipe, name)
         if table is None:
             continue
-        for key, value in table.model_dump(include=set(_IN_ONE_PROCESS)).items():
-            supported = _IN_ONE_PROCESS[key]
-            if value not in supported:
-                raise RecipeError(
-                    f"{value} runs in one process only", where=f"{name}.{key}", fix=f"set it to {supported[0]}"
-                )
         pieces = sizes.data_shards * table.micro_batches
-        documents: int = getattr(table, "batch_problems", pieces)
-        if documents < pieces:
+        count: int = getattr(table, key)
+        if count < pieces:
             raise RecipeError(
-                f"{documents} are too few for {sizes.data_shards} ranks x {table.micro_batches} micro-batches",
-                where=f"{name}.batch_problems",
+                f"{count} are too few for {sizes.data_shards} ranks x {table.micro_batches} micro-batches",
+                where=f"{name}.{key}",
                 expected=f"at least {pieces}",
                 fix="make the batch larger or start fewer processes",
             )

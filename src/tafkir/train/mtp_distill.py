@@ -32,16 +32,20 @@ def distill_step(trainer: Trainer, documents: DocumentBatch, *, label: str) -> C
     the mean over depths: what speculative decoding accepts is agreement with the model, not with the text. Weights and
     router biases of the decoder are not touched.
     """
-    decoder = trainer.decoder
+    decoder, ranks = trainer.decoder, trainer.ranks
 
     def step(step: int) -> StepOutput:
-        pieces = [pack_documents(part) for part in split_evenly(documents(step), trainer.config.micro_batches)]
-        counts = MtpCounts(decoder, pieces)
+        parts = split_evenly(documents(step), trainer.config.micro_batches * ranks.sizes.data_shards)
+        pieces = [pack_documents(part) for part in ranks.own(parts)]
+        counts = MtpCounts(decoder, pieces, ranks)
         for piece, shifted in zip(pieces, counts.shifted, strict=True):
             with torch.no_grad():
                 out = run_decoder(decoder, piece)
             terms = []
             for k, output in enumerate(predict(decoder, out, shifted)):
+                if shifted[k].idle:
+                    terms.append(counts.add(k, output.hidden_MD.new_zeros(()), output, idle=True))
+                    continue
                 wanted = (shifted[k].labels_M != IGNORE_INDEX).nonzero().squeeze(1)
                 teacher_MD = out.hidden_ND[shifted[k].rows_M[wanted] + k + 1]
                 loss = distillation_loss(output.hidden_MD[wanted], teacher_MD, decoder.head_weight)
@@ -51,7 +55,7 @@ def distill_step(trainer: Trainer, documents: DocumentBatch, *, label: str) -> C
         norm = trainer.update([], where=f"{label} step {step + 1}")
         counts.balance(trainer.config.expert_bias_update_rate)
         losses = counts.metrics("train/mtp_kl")
-        tokens = sum(piece.input_ids_N.numel() for piece in pieces)
+        tokens = int(ranks.sum(sum(piece.input_ids_N.numel() for piece in pieces)))
         mean = sum(losses.values()) / counts.depth
         return StepOutput(
             metrics={
@@ -59,7 +63,7 @@ def distill_step(trainer: Trainer, documents: DocumentBatch, *, label: str) -> C
                 **losses,
                 "train/grad_norm": norm,
                 "train/tokens": tokens,
-                **router_metrics(counts.loads),
+                **router_metrics(ranks.sum_loads(counts.loads)),
             },
             tokens=tokens,
             shown={"loss": mean},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +10,13 @@ from torch import Tensor
 
 from tafkir.data.preference import EncodedPair
 from tafkir.models.shared_prompt import SharedPromptCausal
+from tafkir.train.language import split_evenly
+from tafkir.train.ranks import Ranks
 
-__all__ = ["AnswerBatch", "build_answer_batch", "build_pair_batch"]
+__all__ = ["SCORE_BATCH", "AnswerBatch", "build_answer_batch", "build_pair_batch", "score_pairs_in_shares"]
+
+SCORE_BATCH = 32
+"""Pairs or groups that are scored at once, without a gradient."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,3 +81,26 @@ def build_answer_batch(groups: Sequence[tuple[Sequence[int], Sequence[Sequence[i
         lengths_S=torch.tensor(lengths),
         last_S=torch.tensor(last),
     )
+
+
+@torch.no_grad()
+def score_pairs_in_shares(pairs: Sequence[EncodedPair], score: Callable[[AnswerBatch], Tensor], ranks: Ranks) -> Tensor:
+    """What `score` says of both answers of every pair, (P, 2): data shards share the pairs out, and all get all.
+
+    Args:
+        score: one number an answer, (S,); every rank calls it equally often.
+    """
+    scored = [torch.zeros(0, 2)]
+    stride = SCORE_BATCH * ranks.sizes.data_shards
+    for start in range(0, len(pairs), stride):
+        window = pairs[start : start + stride]
+        parts = split_evenly(range(len(window)), ranks.sizes.data_shards)
+        mine = ranks.own(parts)
+        # Sharded weights are gathered by all ranks at once, so one without pairs computes and does not count.
+        part = (mine or parts)[0]
+        values_P2 = score(build_pair_batch([window[i] for i in part])).view(-1, 2)
+        rows_P2 = values_P2.new_zeros(len(window), 2)
+        if mine:
+            rows_P2[list(part)] = values_P2
+        scored.append(ranks.sum_tensor(rows_P2))
+    return torch.cat(scored)

@@ -264,20 +264,21 @@ def _fit_reward(
     stream = PairStream(pairs, batch_pairs=config.batch_pairs, seed=seed)
 
     def validate() -> Mapping[str, Metric]:
-        scored = score_pairs(model, heldout)
+        scored = score_pairs(model, heldout, trainer.ranks)
         right = sum(pair.chosen_reward > pair.rejected_reward for pair in scored)
         return {"validation/accuracy": right / len(scored), "validation/loss": _mean_loss(scored)}
 
     step = reward_step(trainer, stream.batch_at, config)
     result = fit(trainer, stage, step, validate=validate if heldout else None, label=label)
     with as_written(trainer, config):
-        mean, std = reward_scale(score_pairs(model, pairs))
+        mean, std = reward_scale(score_pairs(model, pairs, trainer.ranks))
         _save_reward(ctx, stage.checkpoint_dir, trainer, tokenizer, result, mean, std)
-        scored = score_pairs(model, heldout)
+        scored = score_pairs(model, heldout, trainer.ranks)
     told: dict[str, Any] = {**asdict(result), "reward_mean": mean, "reward_std": std, "train_pairs": len(pairs)}
     if scored:
         told["heldout"] = measure_reward_model(scored, config.num_bins)
-        write_text(stage.path / "heldout.jsonl", "".join(json.dumps(asdict(row)) + "\n" for row in scored))
+        if trainer.is_main:
+            write_text(stage.path / "heldout.jsonl", "".join(json.dumps(asdict(row)) + "\n" for row in scored))
     return told, scored
 
 
@@ -286,8 +287,11 @@ def _save_reward(
 ) -> None:
     lineage = {"recipe": ctx.recipe.name, "stage": "reward", "steps": result.steps, "seed": ctx.seed}
     lineage |= {"reward_mean": mean, "reward_std": std}
+    model = trainer.ranks.whole(trainer.decoder)
+    if model is None:
+        return
     dtype = getattr(torch, trainer.config.checkpoint_dtype)
-    save_checkpoint(path, trainer.decoder, tokenizer=tokenizer, extra=lineage, dtype=dtype)
+    save_checkpoint(path, model, tokenizer=tokenizer, extra=lineage, dtype=dtype)
 
 
 def _mean_loss(scored: Sequence[ScoredPair]) -> float:

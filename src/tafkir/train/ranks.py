@@ -57,6 +57,10 @@ class Ranks(Protocol):
         """The sum over all data shards."""
         ...
 
+    def sum_tensor(self, value: Tensor) -> Tensor:
+        """The sum over all data shards, entry by entry; `value` may be overwritten."""
+        ...
+
     def sum_loads(self, loads: list[Tensor]) -> list[Tensor]:
         """Expert loads summed over all data shards."""
         ...
@@ -118,6 +122,9 @@ class OneProcess:
         return list(pieces)
 
     def sum(self, value: float) -> float:
+        return value
+
+    def sum_tensor(self, value: Tensor) -> Tensor:
         return value
 
     def sum_loads(self, loads: list[Tensor]) -> list[Tensor]:

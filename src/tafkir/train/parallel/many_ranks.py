@@ -78,12 +78,12 @@ class ManyRanks:
         return list(pieces[self._data_rank :: self.sizes.data_shards])
 
     def sum(self, value: float) -> float:
-        return float(self._sum(torch.tensor(value, dtype=torch.float64)))
+        return float(self.sum_tensor(torch.tensor(value, dtype=torch.float64)))
 
     def sum_loads(self, loads: list[Tensor]) -> list[Tensor]:
-        return list(self._sum(torch.stack(loads))) if loads else []
+        return list(self.sum_tensor(torch.stack(loads))) if loads else []
 
-    def _sum(self, value: Tensor) -> Tensor:
+    def sum_tensor(self, value: Tensor) -> Tensor:
         value = value.to(self.device)
         dist.all_reduce(value, group=self._data_group)
         return value
@@ -109,7 +109,7 @@ class ManyRanks:
         """Queries' and keys' norms: each tensor rank has only its own heads' share of the gradient."""
         if self._sharding.partial:
             params = [decoder.get_parameter(name) for name in self._sharding.partial]
-            grads = [cast(DTensor, param.grad).to_local() for param in params]
+            grads = [cast(DTensor, param.grad).to_local() for param in params if param.grad is not None]
             flat = torch.cat([grad.reshape(-1) for grad in grads])
             dist.all_reduce(flat, group=self._meshes.dense.get_group("tensor"))
             for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from tafkir.errors import CheckpointError, RunDirError
 from tafkir.models.decoder import Decoder
+from tafkir.models.reward import RewardModel
 from tafkir.runlog.atomic import fsync_dir, guard_disk, read_json, write_json
 from tafkir.train.ema import WeightAverage
 from tafkir.train.parallel.tensor import Order
@@ -154,7 +155,7 @@ def gather_decoder(decoder: Decoder, orders: Orders, *, keep: bool) -> Decoder |
     if not keep:
         return None
     with torch.device("meta"):
-        gathered = Decoder(decoder.config)
+        gathered = RewardModel(decoder.config) if isinstance(decoder, RewardModel) else Decoder(decoder.config)
     gathered.load_state_dict(weights, strict=True, assign=True)
     return gathered
 

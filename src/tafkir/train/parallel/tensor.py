@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
@@ -55,6 +56,11 @@ def _split_order(parts: Sequence[int], ranks: int) -> Tensor:
     return torch.cat([chunk[rank] for rank in range(ranks) for chunk in chunks])
 
 
+def _fused_heads(module: Attention) -> list[int]:
+    """Rows of queries, keys and values in the fused projection."""
+    return [count * module.head_dim for count in (module.num_heads, module.num_kv_heads, module.num_kv_heads)]
+
+
 def place_parameter(module: nn.Module, name: str, mesh: DeviceMesh, placements: Sequence[Placement]) -> None:
     """Replace a parameter, equal on all ranks, by this rank's part of it; nothing is sent."""
     param = cast(nn.Parameter, getattr(module, name))
@@ -89,17 +95,34 @@ def with_whole_matrices(compute: Callable[[Tensor], Tensor], value: DTensor) -> 
     return placed.redistribute(placements=value.placements)
 
 
+def _leave_out_bias(module: nn.Module) -> None:
+    """The product alone: the bias is a whole vector on every rank, and is added to what leaves the ranks."""
+    module.forward = lambda x: F.linear(x, module.weight)  # type: ignore[method-assign,arg-type]
+
+
 class _SplitRows(ParallelStyle):
-    """Each rank computes its share of the output features."""
+    """Each rank computes its share of the output features.
+
+    Args:
+        bias_rows: which entries of the bias are this rank's, where the module has one.
+    """
+
+    def __init__(self, bias_rows: Tensor | None = None) -> None:
+        super().__init__()
+        self.bias_rows = bias_rows
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         place_parameter(module, "weight", device_mesh, [Shard(0)])
+        rows = self.bias_rows if getattr(module, "bias", None) is not None else None
+        if rows is not None:
+            _leave_out_bias(module)
 
         def enter(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             return (DTensor.from_local(inputs[0], device_mesh, [Replicate()], run_check=False), *inputs[1:])
 
         def leave(_: nn.Module, __: Any, output: DTensor) -> Tensor:
-            return output.to_local()
+            local = output.to_local()
+            return local if rows is None else local + cast(Tensor, module.bias)[rows.to(local.device)]
 
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave)
@@ -111,12 +134,16 @@ class _SplitColumns(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         place_parameter(module, "weight", device_mesh, [Shard(1)])
+        biased = getattr(module, "bias", None) is not None
+        if biased:
+            _leave_out_bias(module)
 
         def enter(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             return (DTensor.from_local(inputs[0], device_mesh, [Shard(-1)], run_check=False), *inputs[1:])
 
         def leave(_: nn.Module, __: Any, output: DTensor) -> Tensor:
-            return output.redistribute(placements=[Replicate()]).to_local()
+            whole = output.redistribute(placements=[Replicate()]).to_local()
+            return whole + cast(Tensor, module.bias) if biased else whole
 
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave)
@@ -128,9 +155,7 @@ def order_fused(decoder: Decoder, ranks: int) -> dict[str, Order]:
     orders: dict[str, Order] = {}
     for name, module in decoder.named_modules():
         if isinstance(module, Attention):
-            heads, kv_heads = module.num_heads, module.num_kv_heads
-            parts = [count * module.head_dim for count in (heads, kv_heads, kv_heads)]
-            orders[f"{name}.qkv_proj.weight"] = Order(0, _split_order(parts, ranks))
+            orders[f"{name}.qkv_proj.weight"] = Order(0, _split_order(_fused_heads(module), ranks))
         elif isinstance(module, SwiGLU):
             width = module.down_proj.weight.shape[1]
             orders[f"{name}.gate_up_proj.weight"] = Order(0, _split_order([width, width], ranks))
@@ -154,7 +179,10 @@ def split_heads_and_widths(decoder: Decoder, mesh: DeviceMesh) -> list[nn.Parame
     partial: list[nn.Parameter] = []
     for module in list(decoder.modules()):
         if isinstance(module, Attention):
-            parallelize_module(module, mesh, {"qkv_proj": _SplitRows(), "o_proj": _SplitColumns()})
+            rows = _split_order(_fused_heads(module), mesh.size()).chunk(mesh.size())[mesh.get_local_rank()]
+            parallelize_module(module, mesh, {"qkv_proj": _SplitRows(rows), "o_proj": _SplitColumns()})
+            if module.qkv_proj.bias is not None:
+                partial.append(module.qkv_proj.bias)
             module.num_heads //= mesh.size()
             module.num_kv_heads //= mesh.size()
             partial += [norm.weight for norm in (module.q_norm, module.k_norm) if norm is not None]
