@@ -20,7 +20,9 @@ from tafkir.recipe.puzzles import ArcPuzzles, Puzzles, SudokuPuzzles
 from tafkir.recipe.tables import Positive, Table, TrainTable
 from tafkir.recipe.teacher import AnswersTeacher, Teacher
 
-__all__ = ["TrmConfig", "TrmModelConfig", "TrmShape"]
+__all__ = ["Precision", "TrmConfig", "TrmModelConfig", "TrmShape"]
+
+Precision = Literal["float32", "bfloat16", "auto"]
 
 
 class TrmModelConfig(Table):
@@ -140,7 +142,9 @@ class TrmConfig(TrainTable):
     halt_threshold: float = Field(0.0, description="Answers are also scored at the first step with q above this.")
     puzzle_learning_rate: float = Field(1e-2, gt=0, description="Peak step of the puzzle vectors' sign-SGD.")
     puzzle_weight_decay: float = Field(0.1, ge=0, description="Decoupled decay of the puzzle vectors that are touched.")
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="Number format of the passes.")
+    precision: Precision = Field(
+        "float32", description="Number format of the passes; auto is bfloat16 where the device has units for it."
+    )
     recompute: bool = Field(False, description="Keep each pass's input alone and compute it again in the backward.")
     curriculum: tuple[tuple[float, Positive, Positive], ...] = Field(
         (), description="Shallower recursions at first: (share of the steps, T, n) each, until that share is over."

@@ -64,6 +64,8 @@ def run_trm(ctx: StageContext) -> dict[str, Any]:
         if config.select == "best":
             trainer.use_best()
         _save(ctx, trainer, puzzles, ctx.stage.checkpoint_dir, steps=result.steps, select=config.select)
+        # As the checkpoint is loaded.
+        model.dtype = torch.float32
         test = _score(trainer, puzzles, "test")
         voted = _vote(ctx, trainer, puzzles)
     return {
