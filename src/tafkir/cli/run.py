@@ -42,36 +42,66 @@ def run(
         "runs"
     ),
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="0,1,2", help="Run once with each seed, in folders of the run directory, with a report over all."
+        ),
+    ] = None,
 ) -> None:
     """Run a recipe; finished stages are skipped.
 
     A killed run goes on where it stopped when the same command is given again.
     """
-    from tafkir.cli.pipeline import run_recipe, select_stages
+    from tafkir.cli.seeds import parse_seeds, run_seeds
     from tafkir.recipe.load import load_recipe
-    from tafkir.recipe.resolve import resolve_recipe
     from tafkir.runlog.logging import is_main_rank
     from tafkir.runlog.rundir import RunDir
 
-    loaded = load_recipe(recipes, overrides or [])
-    directory = RunDir(runs_dir / (name or loaded.recipe.name))
-    loaded = resolve_recipe(loaded, **_earlier_choices(directory))
-    selection = select_stages(loaded.recipe, only=only, start=start)
-    if dry_run and is_main_rank():
-        _show_plan(loaded, directory, as_json)
+    given = overrides or []
+    directory = RunDir(runs_dir / (name or load_recipe(recipes, given).recipe.name))
+    wanted = parse_seeds(seeds) if seeds is not None else []
     if dry_run:
+        if is_main_rank():
+            _show_plan(_resolve(recipes, given, directory), directory, as_json)
+            if wanted and not as_json:
+                print(f"# That is one run; {len(wanted)} seeds take {len(wanted)} times as long.")
         return
-    try:
-        results = run_recipe(loaded, directory, selection)
-    except KeyboardInterrupt:
-        print("\nerror: interrupted. Fix: the same command goes on where it stopped", file=sys.stderr)
-        raise typer.Exit(130) from None
+    if wanted:
+
+        def run_one(seed: int, place: RunDir) -> None:
+            _run(recipes, [*given, f"seed={seed}"], place, only, start)
+
+        run_seeds(wanted, directory.path, run_one, as_json=as_json)
+        return
+    results = _run(recipes, given, directory, only, start)
     if not is_main_rank():
         return
     if as_json:
         print(json.dumps({"run": str(directory.path), "stages": results}, indent=2))
     else:
         _show_end(directory, results)
+
+
+def _resolve(recipes: list[str], overrides: list[str], directory: RunDir) -> LoadedRecipe:
+    from tafkir.recipe.load import load_recipe
+    from tafkir.recipe.resolve import resolve_recipe
+
+    return resolve_recipe(load_recipe(recipes, overrides), **_earlier_choices(directory))
+
+
+def _run(
+    recipes: list[str], overrides: list[str], directory: RunDir, only: str | None, start: str | None
+) -> dict[StageName, dict[str, Any]]:
+    """Run the recipe in one directory; an interruption says how to go on."""
+    from tafkir.cli.pipeline import run_recipe, select_stages
+
+    loaded = _resolve(recipes, overrides, directory)
+    try:
+        return run_recipe(loaded, directory, select_stages(loaded.recipe, only=only, start=start))
+    except KeyboardInterrupt:
+        print("\nerror: interrupted. Fix: the same command goes on where it stopped", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def program_name() -> str:
@@ -86,7 +116,7 @@ def program_name() -> str:
 
 
 def _earlier_choices(directory: RunDir) -> dict[str, Any]:
-    """Threads and kernels that an earlier part of this run used, so that it goes on bit for bit on another machine."""
+    """Threads, kernels and precision of an earlier part of this run: it goes on bit for bit on another machine."""
     from tafkir.errors import RecipeError
     from tafkir.recipe.load import load_recipe
 
@@ -97,7 +127,8 @@ def _earlier_choices(directory: RunDir) -> dict[str, Any]:
     except RecipeError:
         # Written by another version: its stages are redone anyway.
         return {}
-    return {"threads": earlier.threads or None, "kernels": earlier.kernels}
+    precision = earlier.trm.precision if earlier.trm else None
+    return {"threads": earlier.threads or None, "kernels": earlier.kernels, "precision": precision}
 
 
 def _show_end(directory: RunDir, results: Mapping[StageName, dict[str, Any]]) -> None:
