@@ -62,7 +62,15 @@ def test_sizes_that_do_not_divide_the_model_are_refused(
 @pytest.mark.parametrize(
     ("tables", "named"),
     [
-        ({"rlvr": {}}, "rlvr runs in one process"),
+        (
+            {"rlvr": {"prompts_per_step": 3}},
+            "rlvr.prompts_per_step: 3 are too few for 4 processes; expected at least 4",
+        ),
+        ({"rlvr": {"long_tail": {"token_budget": 9}}}, "rlvr.long_tail.token_budget: a pool .* is one process's"),
+        (
+            {"rlvr": {}, "cluster": {}},
+            "cluster: with torchrun, every process of rlvr samples with an engine of its own",
+        ),
         ({"rlhf": {}}, "rlhf runs in one process"),
         ({"dpo": {}}, "dpo runs in one process"),
         ({"reward": {"batch_pairs": 7, "micro_batches": 2}}, "reward.batch_pairs: 7 .*at least 8"),

@@ -21,6 +21,7 @@ from tafkir.recipe.rl import PolicyTable
 from tafkir.recipe.seeds import derive_seed
 from tafkir.records import Completion, Example, Request
 from tafkir.runlog.metrics import Metric
+from tafkir.train.ranks import Ranks
 from tafkir.train.rollout import PromptBatch, RolloutGroup, RolloutSource, SynchronousRollouts, grade_group
 from tafkir.train.rollout_state import (
     load_completion,
@@ -43,8 +44,11 @@ def open_rollouts(
     *,
     weights: Callable[[], Iterable[tuple[str, Tensor]]],
     seed: int,
+    ranks: Ranks | None = None,
 ) -> RolloutSource:
     """The source that the recipe's `long_tail` table asks for; see `SynchronousRollouts` for the arguments.
+
+    A pool under a token budget is one process's.
 
     Raises:
         RecipeError: two settings exclude each other.
@@ -64,8 +68,11 @@ def open_rollouts(
             expected="a completer with cancel_all, such as the engine in this process",
             fix="set token_budget to 0",
         )
-    kind = PooledRollouts if tail.token_budget else SynchronousRollouts
-    source = kind(completer, tokenizer, task, prompts, config, weights=weights, seed=seed)
+    shared = (completer, tokenizer, task, prompts, config)
+    if tail.token_budget:
+        source: SynchronousRollouts = PooledRollouts(*shared, weights=weights, seed=seed)
+    else:
+        source = SynchronousRollouts(*shared, weights=weights, seed=seed, ranks=ranks)
     return StaleRollouts(source, tail.staleness, config.steps) if tail.staleness else source
 
 

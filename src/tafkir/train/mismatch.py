@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -94,6 +96,15 @@ class EntropyProbe:
         some = _spread(len(hidden_TD))
         self._all.append(_entropy(hidden_TD[some], head_VD, temperature))
         self._masked.append(_entropy(hidden_TD[masked[_spread(len(masked))]], head_VD, temperature))
+
+    @staticmethod
+    def joined(probes: Iterable[EntropyProbe]) -> EntropyProbe:
+        """What several probes looked at, in their order."""
+        whole = EntropyProbe()
+        for probe in probes:
+            whole._all += probe._all
+            whole._masked += probe._masked
+        return whole
 
     def metrics(self) -> dict[str, float]:
         """`mismatch/entropy` and, where a token was dropped, `mismatch/entropy_masked`, nats."""

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -40,6 +41,23 @@ class _Scored:
     batch: RlBatch
     old_logprobs_T: Tensor | None
     ref_logprobs_T: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class _LearnedPiece:
+    """What one micro-batch came to, as other processes are told of it."""
+
+    loss: float
+    clipped: float
+    nonfinite: float
+    loads: list[Tensor]
+    entropy: EntropyProbe
+    agreement: ExpertAgreement
+    old_T: Tensor
+    sampling_T: Tensor
+    masked_T: Tensor
+    sequence_T: Tensor
+    num_sequences: int
 
 
 class RlvrStep:
@@ -113,12 +131,15 @@ class RlvrStep:
         kept = [i for i in kept if any(r.completion.token_ids for r in groups[i].rollouts)]
         if not kept:
             return Learned({"train/skipped": 1.0}, advantages_PG)
+        ranks = self.trainer.ranks
+        parts = list(enumerate(split_evenly(kept, config.micro_batches * ranks.sizes.data_shards)))
         pieces = [
-            self._score(build_rl_batch([groups[i] for i in part], advantages_PG[list(part)].tolist()))
-            for part in split_evenly(kept, config.micro_batches)
+            (place, self._score(build_rl_batch([groups[i] for i in part], advantages_PG[list(part)].tolist())))
+            for place, part in ranks.own(parts)
         ]
+        lengths = [len(r.completion.token_ids) for i in kept for r in groups[i].rollouts]
         for _ in range(config.updates_per_rollout):
-            metrics, train_logprobs_T, masked_T = self._update(pieces, where)
+            metrics, train_logprobs_T, masked_T = self._update(pieces, len(lengths), sum(lengths), where)
         return Learned(metrics, advantages_PG, kept, train_logprobs_T, masked_T)
 
     def _shaped(self, groups: Sequence[RolloutGroup], rewards_PG: Tensor) -> Tensor:
@@ -169,64 +190,89 @@ class RlvrStep:
         hidden_TD = out.hidden_ND.index_select(0, batch.source_T)
         return linear_logprobs(hidden_TD, decoder.head_weight, batch.targets_T, self.config.temperature), out
 
-    def _update(self, pieces: Sequence[_Scored], where: str) -> tuple[dict[str, Metric], Tensor, Tensor]:
-        """One optimiser step; its metrics, and of every token the training log-probability and whether it is masked."""
-        config, decoder = self.config, self.trainer.decoder
+    def _update(
+        self, pieces: Sequence[tuple[int, _Scored]], num_sequences: int, num_tokens: int, where: str
+    ) -> tuple[dict[str, Metric], Tensor, Tensor]:
+        """One optimiser step; its metrics, and of every token the training log-probability and whether it is masked.
+
+        Args:
+            pieces: this process's micro-batches with their places among all of them.
+            num_sequences: completions of all processes.
+            num_tokens: their tokens.
+        """
+        config, ranks = self.config, self.trainer.ranks
         loss_table = config.model_copy(update={"acceptance": self.monitor.acceptance})
-        num_sequences = sum(piece.batch.lengths_S.numel() for piece in pieces)
-        num_tokens = sum(piece.batch.targets_T.numel() for piece in pieces)
+        own = [(place, self._learn_piece(piece, loss_table, num_sequences, num_tokens)) for place, piece in pieces]
+        facts = [fact for _, fact in sorted(ranks.gather(own), key=itemgetter(0))]
         loads: list[Tensor] = []
-        total = clipped = nonfinite = 0.0
-        seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        agreement, entropy, offset = ExpertAgreement(), EntropyProbe(), 0
-        for piece in pieces:
-            batch = piece.batch
-            logprobs_T, out = self._logprobs(decoder, batch, self._replayed(batch))
-            old_T = logprobs_T.detach() if piece.old_logprobs_T is None else piece.old_logprobs_T
-            result = policy_loss(
-                logprobs_T,
-                old_T,
-                batch.sampling_logprobs_T,
-                batch.advantages_T,
-                batch.sequence_T,
-                batch.lengths_S,
-                config=loss_table,
-                num_sequences=num_sequences,
-                num_tokens=num_tokens,
-                ref_logprobs_T=piece.ref_logprobs_T,
-            )
-            result.loss.backward()
-            total += result.loss.item()
-            clipped += float(result.clipped_T.sum())
-            nonfinite += result.nonfinite
-            loads = add_loads(loads, out.expert_load)
-            hidden_TD = out.hidden_ND.detach().index_select(0, batch.source_T)
-            entropy.add(hidden_TD, decoder.head_weight, result.masked_T, config.temperature)
-            agreement += compare_experts(out.expert_ids, batch.expert_ids)
-            seen.append((old_T, batch.sampling_logprobs_T, result.masked_T, batch.sequence_T + offset))
-            offset += batch.lengths_S.numel()
+        agreement, offset = ExpertAgreement(), 0
+        sequences: list[Tensor] = []
+        for fact in facts:
+            loads = add_loads(loads, fact.loads)
+            agreement += fact.agreement
+            sequences.append(fact.sequence_T + offset)
+            offset += fact.num_sequences
         norm = self.trainer.update(loads, where=where)
-        old_T, sampling_T, masked_T, sequence_T = (torch.cat(parts) for parts in zip(*seen, strict=True))
+        old_T, sampling_T, masked_T = (
+            torch.cat(parts) for parts in zip(*((f.old_T, f.sampling_T, f.masked_T) for f in facts), strict=True)
+        )
         metrics: dict[str, Metric] = {
-            "train/loss": total,
+            "train/loss": sum(fact.loss for fact in facts),
             "train/grad_norm": norm,
             "train/entropy": float(-old_T.mean()),
-            "train/clip_fraction": clipped / num_tokens,
-            "train/nonfinite_ratios": nonfinite,
+            "train/clip_fraction": sum(fact.clipped for fact in facts) / num_tokens,
+            "train/nonfinite_ratios": sum(fact.nonfinite for fact in facts),
             **mismatch_metrics(
                 old_T,
                 sampling_T,
                 masked_T,
-                sequence_T,
+                torch.cat(sequences),
                 num_sequences,
                 low=config.monitor.low,
                 high=config.monitor.high,
             ),
-            **entropy.metrics(),
+            **EntropyProbe.joined(fact.entropy for fact in facts).metrics(),
             **agreement.metrics(),
             **router_metrics(loads),
         }
         return metrics, old_T, masked_T
+
+    def _learn_piece(
+        self, piece: _Scored, loss_table: PolicyTable, num_sequences: int, num_tokens: int
+    ) -> _LearnedPiece:
+        """Forward and backward of one micro-batch; its gradients add to what is there."""
+        config, decoder, batch = self.config, self.trainer.decoder, piece.batch
+        logprobs_T, out = self._logprobs(decoder, batch, self._replayed(batch))
+        old_T = logprobs_T.detach() if piece.old_logprobs_T is None else piece.old_logprobs_T
+        result = policy_loss(
+            logprobs_T,
+            old_T,
+            batch.sampling_logprobs_T,
+            batch.advantages_T,
+            batch.sequence_T,
+            batch.lengths_S,
+            config=loss_table,
+            num_sequences=num_sequences,
+            num_tokens=num_tokens,
+            ref_logprobs_T=piece.ref_logprobs_T,
+        )
+        result.loss.backward()
+        entropy = EntropyProbe()
+        hidden_TD = out.hidden_ND.detach().index_select(0, batch.source_T)
+        entropy.add(hidden_TD, decoder.head_weight, result.masked_T, config.temperature)
+        return _LearnedPiece(
+            result.loss.item(),
+            float(result.clipped_T.sum()),
+            float(result.nonfinite),
+            out.expert_load,
+            entropy,
+            compare_experts(out.expert_ids, batch.expert_ids),
+            old_T,
+            batch.sampling_logprobs_T,
+            result.masked_T,
+            batch.sequence_T,
+            batch.lengths_S.numel(),
+        )
 
 
 def _graded(groups: Sequence[RolloutGroup], where: str) -> tuple[Sequence[RolloutGroup], dict[str, Metric]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from operator import itemgetter
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from tafkir.recipe.rl import PolicyTable
 from tafkir.recipe.seeds import derive_seed
 from tafkir.records import Answer, Completion, Example, Request, SamplingParams, Verdict
 from tafkir.runlog.metrics import Metric
+from tafkir.train.ranks import OneProcess, Ranks
 
 __all__ = [
     "PromptBatch",
@@ -87,6 +89,7 @@ class SynchronousRollouts:
         config: group size, length limit and temperature.
         weights: the policy's weights as they are now.
         seed: seed of the sampling streams.
+        ranks: processes that share the prompts out; each gets all groups.
     """
 
     def __init__(
@@ -99,7 +102,9 @@ class SynchronousRollouts:
         *,
         weights: Callable[[], Iterable[tuple[str, Tensor]]],
         seed: int,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks
         self.completer, self.tokenizer, self.task, self.prompts = completer, tokenizer, task, prompts
         self.config, self.weights, self.seed = config, weights, seed
         self.params = SamplingParams(
@@ -151,6 +156,7 @@ class SynchronousRollouts:
             group_size=self.config.group_size,
             params=self.params,
             seed=seed,
+            ranks=self.ranks,
         )
 
 
@@ -163,6 +169,7 @@ def collect_rollouts(
     group_size: int,
     params: SamplingParams,
     seed: int,
+    ranks: Ranks | None = None,
 ) -> list[RolloutGroup]:
     """Sample `group_size` completions per prompt and grade them.
 
@@ -170,21 +177,25 @@ def collect_rollouts(
         prompts: each example with its prompt tokens.
         params: sampling parameters; the seed in them is ignored.
         seed: completion j of prompt i draws from the stream `derive_seed(seed, i, j)`.
+        ranks: processes that share the prompts out; each gets all groups.
 
     Returns:
         One group per prompt, in the order given, whatever order the completions finish in.
     """
+    ranks = ranks or OneProcess()
+    own = ranks.own(list(enumerate(prompts)))
     requests = []
-    for i, (_, prompt_ids) in enumerate(prompts):
+    for i, (_, prompt_ids) in own:
         for j in range(group_size):
-            own = replace(params, seed=derive_seed(seed, i, j))
-            requests.append(Request(str(i * group_size + j), tuple(prompt_ids), own))
+            seeded = replace(params, seed=derive_seed(seed, i, j))
+            requests.append(Request(str(i * group_size + j), tuple(prompt_ids), seeded))
     completions = {int(done.request_id): done for done in completer.complete(requests)}
     sampled = [
         (example, prompt_ids, [completions[i * group_size + j] for j in range(group_size)])
-        for i, (example, prompt_ids) in enumerate(prompts)
+        for i, (example, prompt_ids) in own
     ]
-    return grade_groups(tokenizer, task, sampled)
+    graded = zip((i for i, _ in own), grade_groups(tokenizer, task, sampled), strict=True)
+    return [group for _, group in sorted(ranks.gather(list(graded)), key=itemgetter(0))]
 
 
 def grade_group(

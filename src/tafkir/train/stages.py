@@ -43,7 +43,7 @@ from tafkir.train.loop import FitResult, Trainer, fit
 from tafkir.train.monitor import MismatchMonitor
 from tafkir.train.mtp import measure_mtp
 from tafkir.train.mtp_distill import distill_step, freeze_all_but_mtp
-from tafkir.train.ranks import open_ranks
+from tafkir.train.ranks import open_copies, open_ranks
 from tafkir.train.rlvr import RlvrStep
 from tafkir.train.selection import select_checkpoint
 from tafkir.train.state import Carried
@@ -174,7 +174,7 @@ def run_rlvr(ctx: StageContext) -> dict[str, Any]:
         max_steps=config.max_steps,
         seed=derive_seed(ctx.seed, "rlvr"),
     )
-    trainer = Trainer(decoder, config, open_ranks(ctx.recipe.parallel, ctx.recipe.model))
+    trainer = Trainer(decoder, config, open_copies(ctx.recipe.parallel))
     completer = ctx.build_completer(ctx.previous)
     seed = derive_seed(ctx.seed, "rlvr")
     tasks = open_tasks(config, tokenizer, completer, WordProblems(), stream, folder=ctx.stage.path, seed=seed)
@@ -186,14 +186,15 @@ def run_rlvr(ctx: StageContext) -> dict[str, Any]:
         config,
         weights=lambda: trainer.decoder.state_dict().items(),
         seed=seed,
+        ranks=trainer.ranks,
     )
     rollouts = tasks.watch(rollouts)
     reference = copy.deepcopy(decoder).requires_grad_(False) if config.kl.coef > 0 else None
-    log = RolloutLog(ctx.stage.rollouts_dir, Keep.parse(config.keep_rollouts))
+    log = RolloutLog(ctx.stage.rollouts_dir, Keep.parse(config.keep_rollouts if trainer.is_main else "none"))
     monitor = MismatchMonitor(
         config.monitor,
         config.acceptance,
-        path=ctx.stage.path / "mismatch.jsonl",
+        path=ctx.stage.path / "mismatch.jsonl" if trainer.is_main else None,
         decode=lambda ids: tokenizer.decode(list(ids)),
     )
     step = RlvrStep(trainer, rollouts, config, reference=reference, log=log, monitor=monitor)

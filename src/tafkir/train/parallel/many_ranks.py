@@ -77,6 +77,11 @@ class ManyRanks:
     def own(self, pieces: Sequence[Item]) -> list[Item]:
         return list(pieces[self._data_rank :: self.sizes.data_shards])
 
+    def gather(self, items: Sequence[Item]) -> list[Item]:
+        parts: list[list[Item] | None] = [None] * self.sizes.data_shards
+        dist.all_gather_object(parts, list(items), group=self._data_group)
+        return [item for part in parts if part is not None for item in part]
+
     def sum(self, value: float) -> float:
         return float(self.sum_tensor(torch.tensor(value, dtype=torch.float64)))
 
