@@ -102,7 +102,7 @@ def _rows(format: PuzzleFormat, tasks: Sequence[TaskForms], max_forms: int, runs
         for number, form in enumerate(_voters(task, max_forms)):
             for test in range(len(task.task.test)):
                 cells = _lay(format, task.task, test, form)
-                row = _Row(index, test, form, task.first_id + number, cells)
+                row = _Row(index, test, form, task.ids[number], cells)
                 yield from ((run, row) for run in range(runs))
 
 

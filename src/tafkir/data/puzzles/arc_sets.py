@@ -16,7 +16,7 @@ from random import Random
 import numpy as np
 
 from tafkir.data.puzzles.arc import ArcPair, ArcTask, read_tasks
-from tafkir.data.puzzles.canvas import Form, TaskForm, arc_format, draw_forms, place
+from tafkir.data.puzzles.canvas import Form, TaskForm, arc_format, draw_forms, kept_turns, parse_form, place
 from tafkir.data.puzzles.format import Cells, PuzzleFormat
 from tafkir.data.puzzles.leakage import clean_tests, known_pairs, shared_tasks, training_pairs
 from tafkir.data.puzzles.parts import PuzzleSet, PuzzleSets, Samples, SampleStream
@@ -24,7 +24,7 @@ from tafkir.errors import DataError
 from tafkir.recipe.puzzles import ArcPuzzles
 from tafkir.recipe.seeds import derive_seed
 
-__all__ = ["BLANK_ID", "ArcSets", "ArcStream", "TaskForms", "build_arc", "number_forms"]
+__all__ = ["BLANK_ID", "ArcSets", "ArcStream", "TaskForms", "build_arc", "known_forms"]
 
 BLANK_ID: TaskForm = "<blank>"
 """What row 0 is called in `identifiers.json`."""
@@ -32,15 +32,15 @@ BLANK_ID: TaskForm = "<blank>"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TaskForms:
-    """A task with its forms, the first of them itself, and the rows of their puzzle vectors.
+    """A task with its forms, and the row of each in the table of puzzle vectors.
 
     `pairs` are what training may see of it. `scored` are the test inputs whose outputs count, see `clean_tests`.
     """
 
     task: ArcTask
     forms: tuple[Form, ...]
-    first_id: int
-    pairs: tuple[ArcPair, ...]
+    ids: tuple[int, ...]
+    pairs: tuple[ArcPair, ...] = ()
     scored: tuple[int, ...] = ()
 
     @property
@@ -93,7 +93,7 @@ def build_arc(config: ArcPuzzles, seed: int) -> ArcSets:
     others, excluded = _apart(config, measured, [task for path in config.train_paths for task in read_tasks(path)])
     rows, columns = config.canvas or _fit([*measured, *others])
     format = arc_format(rows, columns)
-    turns = (range(8) if rows == columns else (0, 2, 4, 5)) if config.dihedral else (0,)
+    turns = kept_turns(rows, columns) if config.dihedral else (0,)
     clean = clean_tests(measured, others)
     tasks: list[TaskForms] = []
     leaked, first_id = 0, 1
@@ -103,7 +103,8 @@ def build_arc(config: ArcPuzzles, seed: int) -> ArcSets:
         own = len(tasks) < len(measured)
         scored = clean[len(tasks)] if own else ()
         leaked += sum(pair.output is not None for pair in task.test) - len(scored) if own else 0
-        tasks.append(TaskForms(task, tuple(forms), first_id, training_pairs(task, measured=own), scored))
+        ids = tuple(range(first_id, first_id + len(forms)))
+        tasks.append(TaskForms(task, tuple(forms), ids, training_pairs(task, measured=own), scored))
         first_id += len(forms)
     held_out = _share_out([task for task in tasks[: len(measured)] if task.scored], config)
     train = _pairs(format, [(task, task.pairs) for task in tasks])
@@ -168,7 +169,7 @@ def _pairs(format: PuzzleFormat, tasks: Iterable[tuple[TaskForms, Sequence[ArcPa
             question, answer = _lay(format, task.task, pair, Form())
             inputs.append(question)
             labels.append(answer)
-            ids.append(task.first_id)
+            ids.append(task.ids[0])
     return PuzzleSet(np.stack(inputs), np.stack(labels), np.array(ids, dtype=np.int64))
 
 
@@ -190,9 +191,16 @@ def _lay(
         raise DataError(error.what, where=task.where, expected=error.expected, fix=error.fix) from error
 
 
-def number_forms(identifiers: Sequence[TaskForm]) -> dict[TaskForm, int]:
-    """The row of each form, from the names of all rows."""
-    return {name: row for row, name in enumerate(identifiers)}
+def known_forms(task: ArcTask, identifiers: Sequence[TaskForm]) -> TaskForms | None:
+    """The forms of a task that have rows, from the names of all rows; None where it has none.
+
+    Raises:
+        DataError: a name names no form.
+    """
+    found = [(row, parse_form(name)[1]) for row, name in enumerate(identifiers) if name.split("|||")[0] == task.id]
+    if not found:
+        return None
+    return TaskForms(task, tuple(form for _, form in found), tuple(row for row, _ in found))
 
 
 class ArcStream:
@@ -217,7 +225,7 @@ class ArcStream:
             question, answer = _lay(self._format, task.task, task.pairs[pair], task.forms[form], move)
             inputs.append(question)
             labels.append(answer)
-            ids.append(task.first_id + form)
+            ids.append(task.ids[form])
         return Samples(np.stack(inputs), np.stack(labels), np.array(ids, dtype=np.int64))
 
     def _shuffle(self, epoch: int) -> list[tuple[int, int, int, bool]]:

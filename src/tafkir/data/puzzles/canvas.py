@@ -18,7 +18,19 @@ from tafkir.data.puzzles.arc import ArcGrid, ArcTask
 from tafkir.data.puzzles.format import Cells, PuzzleFormat
 from tafkir.errors import DataError
 
-__all__ = ["END", "Form", "TaskForm", "arc_format", "crop", "draw_forms", "parse_form", "place", "turn", "turn_back"]
+__all__ = [
+    "END",
+    "Form",
+    "TaskForm",
+    "arc_format",
+    "crop",
+    "draw_forms",
+    "kept_turns",
+    "parse_form",
+    "place",
+    "turn",
+    "turn_back",
+]
 
 END = 1
 """The token of the row below a grid and of the column beside it, where the canvas goes on."""
@@ -83,6 +95,11 @@ def turn(grid: ArcGrid, number: int) -> ArcGrid:
 def turn_back(grid: ArcGrid, number: int) -> ArcGrid:
     """The inverse of `turn`: a quarter turn is undone by three, everything else by itself."""
     return turn(grid, {1: 3, 3: 1}.get(number, number))
+
+
+def kept_turns(rows: int, columns: int) -> tuple[int, ...]:
+    """The turns after which every grid of a canvas still fits it: all of a square, else those that keep rows rows."""
+    return tuple(range(8)) if rows == columns else (0, 2, 4, 5)
 
 
 class Form(NamedTuple):
