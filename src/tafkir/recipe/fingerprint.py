@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from tafkir.recipe.lab import ResidualLabConfig
 from tafkir.recipe.schema import Recipe
+from tafkir.recipe.teacher import CheckpointTeacher
 from tafkir.records import STAGES, StageName
 
 __all__ = ["fingerprint_stages"]
@@ -65,6 +66,11 @@ def fingerprint_stages(recipe: Recipe, base: Path | None) -> dict[StageName, str
                 previous = _hash([previous, recipe.preferences.model_dump(mode="json"), files])
             if isinstance(table, ResidualLabConfig) and Path(table.text).is_file():
                 previous = _hash([previous, _hash_file(Path(table.text))])
+            if kind == "trm" and recipe.trm and (teacher := recipe.trm.teacher):
+                if isinstance(teacher, CheckpointTeacher):
+                    previous = _hash([previous, _hash_folder(teacher.folder())])
+                elif Path(teacher.path).is_file():
+                    previous = _hash([previous, _hash_file(Path(teacher.path))])
             if kind == "trm" and recipe.trm:
                 for path in map(Path, recipe.trm.puzzles.paths):
                     if path.is_file():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from tafkir.recipe.bundled import find_checkpoint
 from tafkir.recipe.tables import Table
+from tafkir.runlog.rundir import RunDir
 
 __all__ = ["AnswersTeacher", "CheckpointTeacher", "Teacher"]
 
@@ -24,6 +27,15 @@ class CheckpointTeacher(Table):
     )
     temperature: float = Field(2.0, gt=0, description="Both distributions are softened by this.")
     keep: Literal["right", "all"] = Field("right", description=_KEEP)
+
+    def folder(self) -> Path:
+        """The checkpoint's folder.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        of_run = RunDir(Path(self.checkpoint)).stage("trm").checkpoint_dir
+        return of_run if of_run.is_dir() else find_checkpoint(self.checkpoint)
 
 
 class AnswersTeacher(Table):

@@ -23,8 +23,8 @@ _HEAD = (
     "Steps or tokens",
 )
 _COLORS = ("c-rlvr", "c-sft", "c-second", "c-third", "c-pretrain")
-_WIDTH, _HEIGHT = 760, 380
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 18, 18, 52
+_WIDTH, _HEIGHT = 600, 310
+_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 18, 18, 48
 _PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 Row = Mapping[str, Any]
@@ -173,7 +173,7 @@ def scatter(rows: Sequence[Row]) -> str:
         title = f"{row['name']}, {row['answered']}: {percent(share['value'])} at {_short(row['flops'])}FLOP"
         parts.append(_dot(at, y(share["value"]), color, 6, title, hollow=hollow))
     return (
-        f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+        f'<svg class="chart" style="max-width: 860px" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
         f'aria-label="Accuracy over FLOPs of a puzzle">{"".join(parts)}</svg>'
     )
 

@@ -26,10 +26,8 @@ from tafkir.data.puzzles.sets import PuzzleSet, PuzzleSets
 from tafkir.errors import CheckpointError, DataError, RecipeError
 from tafkir.models.solving import solve_puzzles
 from tafkir.ops.stable_max import stable_max_log_probs
-from tafkir.recipe.bundled import find_checkpoint
-from tafkir.recipe.teacher import AnswersTeacher
+from tafkir.recipe.teacher import AnswersTeacher, CheckpointTeacher
 from tafkir.recipe.trm import TrmConfig
-from tafkir.runlog.rundir import RunDir
 from tafkir.tasks.answers import extract_text
 from tafkir.tasks.puzzle_sets import read_answer, read_question
 
@@ -77,14 +75,13 @@ class SoftTeacher:
         return stable_max_log_probs(logits) if self._loss == "stable_max" else F.log_softmax(logits, -1)
 
 
-def load_teacher(name: str, format: PuzzleFormat) -> TrmCheckpoint:
-    """The recursive model in a checkpoint folder or a run directory.
+def load_teacher(teacher: CheckpointTeacher, format: PuzzleFormat) -> TrmCheckpoint:
+    """The recursive model that a recipe names.
 
     Raises:
         CheckpointError: it is missing or damaged, or solves other puzzles.
     """
-    of_run = RunDir(Path(name)).stage("trm").checkpoint_dir
-    solver = load_trm(of_run if of_run.is_dir() else find_checkpoint(name))
+    solver = load_trm(teacher.folder())
     if solver.puzzles != format:
         found, wanted = (f"{kind.kind}, {kind.rows} x {kind.columns}" for kind in (solver.puzzles, format))
         raise CheckpointError(

@@ -88,7 +88,7 @@ def _learn_from(config: TrmConfig, puzzles: PuzzleSets) -> tuple[PuzzleSets, Sof
     teacher = config.teacher
     if teacher is None and config.num_labelled is None:
         return puzzles, None, {}
-    solver = load_teacher(teacher.checkpoint, puzzles.format) if isinstance(teacher, CheckpointTeacher) else None
+    solver = load_teacher(teacher, puzzles.format) if isinstance(teacher, CheckpointTeacher) else None
     taught = teach(config, puzzles, solver)
     soft = None
     if isinstance(teacher, CheckpointTeacher) and solver is not None and teacher.weight:
