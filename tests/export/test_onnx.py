@@ -99,7 +99,9 @@ def test_the_folder_says_what_a_host_needs(tmp_path: Path) -> None:
         assert {node.domain for node in graph.graph.node} == {""}, "no operator of one runtime alone"
 
 
-def test_a_graph_that_differs_is_refused(solver: TrmCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_that_differs_is_refused(
+    solver: TrmCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def other(model: Trm, format: str) -> Trm:
         copy = with_format(model, format)  # type: ignore[arg-type]
         with torch.no_grad():

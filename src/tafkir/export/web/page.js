@@ -26,7 +26,10 @@ let tool = "wall";
 const words = () => WORDS[settings.language];
 const eastern = () => settings.arabicDigits ?? settings.language === "ar";
 const show = (text) => glyph(text, eastern());
-const number = (value, digits = 0) => show(value.toLocaleString("en", { maximumFractionDigits: digits }));
+const number = (value) => {
+  const text = show(Math.round(value).toLocaleString("en"));
+  return eastern() ? text.replaceAll(",", "٬") : text;
+};
 const percent = (p) => `${show(Math.round(100 * Math.min(p, p < 1 ? 0.994 : 1)))}${eastern() ? "٪" : "%"}`;
 const element = (tag, className, text) => {
   const node = document.createElement(tag);
@@ -98,7 +101,7 @@ function renderTabs() {
 function renderPlace() {
   const { model } = place, format = model.puzzles;
   $("lead").textContent = words().lead(number(model.parameters));
-  $("facts").textContent = words().facts(number(model.parameters), show(model.weights), number(model.bytes / 1000));
+  $("facts").textContent = words().facts(number(model.parameters), model.weights, number(model.bytes / 1000));
   $("hint").textContent = words().hint[format.kind];
   $("board").className = `board ${format.kind}`;
   $("cells").style.gridTemplateColumns = `repeat(${format.columns}, 1fr)`;
