@@ -42,6 +42,7 @@ TWO_STEPS = {
         "lab.steps=2",
         "lab.rollouts=['nvfp4']",
         "lab.losses=['grpo','icepop','tis']",
+        "lab.skip=[]",
         "lab.seeds=1",
         "lab.warm_start_steps=2",
         "lab.prompts_per_step=2",
@@ -58,6 +59,17 @@ TWO_STEPS = {
     ),
     "eval": ("eval.max_problems=2", "eval.samples=1", "eval.max_tokens=8"),
 }
+SMALL_ARC = (
+    'trm.puzzles.path="mini-arc"',
+    "trm.puzzles.train_paths=[]",
+    "trm.puzzles.canvas=[5,5]",
+    "trm.puzzles.num_copies=1",
+    "trm.puzzles.num_validation=2",
+    "trm.puzzles.num_test=2",
+    "trm.model.hidden_size=64",
+    "trm.model.puzzle_embedding_size=64",
+    "trm.eval_batch_size=8",
+)
 
 
 def run_two_steps(name: str, runs_dir: Path, *overrides: str) -> tuple[Recipe, RunDir]:
@@ -69,6 +81,8 @@ def run_two_steps(name: str, runs_dir: Path, *overrides: str) -> tuple[Recipe, R
         if kind == method or getattr(loaded.recipe, kind, None)
         for text in texts
     ]
+    if loaded.recipe.trm is not None and loaded.recipe.trm.puzzles.kind == "arc":
+        short = [*(text for text in short if "puzzles.num" not in text), *SMALL_ARC]
     loaded = resolve_recipe(load_recipe([name], [*short, "threads=1", *overrides]))
     run = RunDir(runs_dir / name)
     run_recipe(loaded, run, select_stages(loaded.recipe))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from tafkir.recipe.lab import MismatchLabConfig, ResidualLabConfig
 from tafkir.recipe.model import ModelConfig
+from tafkir.recipe.puzzles import ArcPuzzles
 from tafkir.recipe.schema import DpoConfig, Recipe, RewardConfig, TrmConfig
 from tafkir.records import STAGES, StageName
 
@@ -111,18 +112,21 @@ def _estimate_trm(recipe: Recipe, config: TrmConfig) -> StageEstimate:
     cells = config.puzzles.num_cells or _CELLS_OF_ONES_OWN
     shape = config.model.for_puzzles(_SYMBOLS, cells)
     flops = 0.0
-    for step in range(config.steps):
-        recursions, latent_steps = config.depth_at(step)
+    for (recursions, latent_steps), steps in Counter(map(config.depth_at, range(config.steps))).items():
         depth = {"num_recursions": recursions, "num_latent_steps": latent_steps}
-        flops += config.batch_size * shape.model_copy(update=depth).flops_per_supervision_step(train=True)
+        flops += steps * config.batch_size * shape.model_copy(update=depth).flops_per_supervision_step(train=True)
     validations = config.steps // config.validate_every if config.validate_every else 1
-    solved = config.puzzles.num_test + validations * config.puzzles.num_validation
+    voters = config.puzzles.num_voters if isinstance(config.puzzles, ArcPuzzles) else 0
+    solved = config.puzzles.num_test * (1 + voters) + validations * config.puzzles.num_validation
     flops += solved * shape.max_supervision_steps * shape.flops_per_supervision_step()
     # Each block keeps its input, the widened input and its result; the mixer about as much again as its input.
     kept = 2 * shape.intermediate_size(shape.hidden_size) + 6 * shape.hidden_size
     passes = 1 if config.recompute else shape.num_latent_steps + 1
     activations = config.batch_size // config.micro_batches * shape.num_positions * shape.num_hidden_layers * kept
     memory = _PROCESS_BYTES + 4 * (5 * shape.num_parameters() + passes * activations)
+    if isinstance(config.puzzles, ArcPuzzles):
+        # The table of puzzle vectors has no moments and no average, but the best one so far is kept beside it.
+        memory += 4 * 2 * config.puzzles.expected_puzzle_ids * config.model.puzzle_embedding_size
     seconds = flops / _TRM_RATE / max(1, recipe.threads)
     return StageEstimate("trm", config.steps * config.batch_size * cells, flops, seconds, memory)
 

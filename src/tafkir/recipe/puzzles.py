@@ -20,14 +20,14 @@ __all__ = [
     "SudokuPuzzles",
 ]
 
-BUNDLED_TASKS: Mapping[str, str] = {
-    "mini-arc": "mini-arc/tasks.jsonl.gz",
-    "1d-arc": "1d-arc/tasks.jsonl.gz",
-    "concept-arc": "concept-arc/tasks.jsonl.gz",
-    "arc-agi-1/training": "arc-agi-1/training.jsonl.gz",
-    "arc-agi-1/evaluation": "arc-agi-1/evaluation.jsonl.gz",
+BUNDLED_TASKS: Mapping[str, tuple[str, int]] = {
+    "mini-arc": ("mini-arc/tasks.jsonl.gz", 149),
+    "1d-arc": ("1d-arc/tasks.jsonl.gz", 901),
+    "concept-arc": ("concept-arc/tasks.jsonl.gz", 160),
+    "arc-agi-1/training": ("arc-agi-1/training.jsonl.gz", 400),
+    "arc-agi-1/evaluation": ("arc-agi-1/evaluation.jsonl.gz", 400),
 }
-"""ARC-like tasks that ship with the package, by name, below `tafkir/datasets/arc`."""
+"""ARC-like tasks that ship with the package: their file below `tafkir/datasets/arc`, and how many they are."""
 
 _MAX_SIDE = 16
 _KIND = "Sudoku, mazes, grids of one's own without known rules, ARC tasks, or a dataset that the official code built."
@@ -143,6 +143,22 @@ class ArcPuzzles(Table):
     def num_cells(self) -> int | None:
         """Cells of the canvas; None where only the tasks know."""
         return None if self.canvas is None else self.canvas[0] * self.canvas[1]
+
+    @property
+    def num_forms(self) -> int:
+        """Forms of each task, at most: it and its copies."""
+        return 1 + self.num_copies
+
+    @property
+    def num_voters(self) -> int:
+        """Forms of a test input that vote, at most."""
+        return min(self.num_votes or self.num_forms, self.num_forms)
+
+    @property
+    def expected_puzzle_ids(self) -> int:
+        """Rows of the table of puzzle vectors, at most; a set that does not ship is taken to be all measured."""
+        unknown = self.num_validation + self.num_test
+        return 1 + self.num_forms * sum(BUNDLED_TASKS[p][1] if p in BUNDLED_TASKS else unknown for p in self.paths)
 
     @property
     def augment(self) -> bool:

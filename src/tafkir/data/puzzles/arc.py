@@ -70,7 +70,8 @@ def read_tasks(source: str) -> list[ArcTask]:
 
 def _read(source: str) -> Iterable[ArcTask]:
     if source in BUNDLED_TASKS:
-        return _from_lines(files("tafkir") / "datasets" / "arc" / BUNDLED_TASKS[source], BUNDLED_TASKS[source])
+        name, _ = BUNDLED_TASKS[source]
+        return _from_lines(files("tafkir") / "datasets" / "arc" / name, name)
     path = Path(source)
     if path.is_dir():
         found = sorted(path.glob("*.json")) or sorted(path.rglob("*.json"))
