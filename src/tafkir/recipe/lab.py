@@ -119,7 +119,7 @@ class MismatchLabConfig(PolicyTable):
         every = [lab_variant_name(*variant) for variant in self._combinations()]
         for pattern in self.skip:
             if not any(fnmatchcase(name, pattern) for name in every):
-                raise ValueError(f"skip: {pattern!r} is the name of no variant, such as {every[0]!r}")
+                raise ValueError(f"skip: {pattern!r} is the name of no variant, such as {every[0]!r}; leave it out")
         if not self.variants():
             raise ValueError("skip leaves no variant")
         return self
