@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -13,15 +14,16 @@ import torch
 
 from tafkir.checkpoint.load import load_checkpoint, load_config, outline_checkpoint
 from tafkir.data.packing import Document
-from tafkir.data.preference import EncodedPair, PreferencePair
+from tafkir.data.preference import EncodedPair, PairStream, PreferencePair
 from tafkir.models.build import build_decoder
 from tafkir.models.decoder import Decoder
 from tafkir.models.reward import RewardModel, reward_model_from
 from tafkir.recipe.model import ModelConfig
-from tafkir.recipe.rlhf import RewardConfig
+from tafkir.recipe.rlhf import DpoConfig, RewardConfig
 from tafkir.recipe.schema import ParallelConfig, PretrainConfig, SftConfig, TrainTable
 from tafkir.runlog.metrics import read_jsonl
 from tafkir.runlog.rundir import StageDir
+from tafkir.train.dpo import KtoReference, dpo_step, measure_dpo, reference_logprobs
 from tafkir.train.language import language_step, validation_loss
 from tafkir.train.loop import StepOutput, Trainer, fit
 from tafkir.train.mtp import measure_mtp
@@ -84,8 +86,13 @@ def pairs(step: int, count: int = 9) -> list[EncodedPair]:
     return [EncodedPair(pair, ids(12), ids(9), ids(9)) for pair in named]
 
 
-Method = Literal["pretrain", "mtp_distill", "reward"]
-TABLES: dict[Method, type[TrainTable]] = {"pretrain": PretrainConfig, "mtp_distill": SftConfig, "reward": RewardConfig}
+Method = Literal["pretrain", "mtp_distill", "reward", "dpo"]
+TABLES: dict[Method, type[TrainTable]] = {
+    "pretrain": PretrainConfig,
+    "mtp_distill": SftConfig,
+    "reward": RewardConfig,
+    "dpo": DpoConfig,
+}
 
 
 def fresh(method: Method, model: ModelConfig) -> Decoder:
@@ -93,6 +100,22 @@ def fresh(method: Method, model: ModelConfig) -> Decoder:
     if method == "mtp_distill":
         freeze_all_but_mtp(decoder)
     return reward_model_from(decoder, seed=4) if method == "reward" else decoder
+
+
+def prefer(trainer: Trainer, config: DpoConfig) -> Callable[[int], StepOutput]:
+    """Steps on seven pairs; every second metric row also says what they and two others came to."""
+    ranks, made, heldout = trainer.ranks, pairs(5, 7), pairs(6, 2)
+    reference_P2, heldout_P2 = (reference_logprobs(trainer.decoder, each, ranks) for each in (made, heldout))
+    kto = KtoReference(trainer.decoder, made, ranks) if config.loss == "kto" else None
+    one_step = dpo_step(trainer, PairStream(made, batch_pairs=5, seed=1), reference_P2, config, kto)
+
+    def step(number: int) -> StepOutput:
+        done = one_step(number)
+        told = measure_dpo(trainer.decoder, heldout, heldout_P2, config.model_copy(update={"loss": "ipo"}), None, ranks)
+        seen = {f"heldout/{i}": float(value) for i, value in enumerate(torch.cat(told))}
+        return replace(done, metrics={**done.metrics, **seen})
+
+    return step
 
 
 def train_in_float32(folder: Path, parallel: dict[str, int], table: dict[str, Any]) -> dict[str, Any]:
@@ -178,6 +201,8 @@ def train(
     stage = StageDir(folder, "pretrain")
     if isinstance(config, RewardConfig):
         one_step = reward_step(trainer, pairs, config)
+    elif isinstance(config, DpoConfig):
+        one_step = prefer(trainer, config)
     else:
         build = distill_step if method == "mtp_distill" else language_step
         one_step = build(trainer, partial(documents, longest=longest), label="pretrain")

@@ -180,3 +180,23 @@ def test_biases_of_split_attention_stay_those_of_one_process(
     assert len(moved) == (6 if latent else 4) and all(bool(value.any()) for value in moved.values())
     assert_same_rows(found[0]["rows"], wanted["rows"])
     assert_same_weights(found[0]["weights"], wanted["weights"])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "loss"),
+    [
+        ({"data_parallel": 2}, "kto"),
+        pytest.param({"data_parallel": 4}, "sigmoid", marks=pytest.mark.slow),
+        pytest.param({"expert_parallel": 2, "tensor_parallel": 2}, "ipo", marks=pytest.mark.slow),
+    ],
+)
+def test_preferences_are_learned_from_pairs_that_are_shared_out(
+    sizes: dict[str, int], loss: str, tmp_path: Path
+) -> None:
+    """The reference is asked by all ranks together; two held-out pairs leave some of four ranks without one."""
+    table = {"steps": 3, "loss": loss, "beta": 0.5, "micro_batches": 1}
+    wanted = train(tmp_path / "alone", {}, table, method="dpo")
+    found = run_ranks(prod(sizes.values()), train, tmp_path / "many", sizes, table, method="dpo")
+    assert {"dpo/accuracy", "heldout/3"} <= wanted["rows"][0].keys()
+    assert_same_rows(found[0]["rows"], wanted["rows"])
+    assert_same_weights(found[0]["weights"], wanted["weights"])

@@ -16,13 +16,14 @@ from tafkir.recipe.trm import TrmConfig
 __all__ = ["ParallelSizes", "check_parallel", "check_shapes", "resolve_sizes", "world_size"]
 
 # Stages that train in one process, and those of them that sample.
-_ALONE = ("dpo", "rlhf")
+_ALONE = ("rlhf",)
 _SAMPLES = ("rlvr", "rlhf")
 # What the others share out.
 _SHARED_OUT = {
     "pretrain": "batch_problems",
     "sft": "batch_problems",
     "reward": "batch_pairs",
+    "dpo": "batch_pairs",
 }
 
 

@@ -18,7 +18,8 @@ from tafkir.ops.loss import linear_logprobs
 from tafkir.recipe.rlhf import DpoConfig
 from tafkir.train.language import split_evenly
 from tafkir.train.loop import StepOutput, Trainer, add_loads, router_metrics
-from tafkir.train.pairs import AnswerBatch, build_pair_batch
+from tafkir.train.pairs import AnswerBatch, build_pair_batch, score_pairs_in_shares
+from tafkir.train.ranks import OneProcess, Ranks
 
 __all__ = [
     "KtoReference",
@@ -35,8 +36,6 @@ __all__ = [
     "robust_dpo_loss",
     "simpo_loss",
 ]
-
-_SCORE_BATCH = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,11 +142,13 @@ def answer_logprobs(decoder: Decoder, batch: AnswerBatch) -> tuple[Tensor, Decod
     return logprobs_T.new_zeros(batch.lengths_S.numel()).index_add(0, batch.sequence_T, logprobs_T), out
 
 
-@torch.no_grad()
-def reference_logprobs(decoder: Decoder, pairs: Sequence[EncodedPair]) -> Tensor:
-    """Log-probabilities (P, 2) of the chosen and rejected side of each pair, once and for all."""
-    parts = [pairs[start : start + _SCORE_BATCH] for start in range(0, len(pairs), _SCORE_BATCH)]
-    return torch.cat([answer_logprobs(decoder, build_pair_batch(part))[0] for part in parts]).view(-1, 2)
+def reference_logprobs(decoder: Decoder, pairs: Sequence[EncodedPair], ranks: Ranks | None = None) -> Tensor:
+    """Log-probabilities (P, 2) of the chosen and rejected side of each pair, without a gradient.
+
+    Args:
+        ranks: processes that hold the decoder together; they share the pairs out, and each gets all.
+    """
+    return score_pairs_in_shares(pairs, lambda batch: answer_logprobs(decoder, batch)[0], ranks or OneProcess())
 
 
 class KtoReference:
@@ -159,19 +160,21 @@ class KtoReference:
     Args:
         reference: the decoder as it is before the first step.
         pairs: all that steps draw from.
+        ranks: see `reference_logprobs`.
     """
 
-    def __init__(self, reference: Decoder, pairs: Sequence[EncodedPair]) -> None:
+    def __init__(self, reference: Decoder, pairs: Sequence[EncodedPair], ranks: Ranks | None = None) -> None:
+        self.ranks = ranks
         others = [*pairs[1:], *pairs[:1]]
         self.mismatched = [
             replace(pair, chosen_ids=other.chosen_ids, rejected_ids=other.rejected_ids)
             for pair, other in zip(pairs, others, strict=True)
         ]
-        self.reference_P2 = reference_logprobs(reference, self.mismatched)
+        self.reference_P2 = reference_logprobs(reference, self.mismatched, ranks)
 
     def divergence(self, decoder: Decoder, indices: Sequence[int]) -> Tensor:
         """z over the pairs at `indices`, a scalar."""
-        own_P2 = reference_logprobs(decoder, [self.mismatched[i] for i in indices])
+        own_P2 = reference_logprobs(decoder, [self.mismatched[i] for i in indices], self.ranks)
         return (own_P2 - self.reference_P2[list(indices)]).mean().clamp(min=0)
 
 
@@ -189,26 +192,29 @@ def dpo_step(
         kto: of `stream.pairs`, where the loss is KTO's.
     """
 
+    ranks = trainer.ranks
+
     def step(step: int) -> StepOutput:
         indices = stream.indices_at(step)
         divergence = kto.divergence(trainer.decoder, indices) if kto is not None else None
         total, tokens = 0.0, 0
         loads: list[Tensor] = []
-        margins: list[Tensor] = []
-        chosen: list[Tensor] = []
-        for part in split_evenly(indices, config.micro_batches):
-            batch = build_pair_batch([stream.pairs[i] for i in part])
+        # Of each pair, the margin h and the log-ratio of the chosen side.
+        seen_P2 = torch.zeros(len(indices), 2)
+        for part in ranks.own(split_evenly(range(len(indices)), config.micro_batches * ranks.sizes.data_shards)):
+            own = [indices[i] for i in part]
+            batch = build_pair_batch([stream.pairs[i] for i in own])
             logprobs_S, out = answer_logprobs(trainer.decoder, batch)
-            pairs = _pair_logprobs(logprobs_S, reference_P2[list(part)], batch.lengths_S)
+            pairs = _pair_logprobs(logprobs_S, reference_P2[own], batch.lengths_S)
             loss = preference_loss(pairs, config, divergence).sum() / len(indices)
             loss.backward()
             total += loss.item()
             tokens += batch.input_ids_N.numel()
             loads = add_loads(loads, out.expert_load)
-            margins.append(pairs.margins().detach())
-            chosen.append((pairs.chosen_P - pairs.ref_chosen_P).detach())
+            seen_P2[list(part)] = torch.stack([pairs.margins(), pairs.chosen_P - pairs.ref_chosen_P], 1).detach()
+        total, loads, tokens = ranks.sum(total), ranks.sum_loads(loads), int(ranks.sum(tokens))
         norm = trainer.update(loads, where=f"dpo step {step + 1}")
-        margins_P = torch.cat(margins)
+        margins_P, chosen_P = ranks.sum_tensor(seen_P2).unbind(1)
         accuracy = float((margins_P > 0).float().mean())
         return StepOutput(
             metrics={
@@ -218,7 +224,7 @@ def dpo_step(
                 "dpo/accuracy": accuracy,
                 "dpo/margin": config.beta * float(margins_P.mean()),
                 # Below zero, the preferred answers themselves become less likely: DPO's known failure.
-                "dpo/chosen_reward": config.beta * float(torch.cat(chosen).mean()),
+                "dpo/chosen_reward": config.beta * float(chosen_P.mean()),
                 **({} if divergence is None else {"dpo/divergence": float(divergence)}),
                 **router_metrics(loads),
             },
@@ -236,17 +242,14 @@ def measure_dpo(
     reference_P2: Tensor,
     config: DpoConfig,
     kto: KtoReference | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loss and the margin h of each pair, (P,) both, without training on them."""
-    losses, margins = [], []
     divergence = kto.divergence(decoder, range(len(pairs))) if kto is not None else None
-    for start in range(0, len(pairs), _SCORE_BATCH):
-        batch = build_pair_batch(pairs[start : start + _SCORE_BATCH])
-        logprobs_S, _ = answer_logprobs(decoder, batch)
-        part = _pair_logprobs(logprobs_S, reference_P2[start : start + _SCORE_BATCH], batch.lengths_S)
-        losses.append(preference_loss(part, config, divergence))
-        margins.append(part.margins())
-    return torch.cat(losses), torch.cat(margins)
+    logprobs_S = reference_logprobs(decoder, pairs, ranks).view(-1)
+    lengths_S = torch.tensor([len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)])
+    seen = _pair_logprobs(logprobs_S, reference_P2, lengths_S)
+    return preference_loss(seen, config, divergence), seen.margins()
 
 
 def _pair_logprobs(logprobs_S: Tensor, reference_P2: Tensor, lengths_S: Tensor) -> PairLogprobs:

@@ -22,6 +22,7 @@ from tafkir.errors import DataError, RecipeError
 from tafkir.intervals import accuracy
 from tafkir.models.decoder import Decoder
 from tafkir.models.reward import reward_model_from
+from tafkir.recipe.parallel import world_size
 from tafkir.recipe.rlhf import RlhfConfig
 from tafkir.recipe.seeds import derive_seed
 from tafkir.recipe.stage import StageContext
@@ -84,19 +85,24 @@ def run_dpo(ctx: StageContext) -> dict[str, Any]:
     """Learn from the preference pairs directly; the reference is the policy that the stage starts from."""
     config = ctx.recipe.dpo
     assert config is not None
-    decoder, tokenizer = open_policy(ctx)
+    decoder, tokenizer = open_policy(ctx, shared=world_size() > 1)
     pairs = _load(ctx, tokenizer)
+    source = ctx.previous if decoder.embed_tokens.weight.is_meta else None
+    ranks = open_ranks(ctx.recipe.parallel, ctx.recipe.model)
+    trainer = Trainer(decoder, config, ranks, source)
     # Once, before the first step changes the weights: no second model is kept.
-    reference_P2 = reference_logprobs(decoder, pairs.train)
-    heldout_reference_P2 = reference_logprobs(decoder, pairs.heldout) if pairs.heldout else torch.zeros(0, 2)
+    reference_P2 = reference_logprobs(decoder, pairs.train, ranks)
+    heldout_reference_P2 = reference_logprobs(decoder, pairs.heldout, ranks)
     is_kto = config.loss == "kto"
-    kto = KtoReference(decoder, pairs.train) if is_kto else None
-    heldout_kto = KtoReference(decoder, pairs.heldout) if is_kto and pairs.heldout else None
-    trainer = Trainer(decoder, config, open_ranks(ctx.recipe.parallel, ctx.recipe.model))
+    kto = KtoReference(decoder, pairs.train, ranks) if is_kto else None
+    heldout_kto = KtoReference(decoder, pairs.heldout, ranks) if is_kto and pairs.heldout else None
     stream = PairStream(pairs.train, batch_pairs=config.batch_pairs, seed=derive_seed(ctx.seed, "dpo"))
 
+    def measured() -> tuple[torch.Tensor, torch.Tensor]:
+        return measure_dpo(decoder, pairs.heldout, heldout_reference_P2, config, heldout_kto, ranks)
+
     def validate() -> Mapping[str, Metric]:
-        losses_P, margins_P = measure_dpo(decoder, pairs.heldout, heldout_reference_P2, config, heldout_kto)
+        losses_P, margins_P = measured()
         return {
             "validation/loss": float(losses_P.mean()),
             "validation/accuracy": float((margins_P > 0).float().mean()),
@@ -113,7 +119,7 @@ def run_dpo(ctx: StageContext) -> dict[str, Any]:
     finished = finish_policy(ctx, config, trainer, tokenizer, result) | {"loss": config.loss, "pairs": pairs.counts()}
     if pairs.heldout:
         with as_written(trainer, config):
-            losses_P, margins_P = measure_dpo(decoder, pairs.heldout, heldout_reference_P2, config, heldout_kto)
+            losses_P, margins_P = measured()
         right = accuracy([margin > 0 for margin in margins_P.tolist()])
         finished["heldout"] = {"accuracy": right.to_dict(), "loss": float(losses_P.mean())}
     return finished
