@@ -56,7 +56,7 @@ def test_compressed_tensors_bit_for_bit(case: dict[str, Any], kernels: str) -> N
     values, theirs = tensor(case["values"]), case["compressed-tensors"]
     assert_same(quantize_nvfp4_inverse(values), theirs["nvfp4"], "nvfp4")
     if not (values.dtype == torch.float16 and case["name"] == "zeros in it"):
-        # 2^-127, the scale of a block of zeros, is 0 in float16, and becomes 1 there; the values are zeros all the same.
+        # 2^-127, the scale of a block of zeros, is 0 in float16, and becomes 1 there; the values are the same.
         assert_same(quantize_mxfp4(values), theirs["mxfp4"], "mxfp4")
         assert_same(quantize_mxfp8(values), theirs["mxfp8"], "mxfp8")
     assert_same(quantize_fp8(values, "row", "compressed-tensors"), theirs["fp8 row"], "fp8 row")

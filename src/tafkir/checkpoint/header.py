@@ -17,11 +17,15 @@ from tafkir.errors import CheckpointError
 __all__ = ["STORED_DTYPES", "StoredTensor", "layout", "read_header"]
 
 STORED_DTYPES: Mapping[str, torch.dtype] = {
+    "U8": torch.uint8,
+    "I8": torch.int8,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E8M0": torch.float8_e8m0fnu,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "I32": torch.int32,
     "F32": torch.float32,
+    "I64": torch.int64,
 }
 """The dtypes that are read, by their names in the header; in the order in which safetensors sorts them, last first."""
 

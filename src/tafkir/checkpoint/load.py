@@ -15,6 +15,7 @@ import torch
 from pydantic import ValidationError
 
 from tafkir.checkpoint.manifest import MANIFEST_NAME, Manifest
+from tafkir.checkpoint.quantized import packed_method
 from tafkir.checkpoint.read import WeightFiles, fp8_block_size, open_weights, read_json
 from tafkir.errors import CheckpointError
 from tafkir.models.decoder import Decoder
@@ -97,7 +98,8 @@ def load_config(name: Path | str) -> ModelConfig:
 def load_checkpoint(name: Path | str, *, dtype: torch.dtype = torch.float32, verify_hashes: bool = True) -> Checkpoint:
     """Build the decoder and fill it, one tensor at a time, straight from the files into place.
 
-    FP8 blocks (`quantization_config` of DeepSeek-V3 and its kin) are dequantized on the way. Besides the decoder,
+    FP8 blocks (`quantization_config` of DeepSeek-V3 and its kin) and what ModelOpt, compressed-tensors or `tafkir
+    quantize` wrote are dequantized on the way. Besides the decoder,
     loading takes the memory of one chunk, or of one tensor where the layouts differ.
 
     Args:
@@ -182,7 +184,10 @@ def _load(
 def _opened(path: Path, hf_config: Mapping[str, Any], verify_hashes: bool) -> Iterator[tuple[ModelConfig, WeightFiles]]:
     where = str(path / "config.json")
     config, block_size, manifest = _read_config(hf_config, where), fp8_block_size(hf_config, where), read_manifest(path)
-    with open_weights(path, block_size=block_size, manifest=manifest, verify_hashes=verify_hashes) as files:
+    packed = packed_method(hf_config, path)
+    with open_weights(
+        path, block_size=block_size, packed=packed, manifest=manifest, verify_hashes=verify_hashes
+    ) as files:
         yield config, files
 
 

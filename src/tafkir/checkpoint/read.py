@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from tafkir.checkpoint.finite import all_finite, bits_finite
 from tafkir.checkpoint.header import STORED_DTYPES, StoredTensor, read_header
 from tafkir.checkpoint.manifest import DTYPE_NAMES, MANIFEST_NAME, Manifest
+from tafkir.checkpoint.quantized import AUXILIARY_SUFFIXES, EncodedWeight, decode_weight, find_encoded
 from tafkir.errors import CheckpointError
 from tafkir.ops.fp8 import dequantize_fp8_blocks, fp8_scale_shape
 
@@ -54,10 +55,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def fp8_block_size(hf_config: Mapping[str, Any], where: str) -> tuple[int, int] | None:
-    """Rows and columns of the FP8 blocks that a config.json speaks of; None where it quantizes nothing.
+    """Rows and columns of the FP8 blocks that a config.json speaks of; None where it quantizes nothing, or packs codes
+    as ModelOpt or compressed-tensors do.
 
     Raises:
-        CheckpointError: `quantization_config` asks for another format than E4M3 in blocks.
+        CheckpointError: `quantization_config` asks for another format than these.
     """
     quantization = hf_config.get("quantization_config")
     if quantization is None:
@@ -65,6 +67,8 @@ def fp8_block_size(hf_config: Mapping[str, Any], where: str) -> tuple[int, int] 
     where = f"{where}: quantization_config"
     if not isinstance(quantization, dict):
         raise CheckpointError("not a JSON object", where=where)
+    if quantization.get("quant_method") in ("modelopt", "compressed-tensors"):
+        return None
     for key, allowed in (
         ("quant_method", ("fp8",)),
         ("fmt", ("e4m3", None)),
@@ -86,6 +90,7 @@ def open_weights(
     path: Path,
     *,
     block_size: tuple[int, int] | None = None,
+    packed: str | None = None,
     manifest: Manifest | None = None,
     verify_hashes: bool = True,
 ) -> Iterator[WeightFiles]:
@@ -94,6 +99,8 @@ def open_weights(
     Args:
         path: holds model.safetensors, or model.safetensors.index.json and the shards that it names.
         block_size: of FP8 tensors (`fp8_block_size`); None where there must be none.
+        packed: what `quantized.packed_method` says of the config: codes and scales are read as the weights they are
+            worth; None where there must be none.
         manifest: what each tensor must be.
         verify_hashes: compare each tensor's bytes with the manifest's hash; else its dtype and shape alone.
 
@@ -111,8 +118,16 @@ def open_weights(
             weight_map = _read_weight_map(path)
             descriptors = {path / name: _open(path / name, stack) for name in sorted(set(weight_map.values()))}
             tensors = _merge_shards(descriptors, weight_map, listing)
-        _check_pairs(tensors, block_size, listing)
-        yield WeightFiles(listing, tensors, descriptors, block_size, manifest, verify_hashes)
+        encoded = find_encoded(tensors) if packed else {}
+        if packed and not encoded:
+            raise CheckpointError(
+                f"{packed} is said to have quantized the weights, but none is",
+                where=str(listing),
+                fix="take the quantized weights, or remove quantization_config if these were dequantized",
+            )
+        parts = {part for weight in encoded.values() for part in weight.parts}
+        _check_pairs({n: t for n, t in tensors.items() if n not in parts} if parts else tensors, block_size, listing)
+        yield WeightFiles(listing, tensors, descriptors, block_size, manifest, verify_hashes, encoded)
 
 
 def _open(file: Path, stack: ExitStack) -> int:
@@ -232,14 +247,55 @@ class WeightFiles:
     block_size: tuple[int, int] | None
     manifest: Manifest | None
     verify_hashes: bool
+    encoded: Mapping[str, EncodedWeight] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
-        """The weights; a scale is part of its weight."""
-        return [name for name in self.tensors if not name.endswith(SCALE_SUFFIX)]
+        """The weights; scales, and whatever else belongs to a weight, are part of it."""
+        if not self.encoded:
+            return [name for name in self.tensors if not name.endswith(SCALE_SUFFIX)]
+        parts = {part for weight in self.encoded.values() for part in weight.parts}
+        plain = [n for n in self.tensors if n not in parts and not n.endswith((SCALE_SUFFIX, *AUXILIARY_SUFFIXES))]
+        return [*plain, *self.encoded]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a weight, whatever it is stored as."""
+        return self.encoded[name].shape if name in self.encoded else self.tensors[name].shape
+
+    def read_stored(self, name: str) -> Tensor:
+        """A new tensor as it lies there, codes and scales included; only its hash is checked.
+
+        Args:
+            name: one of `tensors`.
+        """
+        stored = self.tensors[name]
+        if stored.dtype not in STORED_DTYPES:
+            raise CheckpointError(f"dtype is {stored.dtype}", where=f"{stored.file}: {name}", expected="a known one")
+        place = torch.empty(stored.shape, dtype=STORED_DTYPES[stored.dtype])
+        with self._stream(name) as read:
+            read(_content(place.view(-1)))
+        return place
+
+    def _decode(self, name: str, place: Tensor) -> None:
+        weight = self.encoded[name]
+        if tuple(place.shape) != weight.shape:
+            where = f"{self.tensors[weight.codes].file}: {name}"
+            raise CheckpointError(
+                f"shape is {list(weight.shape)}", where=where, expected=f"{list(place.shape)} by config.json"
+            )
+        if place.is_contiguous():
+            decode_weight(weight, self.read_stored, out=place)
+        else:
+            place.copy_(decode_weight(weight, self.read_stored, dtype=place.dtype))
+        if not all_finite(place):
+            raise self._not_finite(weight.codes, True, place.dtype)
 
     def read(self, name: str) -> Tensor:
-        """A new tensor in the stored dtype; FP8 becomes float32. Errors as in `read_into`."""
+        """A new tensor in the stored dtype; codes and FP8 become float32. Errors as in `read_into`."""
+        if name in self.encoded:
+            place = torch.empty(self.encoded[name].shape)
+            self._decode(name, place)
+            return place
         dtype = self._dtype(name)
         place = torch.empty(self.tensors[name].shape, dtype=torch.float32 if dtype.itemsize == 1 else dtype)
         self.read_into(name, place)
@@ -256,6 +312,9 @@ class WeightFiles:
             CheckpointError: the shape is another, the file ends early, the values are not finite (before or after
                 the cast), or the tensor is not what the manifest says; the message names file and tensor.
         """
+        if name in self.encoded:
+            self._decode(name, place)
+            return
         dtype = self._dtype(name)
         self._check_shape(name, tuple(place.shape))
         if dtype == torch.float8_e4m3fn:
@@ -281,6 +340,12 @@ class WeightFiles:
         Raises:
             CheckpointError: as in `read_into`.
         """
+        if name in self.encoded:
+            whole = torch.empty(shape)
+            self._decode(name, whole)
+            part = whole[rows.start : rows.stop]
+            place.copy_(part if part.dim() < 2 else part[:, columns.start : columns.stop])
+            return
         stored, dtype = self.tensors[name], self._dtype(name)
         self._check_shape(name, shape)
         self._check_entry(name)
@@ -313,7 +378,8 @@ class WeightFiles:
 
     def _dtype(self, name: str) -> torch.dtype:
         stored = self.tensors[name]
-        if stored.dtype not in STORED_DTYPES or (stored.dtype == "F8_E8M0" and not name.endswith(SCALE_SUFFIX)):
+        known = stored.dtype in ("F32", "BF16", "F16", "F8_E4M3")
+        if not known and not (stored.dtype == "F8_E8M0" and name.endswith(SCALE_SUFFIX)):
             raise CheckpointError(
                 f"dtype is {stored.dtype}",
                 where=f"{stored.file}: {name}",

@@ -21,7 +21,15 @@ from tafkir.models.decoder import Decoder
 from tafkir.models.hf import classification_keys, config_to_hf, write_hf_tensors
 from tafkir.models.reward import RewardModel
 
-__all__ = ["MAX_SHARD_BYTES", "TOKENIZER_FILES", "SavesTokenizer", "save_checkpoint", "write_folder"]
+__all__ = [
+    "MAX_SHARD_BYTES",
+    "TOKENIZER_FILES",
+    "SavesTokenizer",
+    "publish_folder",
+    "save_checkpoint",
+    "write_error",
+    "write_folder",
+]
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -124,12 +132,17 @@ def write_folder(path: Path) -> Iterator[Path]:
         staging.mkdir()
         try:
             yield staging
-            _sync(staging)
-            _replace(staging, path)
+            publish_folder(staging, path)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
-        raise _write_error(path, error) from error
+        raise write_error(path, error) from error
+
+
+def publish_folder(staging: Path, path: Path) -> None:
+    """Give a finished folder its name, in place of an older one; what was written is on the disk by then."""
+    _sync(staging)
+    _replace(staging, path)
 
 
 def _write_tokenizer(
@@ -180,7 +193,8 @@ def _replace(staging: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_error(path: Path, error: Exception) -> CheckpointError:
+def write_error(path: Path, error: Exception) -> CheckpointError:
+    """What a user is told when a folder cannot be written."""
     code = getattr(error, "errno", None)
     full = code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
     if full:

@@ -10,7 +10,21 @@ from typing import Annotated
 import typer
 
 import tafkir
-from tafkir.cli import card, doctor, evaluate, merge, model, recipes, report, rollout_view, run, serve, solve, trm
+from tafkir.cli import (
+    card,
+    doctor,
+    evaluate,
+    merge,
+    model,
+    quantize,
+    recipes,
+    report,
+    rollout_view,
+    run,
+    serve,
+    solve,
+    trm,
+)
 from tafkir.errors import TafkirError
 
 __all__ = ["app", "main"]
@@ -45,6 +59,7 @@ app.command("compare")(evaluate.compare)
 app.command("card")(card.card)
 app.command("report")(report.report)
 app.command("merge")(merge.merge)
+app.command("quantize")(quantize.quantize)
 app.command("solve")(solve.solve)
 app.add_typer(trm.app, name="trm")
 app.command("rollouts")(rollout_view.rollouts)

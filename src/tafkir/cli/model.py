@@ -131,7 +131,8 @@ def _config_of_checkpoint(name: str) -> ModelConfig:
         raise CheckpointError("not valid JSON", where=str(path), fix="take the file anew") from error
     if not isinstance(keys, dict):
         raise CheckpointError("not a JSON object", where=str(path), fix="take the file anew")
-    return config_from_hf(keys, str(path))
+    # How the weights are stored is not the model's shape.
+    return config_from_hf({key: value for key, value in keys.items() if key != "quantization_config"}, str(path))
 
 
 def _known_models() -> dict[str, tuple[str, str, ModelConfig]]:

@@ -72,14 +72,17 @@ def dequantize_int4(packed: Tensor, scale: Tensor, *, dtype: torch.dtype = torch
 def pack_int4(codes: Tensor) -> Tensor:
     """Codes from -8 to 7, int8 [..., K], as code + 8 in four bits, the first in the lowest: int32 [..., K / 8]."""
     words = (codes.int() + 8).unflatten(-1, (-1, _PER_WORD))
-    shifts = 4 * torch.arange(_PER_WORD, dtype=torch.int32, device=codes.device)
-    return (words << shifts).sum(-1, dtype=torch.int32)
+    return torch.bitwise_left_shift(words, _shifts(codes)).sum(-1, dtype=torch.int32)
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
     """The codes of `pack_int4`, int8 [..., K]."""
-    shifts = 4 * torch.arange(_PER_WORD, dtype=torch.int32, device=packed.device)
-    return (((packed.unsqueeze(-1) >> shifts) & 0xF) - 8).flatten(-2).to(torch.int8)
+    nibbles = torch.bitwise_right_shift(packed.unsqueeze(-1), _shifts(packed)).bitwise_and_(0xF)
+    return (nibbles - 8).flatten(-2).to(torch.int8)
+
+
+def _shifts(like: Tensor) -> Tensor:
+    return torch.arange(0, 4 * _PER_WORD, 4, dtype=torch.int32, device=like.device)
 
 
 def _quantize(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:

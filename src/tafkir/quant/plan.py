@@ -1,0 +1,158 @@
+"""What quantizing a checkpoint will do, before any of it is done: every tensor, the files it goes to, their sizes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tafkir.checkpoint.header import STORED_DTYPES
+from tafkir.checkpoint.read import SINGLE_FILE, WeightFiles
+from tafkir.errors import CheckpointError
+from tafkir.quant.formats import Piece, pieces_of
+from tafkir.quant.policy import Decision, decide, sibling_group
+from tafkir.recipe.quantize import QuantizeConfig
+
+__all__ = ["Job", "QuantizePlan", "plan_quantization"]
+
+_SMALL = {"F32", "BF16", "F16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Weights that are read and written together, because they share a global scale or are one alone.
+
+    Attributes:
+        decisions: what becomes of each.
+        pieces: the tensors that each becomes.
+        file: where they are written.
+        source_bytes: what is read.
+    """
+
+    decisions: tuple[Decision, ...]
+    pieces: tuple[tuple[Piece, ...], ...]
+    file: str
+    source_bytes: int
+
+    @property
+    def memory_bytes(self) -> int:
+        """About what it holds at once: the weights as BF16 or wider, and what they become."""
+        if self.decisions[0].format == "keep":
+            return min(sum(p.num_bytes for pieces in self.pieces for p in pieces), 1 << 24)
+        return sum(d.numel for d in self.decisions) * 4 + max(sum(p.num_bytes for p in ps) for ps in self.pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizePlan:
+    """Every tensor of a checkpoint, in the order of writing.
+
+    Attributes:
+        decisions: what becomes of each tensor.
+        jobs: the work.
+        shards: the files, and the tensors in each.
+        dtypes: in which dtype each weight is computed, by header name.
+    """
+
+    decisions: list[Decision]
+    jobs: list[Job]
+    shards: dict[str, list[Piece]]
+    dtypes: dict[str, str]
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(job.source_bytes for job in self.jobs)
+
+    @property
+    def output_bytes(self) -> int:
+        return sum(piece.num_bytes for pieces in self.shards.values() for piece in pieces)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The table: for each component and format the number of tensors, parameters, and bytes before and after."""
+        rows: dict[tuple[str, str, str], Counter[str]] = {}
+        for job in self.jobs:
+            for decision, pieces in zip(job.decisions, job.pieces, strict=True):
+                row = rows.setdefault((decision.component, decision.format, decision.reason), Counter())
+                row["tensors"] += 1
+                row["parameters"] += decision.numel
+                row["source_bytes"] += job.source_bytes * decision.numel // max(1, sum(d.numel for d in job.decisions))
+                row["output_bytes"] += sum(piece.num_bytes for piece in pieces)
+        return [
+            {"component": part, "format": format, **counts, "reason": reason}
+            for (part, format, reason), counts in sorted(rows.items())
+        ]
+
+
+def plan_quantization(
+    files: WeightFiles, hf_config: Mapping[str, Any], config: QuantizeConfig, max_shard_bytes: int
+) -> QuantizePlan:
+    """Decide on every tensor of an open checkpoint, and lay out the files; nothing is read but headers.
+
+    Raises:
+        CheckpointError: no rule names a tensor, nothing would be quantized, or config.json has no num_hidden_layers.
+        RecipeError: a rule matches nothing, or a tensor cannot have the format that is asked for.
+    """
+    text_config = hf_config.get("text_config") or hf_config
+    layers = text_config.get("num_hidden_layers")
+    if not isinstance(layers, int):
+        raise CheckpointError("num_hidden_layers is missing", where=str(files.listing.parent / "config.json"))
+    shapes = {name: files.shape(name) for name in files.names}
+    decisions = decide(shapes, config, layers)
+    if all(decision.format == "keep" for decision in decisions):
+        raise CheckpointError(
+            f"the preset {config.preset!r} quantizes nothing of this checkpoint",
+            where=str(files.listing.parent),
+            fix="choose another preset: all-linear quantizes every matrix of the layers",
+        )
+    dtypes = {decision.name: _dtype_of(files, decision.name) for decision in decisions}
+    groups: dict[str, list[Decision]] = {}
+    for decision in decisions:
+        alone = decision.format == "keep" or not decision.name.endswith(".weight")
+        groups.setdefault(decision.name if alone else f"group {sibling_group(decision.name)}", []).append(decision)
+    return _lay_out(files, groups, decisions, dtypes, config, max_shard_bytes)
+
+
+def _lay_out(
+    files: WeightFiles,
+    groups: Mapping[str, list[Decision]],
+    decisions: list[Decision],
+    dtypes: dict[str, str],
+    config: QuantizeConfig,
+    max_shard_bytes: int,
+) -> QuantizePlan:
+    shards: list[list[Piece]] = [[]]
+    placed: list[tuple[list[Decision], list[tuple[Piece, ...]], int]] = []
+    filled = 0
+    for members in groups.values():
+        pieces = [tuple(pieces_of(d.name, d.shape, d.format, config.layout, dtypes[d.name])) for d in members]
+        size = sum(piece.num_bytes for parts in pieces for piece in parts)
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1] += [piece for parts in pieces for piece in parts]
+        filled += size
+        placed.append((members, pieces, len(shards) - 1))
+    total = len(shards)
+    names = [SINGLE_FILE] if total == 1 else [f"model-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]
+    jobs = [
+        Job(tuple(members), tuple(pieces), names[shard], sum(_stored_bytes(files, d.name) for d in members))
+        for members, pieces, shard in placed
+    ]
+    return QuantizePlan(decisions, jobs, dict(zip(names, shards, strict=True)), dtypes)
+
+
+def _dtype_of(files: WeightFiles, name: str) -> str:
+    """In which dtype a weight is computed: its own, and BF16 where it is FP8 or codes."""
+    stored = files.tensors.get(name)
+    if name in files.encoded or stored is None or stored.dtype == "F8_E4M3":
+        return "BF16"
+    if stored.dtype not in _SMALL or stored.dtype not in STORED_DTYPES:
+        where: Path = stored.file
+        raise CheckpointError(f"dtype is {stored.dtype}", where=f"{where}: {name}", expected="F32, BF16, F16 or FP8")
+    return stored.dtype
+
+
+def _stored_bytes(files: WeightFiles, name: str) -> int:
+    parts = files.encoded[name].parts if name in files.encoded else (name, f"{name}_scale_inv")
+    return sum(files.tensors[part].num_bytes for part in parts if part in files.tensors)

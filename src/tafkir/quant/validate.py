@@ -1,0 +1,108 @@
+"""Checks a quantized checkpoint before anyone is told that it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tafkir.checkpoint.quantized import packed_method
+from tafkir.checkpoint.read import WeightFiles, open_weights, read_json
+from tafkir.errors import CheckpointError
+from tafkir.quant.layouts import excluded_modules
+from tafkir.quant.policy import Decision, sibling_group
+from tafkir.recipe.quantize import QuantizeConfig
+
+__all__ = ["check_scales", "validate_checkpoint"]
+
+_AGAIN = "quantize the checkpoint again"
+
+
+def validate_checkpoint(path: Path, decisions: Sequence[Decision], config: QuantizeConfig) -> None:
+    """Open what was written as a reader would, and check it against what was to be written.
+
+    Raises:
+        CheckpointError: a weight is missing or left over, a scale is missing, zero or not finite, siblings have
+            global scales of their own, a kept module is not listed, or the two config files disagree.
+    """
+    hf_config = read_json(path / "config.json")
+    with open_weights(path, packed=packed_method(hf_config, path)) as files:
+        expected = {decision.name for decision in decisions}
+        found = set(files.names)
+        if expected != found:
+            name = sorted(expected ^ found)[0]
+            raise CheckpointError(
+                "the weight is missing" if name in expected else "nobody asked for this weight",
+                where=f"{path}: {name}",
+                fix=_AGAIN,
+            )
+        for decision in decisions:
+            if (decision.format != "keep") != (decision.name in files.encoded):
+                raise CheckpointError(f"was to be {decision.format}", where=f"{path}: {decision.name}", fix=_AGAIN)
+            if files.shape(decision.name) != decision.shape:
+                raise CheckpointError(
+                    f"shape is {list(files.shape(decision.name))}",
+                    where=f"{path}: {decision.name}",
+                    expected=str(list(decision.shape)),
+                )
+        inputs = {d.name for d in decisions if d.format == "nvfp4"}
+        check_scales(files, path, inputs)
+    _check_configs(path, hf_config, decisions, config)
+
+
+def check_scales(files: WeightFiles, path: Path, inputs: set[str]) -> None:
+    """Every scale is finite and above zero; what engines read as one matrix shares its global scales.
+
+    Args:
+        files: open.
+        path: for messages.
+        inputs: weights that need a scale for their inputs, too.
+
+    Raises:
+        CheckpointError: a scale is none.
+    """
+    shared: dict[str, tuple[str, float, float]] = {}
+    for name, weight in files.encoded.items():
+        for part in filter(None, (weight.scale, weight.global_scale)):
+            # E8M0 has no zero; its scales are powers of two.
+            scale = files.read_stored(part)
+            good = scale != 255 if scale.dtype == torch.uint8 else (scale.float() > 0) & scale.float().isfinite()
+            if not bool(good.all()):
+                raise CheckpointError("a scale is zero or not finite", where=f"{path}: {part}", fix=_AGAIN)
+        if weight.global_scale is None:
+            continue
+        stem = name.removesuffix("weight")
+        part = next(
+            (f"{stem}{kind}" for kind in ("input_scale", "input_global_scale") if f"{stem}{kind}" in files.tensors), ""
+        )
+        if name in inputs and not part:
+            raise CheckpointError("the scale of its inputs is missing", where=f"{path}: {name}", fix=_AGAIN)
+        own = float(files.read_stored(part)) if part else 1.0
+        if not 0 < own < float("inf"):
+            raise CheckpointError("a scale is zero or not finite", where=f"{path}: {part}", fix=_AGAIN)
+        key = (name, float(files.read_stored(weight.global_scale)), own)
+        first = shared.setdefault(sibling_group(name), key)
+        if first[1:] != key[1:]:
+            raise CheckpointError(
+                f"{first[0]} and this have global scales of their own, and engines take one for both",
+                where=f"{path}: {name}",
+                fix=_AGAIN,
+            )
+
+
+def _check_configs(
+    path: Path, hf_config: Mapping[str, Any], decisions: Sequence[Decision], config: QuantizeConfig
+) -> None:
+    flat = hf_config["quantization_config"]
+    if flat["ignore"] != excluded_modules(decisions):
+        raise CheckpointError("the list of kept modules is not complete", where=f"{path / 'config.json'}: ignore")
+    if config.layout == "modelopt":
+        nested = read_json(path / "hf_quant_config.json")["quantization"]
+        pairs = (("exclude_modules", "ignore"), ("quant_algo", "quant_algo"), ("quantized_layers", "quantized_layers"))
+        for theirs, ours in pairs:
+            if nested.get(theirs) != flat.get(ours):
+                raise CheckpointError(
+                    f"{theirs} is not what config.json says", where=str(path / "hf_quant_config.json")
+                )
