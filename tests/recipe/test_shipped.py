@@ -53,6 +53,7 @@ TWO_STEPS = {
         "trm.batch_size=4",
         "trm.warmup_steps=0",
         "trm.model.max_supervision_steps=2",
+        "trm.model.num_latent_steps=2",
         "trm.model.hidden_size=64",
         "trm.puzzles.num_train=8",
         "trm.puzzles.num_validation=2",
