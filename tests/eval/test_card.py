@@ -15,21 +15,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tafkir.checkpoint.save import save_checkpoint
-from tafkir.checkpoint.trm import save_trm
+from tafkir.checkpoint.trm import load_trm, save_trm
 from tafkir.cli.card import show_card
-from tafkir.data.puzzles.format import PAD
+from tafkir.data.puzzles.arc_sets import ArcSets
 from tafkir.data.puzzles.rules import is_right
 from tafkir.data.tokenizer import Tokenizer
+from tafkir.engine.arc import answer_tasks
 from tafkir.errors import DataError, RecipeError
 from tafkir.eval.efficiency import CardSettings, Contestant, measure_card, render_card_table
 from tafkir.models.build import build_decoder
 from tafkir.models.trm import build_trm
 from tafkir.plan.flops import completion_flops, recursion_flops
 from tafkir.recipe.model import ModelConfig
-from tafkir.recipe.puzzles import MazePuzzles, Puzzles, SudokuPuzzles
+from tafkir.recipe.puzzles import ArcPuzzles, MazePuzzles, Puzzles, SudokuPuzzles
 from tafkir.recipe.trm import TrmModelConfig, TrmShape
 from tafkir.report.card import render_card, scatter
 from tafkir.runlog.metrics import read_jsonl
+from tafkir.tasks.arc_task import ArcSetTask
 from tafkir.tasks.puzzle_sets import PuzzleSetTask, build_for, load_puzzle_task, read_answer, read_question
 from tests.eval.conftest import CONFIG, build_completer
 
@@ -119,7 +121,7 @@ def test_examples_of_one_recipe_are_the_puzzles_of_its_stage(tmp_path: Path) -> 
     with pytest.raises(RecipeError, match=r"sudoku5.*sudoku4"):
         load_puzzle_task("sudoku5")
     with pytest.raises(RecipeError, match="no puzzles"):
-        load_puzzle_task("smoke.toml" if False else str(Path(__file__).parents[2] / "recipes" / "smoke.toml"))
+        load_puzzle_task(str(Path(__file__).parents[2] / "recipes" / "smoke.toml"))
 
 
 # ---- FLOPs -------------------------------------------------------------------------------------------------------
@@ -223,6 +225,42 @@ def test_a_card_again_reuses_answers_and_is_the_same(
     assert cards[0] == cards[1]
 
 
+def test_arc_tasks_have_two_attempts(contestants: list[Contestant], tmp_path: Path) -> None:
+    """Forms vote in a recursive model, a language model answers greedily and once more; grids are graded alike."""
+    pair = {"input": [[1, 0], [2, 0]], "output": [[0, 1], [0, 2]]}
+    other = {"input": [[3, 0], [0, 4]], "output": [[0, 3], [4, 0]]}
+    tasks = [{"id": name, "train": [pair, other][::turn], "test": [{**other, "input": [[turn % 7, 5], [0, 6]]}]}
+             for name, turn in (("a", 1), ("b", -1), ("c", 1))]  # fmt: skip
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    puzzles = ArcPuzzles(path=str(tmp_path / "tasks.json"), num_copies=2, num_validation=1)
+    sets = build_for(puzzles, 0)
+    assert isinstance(sets, ArcSets)
+    task = ArcSetTask("arc", sets)
+    (example, second) = task.examples("test")
+    right = np.array(example.extra["output"], dtype=np.uint8)
+    assert (
+        task.grade(example, task.write(right)).correct and task.grade(example, f"\\boxed{{{example.answer}}}").correct
+    )
+    assert task.grade(example, task.write(right + 1)).outcome == "wrong" and not task.examples("train")
+    assert task.grade(example, task.write(None)).outcome == "no_answer" and example.question != second.question
+    shape = TINY.model_copy(update={"prefix_length": 1, "puzzle_embedding_size": 16})
+    model = build_trm(shape.for_puzzles(sets.format.vocab_size, sets.format.num_cells, sets.num_puzzle_ids), 1)
+    save_trm(tmp_path / "arc", model, sets.format, identifiers=sets.identifiers)
+    who = [Contestant("recursive", tmp_path / "arc"), contestants[1]]
+    settings = CardSettings(max_tokens=4, timed=1)
+    card = measure_card(task, who, settings, build_completer=build_completer, folder=tmp_path)
+    recursive, language = card["rows"]
+    assert recursive["amount"] == 3 * 3 and recursive["flops"] == recursion_flops(model.shape, 9)
+    assert recursive["active_parameters"] == recursive["parameters"] - 16 * sets.num_puzzle_ids
+    for row in (recursive, language):
+        records = list(read_jsonl(tmp_path / row["records"]))
+        assert [record["repeat"] for record in records] == [0, 1, 0, 1] and row["first_attempt"] == 0
+    submission = [candidate.grid.tolist() for candidate in answer_tasks(load_trm(who[0].path), task.tasks([example]))[
+        example.extra["task"]][0][:1]]  # fmt: skip
+    best = next(iter(read_jsonl(tmp_path / recursive["records"])))
+    assert best["text"] == (task.write(np.array(submission[0], dtype=np.uint8)) if submission else "")
+
+
 def test_what_cannot_be_asked(
     contestants: list[Contestant], sudoku: PuzzleSetTask, maze: PuzzleSetTask, tmp_path: Path
 ) -> None:
@@ -250,4 +288,3 @@ def test_the_command_writes_a_card(
 
 def test_a_figure_without_anything_to_draw() -> None:
     assert scatter([]) == ""
-    assert PAD == 0

@@ -14,21 +14,26 @@ from tafkir.checkpoint.load import load_config
 from tafkir.checkpoint.trm import load_trm
 from tafkir.data.chat import encode_chat
 from tafkir.data.puzzles.rules import has_rules, solve_by_rules
+from tafkir.data.puzzles.votes import ATTEMPTS
 from tafkir.data.tokenizer import Tokenizer
+from tafkir.engine.arc import answer_tasks
 from tafkir.errors import CapacityError, DataError
 from tafkir.eval.metrics import Estimate, accuracy
-from tafkir.eval.puzzles import answer_recursively, seconds_alone
+from tafkir.eval.puzzles import answer_arc, answer_recursively, seconds_alone
+from tafkir.eval.records import GREEDY, EvalRecord
 from tafkir.eval.run import checkpoint_fingerprint, evaluate
 from tafkir.plan.flops import completion_flops, recursion_flops
 from tafkir.protocols import Completer
 from tafkir.records import Example, Request, SamplingParams, Split
 from tafkir.runlog.atomic import read_json
+from tafkir.tasks.arc_task import ArcSetTask
 from tafkir.tasks.puzzle_sets import PuzzleSetTask
 
 __all__ = ["CardRow", "CardSettings", "Contestant", "is_recursive", "measure_card", "render_card_table"]
 
 Kind = Literal["recursive", "language", "search"]
 BuildCompleter = Callable[[Path], Completer]
+PuzzleTask = PuzzleSetTask | ArcSetTask
 
 _logger = logging.getLogger(__name__)
 
@@ -80,6 +85,7 @@ class CardRow:
         curve: (FLOPs, accuracy) after each supervision step.
         outcomes: answers by outcome.
         records: file of the graded answers, relative to the run directory.
+        first_attempt: share right at once, where two attempts count (ARC).
     """
 
     name: str
@@ -95,6 +101,7 @@ class CardRow:
     curve: Sequence[tuple[float, float]] = ()
     outcomes: dict[str, int] | None = None
     records: str | None = None
+    first_attempt: float | None = None
 
 
 def is_recursive(checkpoint: Path) -> bool:
@@ -104,7 +111,7 @@ def is_recursive(checkpoint: Path) -> bool:
 
 
 def measure_card(
-    task: PuzzleSetTask,
+    task: PuzzleTask,
     contestants: Sequence[Contestant],
     settings: CardSettings,
     *,
@@ -136,11 +143,13 @@ def measure_card(
     rows: list[CardRow] = []
     for contestant in contestants:
         path = folder / "eval" / f"{task.name}-{contestant.name}.jsonl"
-        if is_recursive(contestant.path):
-            rows += _recursive_rows(contestant, task, examples, settings, path)
-        else:
+        if not is_recursive(contestant.path):
             rows.append(_language_row(contestant, task, examples, settings, build_completer(contestant.path), path))
-    if has_rules(task.format):
+        elif isinstance(task, ArcSetTask):
+            rows.append(_arc_row(contestant, task, examples, settings, path))
+        else:
+            rows += _recursive_rows(contestant, task, examples, settings, path)
+    if isinstance(task, PuzzleSetTask) and has_rules(task.format):
         rows.append(_search_row(task, examples, settings))
     for row in rows:
         _logger.info("%s, %s: %.1f %% of %d", row.name, row.answered, 100 * row.accuracy.value, len(examples))
@@ -200,15 +209,55 @@ def _recursive_rows(
     ]
 
 
+def _arc_row(
+    contestant: Contestant, task: ArcSetTask, examples: Sequence[Example], settings: CardSettings, path: Path
+) -> CardRow:
+    """Two attempts by the votes of all forms."""
+    solver = load_trm(contestant.path)
+    shape, fingerprint = solver.model.shape, checkpoint_fingerprint(contestant.path)
+    label = f"eval {contestant.name}"
+    records, forms = answer_arc(solver, task, examples, path=path, fingerprint=fingerprint, label=label)
+    durations = []
+    for own in task.tasks(examples[: settings.timed]):
+        began = time.perf_counter()
+        answer_tasks(solver, [own])
+        durations.append((time.perf_counter() - began) / len(own.test))
+    steps = shape.max_supervision_steps
+    return CardRow(
+        name=contestant.name,
+        kind="recursive",
+        answered=f"two attempts, {forms:.0f} forms vote, {steps} steps each",
+        accuracy=_any_right(records),
+        parameters=shape.num_parameters(),
+        active_parameters=shape.num_parameters(puzzle_table=False),
+        bytes_on_disk=_weight_bytes(contestant.path),
+        flops=recursion_flops(shape, steps * forms),
+        seconds=median(durations),
+        amount=steps * forms,
+        outcomes=_count(record.outcome for record in records if record.repeat == GREEDY),
+        records=f"eval/{path.name}",
+        first_attempt=fmean(record.correct for record in records if record.repeat == GREEDY),
+    )
+
+
+def _any_right(records: Sequence[EvalRecord]) -> Estimate:
+    """Share of examples with a right answer among theirs."""
+    right: dict[str, bool] = {}
+    for record in records:
+        right[record.example_id] = right.get(record.example_id, False) or record.correct
+    return accuracy(list(right.values()))
+
+
 def _language_row(
     contestant: Contestant,
-    task: PuzzleSetTask,
+    task: PuzzleTask,
     examples: Sequence[Example],
     settings: CardSettings,
     completer: Completer,
     path: Path,
 ) -> CardRow:
-    """One greedy answer a puzzle."""
+    """One greedy answer a puzzle; of ARC tasks a second one, sampled, for two attempts count."""
+    attempts = ATTEMPTS if isinstance(task, ArcSetTask) else 1
     config, tokenizer = load_config(contestant.path), Tokenizer.load(contestant.path)
     limit = settings.max_tokens or 2 * task.format.num_cells + _BESIDE_CELLS
     prompts = [encode_chat(tokenizer, task.prompt(example)) for example in examples]
@@ -225,28 +274,31 @@ def _language_row(
         tokenizer,
         task,
         examples,
-        samples=0,
-        temperature=0.0,
+        samples=attempts - 1,
+        temperature=1.0,
         max_tokens=limit,
         seed=0,
         path=path,
         fingerprint=checkpoint_fingerprint(contestant.path),
         label=f"eval {contestant.name}",
     )
-    flops = [completion_flops(config, len(p), r.tokens) for p, r in zip(prompts, records, strict=True)]
+    asked = [prompt for prompt in prompts for _ in range(attempts)]
+    flops = [completion_flops(config, len(p), r.tokens) for p, r in zip(asked, records, strict=True)]
+    first = [record for record in records if record.repeat == GREEDY]
     return CardRow(
         name=contestant.name,
         kind="language",
-        answered=f"greedy, at most {limit} tokens",
-        accuracy=accuracy([record.correct for record in records]),
+        answered=f"{'greedy' if attempts == 1 else 'greedy and sampled'}, at most {limit} tokens",
+        accuracy=_any_right(records),
         parameters=config.num_parameters(),
         active_parameters=config.num_parameters(active=True),
         bytes_on_disk=_weight_bytes(contestant.path),
-        flops=fmean(flops),
-        seconds=_seconds_of_completions(completer, tokenizer, prompts[: settings.timed], limit),
-        amount=fmean(record.tokens for record in records),
-        outcomes=_count(record.outcome for record in records),
+        flops=attempts * fmean(flops),
+        seconds=attempts * _seconds_of_completions(completer, tokenizer, prompts[: settings.timed], limit),
+        amount=attempts * fmean(record.tokens for record in records),
+        outcomes=_count(record.outcome for record in first),
         records=f"eval/{path.name}",
+        first_attempt=fmean(record.correct for record in first) if attempts > 1 else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""A recursive model answers a task: every supervision step of every puzzle at once, graded like a language model's."""
+"""A recursive model answers a task, and is graded like a language model: puzzles step by step, ARC tasks by votes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 import numpy as np
 import torch
@@ -16,15 +16,19 @@ from numpy.typing import NDArray
 
 from tafkir.checkpoint.trm import TrmCheckpoint
 from tafkir.data.puzzles.format import Cells
+from tafkir.data.puzzles.votes import ATTEMPTS
+from tafkir.engine.arc import answer_tasks, split_known
 from tafkir.errors import DataError
 from tafkir.eval.records import GREEDY, EvalRecord, write_records
 from tafkir.models.solving import Solved, solve_puzzles
 from tafkir.models.trm import Trm
-from tafkir.records import Example, Verdict
+from tafkir.protocols import Task
+from tafkir.records import Example
 from tafkir.runlog.progress import Progress
+from tafkir.tasks.arc_task import ArcSetTask
 from tafkir.tasks.puzzle_sets import PuzzleSetTask
 
-__all__ = ["RecursiveAnswers", "answer_recursively", "seconds_alone"]
+__all__ = ["RecursiveAnswers", "answer_arc", "answer_recursively", "record_answer", "seconds_alone"]
 
 _BATCH = 256
 
@@ -124,33 +128,75 @@ def _solve_all(model: Trm, inputs: Cells, label: str) -> Solved:
     )
 
 
+def record_answer(task: Task, example: Example, text: str, fingerprint: str, *, repeat: int, tokens: int) -> EvalRecord:
+    """The graded text of a model that writes no tokens; `tokens` counts the cells of its answer."""
+    verdict = task.grade(example, text)
+    parts = json.dumps([fingerprint, example.id, text, repeat])
+    return EvalRecord(
+        key=hashlib.blake2b(parts.encode("utf-8"), digest_size=12).hexdigest(),
+        example_id=example.id,
+        source=example.source,
+        repeat=repeat,
+        question=example.question,
+        text=text,
+        outcome=verdict.outcome,
+        reward=verdict.reward,
+        extracted=verdict.extracted,
+        expected=verdict.expected,
+        reason=verdict.reason,
+        tokens=tokens,
+        finish_reason="stop",
+    )
+
+
 class _Grader:
     """Grades the answer of a step to a puzzle; equal answers of later steps are not judged again."""
 
     def __init__(self, task: PuzzleSetTask, examples: Sequence[Example], solved: Solved, fingerprint: str) -> None:
         self._task, self._examples, self._solved, self._fingerprint = task, examples, solved, fingerprint
-        self._known: dict[tuple[int, bytes], Verdict] = {}
+        self._known: dict[tuple[int, bytes], EvalRecord] = {}
 
     def __call__(self, step: int, place: int) -> EvalRecord:
-        example, answer = self._examples[place], self._solved.answers[step, place]
-        text = self._task.write(answer)
+        answer = self._solved.answers[step, place]
         found = place, answer.tobytes()
         if found not in self._known:
-            self._known[found] = self._task.grade(example, text)
-        verdict = self._known[found]
-        parts = json.dumps([self._fingerprint, example.id, step])
-        return EvalRecord(
-            key=hashlib.blake2b(parts.encode("utf-8"), digest_size=12).hexdigest(),
-            example_id=example.id,
-            source=example.source,
-            repeat=GREEDY,
-            question=example.question,
-            text=text,
-            outcome=verdict.outcome,
-            reward=verdict.reward,
-            extracted=verdict.extracted,
-            expected=verdict.expected,
-            reason=verdict.reason,
-            tokens=answer.size,
-            finish_reason="stop",
-        )
+            text = self._task.write(answer)
+            self._known[found] = record_answer(
+                self._task, self._examples[place], text, self._fingerprint, repeat=GREEDY, tokens=answer.size
+            )
+        return self._known[found]
+
+
+def answer_arc(
+    solver: TrmCheckpoint, task: ArcSetTask, examples: Sequence[Example], *, path: Path, fingerprint: str, label: str
+) -> tuple[list[EvalRecord], float]:
+    """Two attempts at every test input by the votes of the forms that the model knows; answers go to `path`.
+
+    Returns:
+        The graded attempts, `repeat` 0 and 1 of each example, and how many forms voted in the mean.
+
+    Raises:
+        CheckpointError: the model solves something else than ARC tasks.
+        DataError: it was not trained on one of them.
+    """
+    tasks = task.tasks(examples)
+    with Progress(label, total=1) as progress:
+
+        def tell(done: int, total: int) -> None:
+            progress.total = total
+            progress.update(done)
+
+        answers = answer_tasks(solver, tasks, on_progress=tell)
+    records = []
+    for example in examples:
+        ranking = answers[example.extra["task"]][example.extra["number"]]
+        for attempt in range(ATTEMPTS):
+            # A single candidate is handed in twice, as in a submission.
+            grid = ranking[min(attempt, len(ranking) - 1)].grid if ranking else None
+            cells = 0 if grid is None else grid.size
+            text = task.write(grid)
+            records.append(record_answer(task, example, text, fingerprint, repeat=attempt, tokens=cells))
+    write_records(path, records)
+    known, _ = split_known(solver, tasks)
+    forms = {found.task.id: len(found.forms) for found in known}
+    return records, fmean(forms[example.extra["task"]] for example in examples)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from tafkir.data.puzzles.arc_sets import ArcSets
 from tafkir.data.puzzles.format import PAD, Cells, PuzzleFormat
 from tafkir.data.puzzles.maze import MOVES, shortest_path
 from tafkir.data.puzzles.rules import has_rules, is_right
@@ -24,6 +25,7 @@ from tafkir.recipe.puzzles import Puzzles
 from tafkir.recipe.seeds import derive_seed
 from tafkir.records import Example, Message, Outcome, Split, Verdict
 from tafkir.tasks.answers import extract_text, normalize
+from tafkir.tasks.arc_task import ArcSetTask
 from tafkir.tasks.puzzles.grids import ask_grids
 from tafkir.tasks.puzzles.maze import ask_maze, read_moves
 from tafkir.tasks.puzzles.sudoku import ask_sudoku
@@ -136,7 +138,7 @@ def puzzle_task_names() -> list[str]:
     return [name.removeprefix(_PREFIX) for name in bundled_recipes() if name.startswith(_PREFIX)]
 
 
-def load_puzzle_task(name: str) -> PuzzleSetTask:
+def load_puzzle_task(name: str) -> PuzzleSetTask | ArcSetTask:
     """The puzzles of a bundled recipe (`sudoku4` for `trm-sudoku4`) or of a recipe file, as its seed makes them.
 
     Raises:
@@ -154,7 +156,8 @@ def load_puzzle_task(name: str) -> PuzzleSetTask:
     recipe = load_recipe([path]).recipe
     if recipe.trm is None:
         raise RecipeError("the recipe has no puzzles", where=name, expected="a table [trm.puzzles]")
-    return PuzzleSetTask(name if name in bundled else path.stem, build_for(recipe.trm.puzzles, recipe.seed))
+    own_name, puzzles = name if name in bundled else path.stem, build_for(recipe.trm.puzzles, recipe.seed)
+    return ArcSetTask(own_name, puzzles) if isinstance(puzzles, ArcSets) else PuzzleSetTask(own_name, puzzles)
 
 
 def build_for(puzzles: Puzzles, seed: int) -> PuzzleSets:
