@@ -104,7 +104,7 @@ def errors(
         raise RequestError("the run has no stage trm", where=str(run), fix="name a run of a recipe with [trm]")
     solver = load_trm(directory.stage("trm").checkpoint_dir)
     test = build_puzzles(recipe.trm.puzzles, derive_seed(recipe.seed, "trm", "puzzles")).test
-    table = measure_by_difficulty(solver.model, solver.puzzles, test.inputs, test.labels, steps=steps)
+    table = measure_by_difficulty(solver.model, solver.puzzles, test, steps=steps)
     if as_json:
         print(json.dumps(table.to_dict()))
     else:
@@ -204,7 +204,7 @@ def _block(trace: Trace, thought: Thought | None, number: int) -> list[Text]:
     bar = Text()
     if thought is not None:
         full = round(thought.q * (max(8, wide) - 5))
-        bar = Text("━" * full, style="rgb(20,150,135)") + Text("━" * (max(8, wide) - 5 - full), style="dim")
+        bar = Text("━" * full, style="rgb(20,150,135)") + Text("─" * (max(8, wide) - 5 - full), style="dim")
         bar += Text(f"{100 * min(thought.q, 0.994):4.0f}%")
     lines = [head, bar]
     for row in range(trace.format.rows):

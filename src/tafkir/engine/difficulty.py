@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tafkir.data.puzzles.format import Cells, PuzzleFormat
+from tafkir.data.puzzles.parts import PuzzleSet
 from tafkir.intervals import Estimate, accuracy
 from tafkir.models.solving import solve_puzzles
 from tafkir.models.trm import Trm
@@ -64,16 +65,16 @@ def puzzle_difficulty(format: PuzzleFormat, inputs: Cells, labels: Cells) -> tup
 
 
 def measure_by_difficulty(
-    model: Trm, format: PuzzleFormat, inputs: Cells, labels: Cells, *, steps: int | None = None
+    model: Trm, format: PuzzleFormat, puzzles: PuzzleSet, *, steps: int | None = None
 ) -> DifficultyTable:
     """Solve puzzles and sort what is right by difficulty, in at most eight groups of about equal size.
 
     Args:
-        inputs: questions [N, L].
-        labels: answers [N, L]; cells of 0 have no label.
+        puzzles: questions and answers; cells of 0 in an answer have no label.
         steps: supervision steps; N_sup where not given.
     """
-    right_KNL = solve_puzzles(model, inputs, steps=steps).right(labels)
+    inputs, labels = puzzles.inputs, puzzles.labels
+    right_KNL = solve_puzzles(model, inputs, puzzle_ids=puzzles.puzzle_ids, steps=steps).right(labels)
     measure, amount_N = puzzle_difficulty(format, inputs, labels)
     labelled_NL = labels != 0
     groups = _groups(amount_N)
