@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tafkir.data.puzzles import sets
+from tafkir.data.puzzles.files import read_puzzles
 from tafkir.data.puzzles.format import Cells, PuzzleFormat
 from tafkir.data.puzzles.maze import check_path, distances_from, make_maze, maze_format, shortest_path
 from tafkir.data.puzzles.rules import has_rules, is_right, solve_by_rules
@@ -357,3 +358,36 @@ def test_answers_that_are_wrong_and_symbols_that_are_not_there(tmp_path: Path) -
 def test_sizes_that_cannot_be(table: type[SudokuPuzzles], given: dict[str, int], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         table.model_validate(given)
+
+
+def test_a_large_file_is_sampled(tmp_path: Path) -> None:
+    lines = [f"{number:04d}" for number in range(2000)]
+    (tmp_path / "many.txt").write_text("\n".join(lines))
+
+    def drawn(seed: int, limit: int | None = 300) -> list[str]:
+        return [puzzle.question[0] for puzzle in read_puzzles(tmp_path / "many.txt", limit=limit, seed=seed)]
+
+    assert drawn(0) == sorted(drawn(0)) and len(set(drawn(0))) == 300 and drawn(0) != drawn(1)
+    assert abs(sum(int(line) for line in drawn(0)) / 300 - 1000) < 100, "from the whole file"
+    assert drawn(0, None) == drawn(5, 2000) == lines
+
+
+def test_a_published_maze_may_have_several_shortest_ways(tmp_path: Path) -> None:
+    """Each answer marks one of them, and is taken as it is; without an answer that is an error."""
+    rows = []
+    for number in range(60):
+        cells = [["#"] * 8 for _ in range(8)]
+        for row, column in ((1, 1), (1, 2), (2, 1), (2, 2)):
+            cells[row][column] = " "
+        for bit in range(6):
+            cells[4 + bit // 3][4 + bit % 3] = "# "[number >> bit & 1]
+        cells[1][1], cells[2][2] = "S", "G"
+        question = "".join(map("".join, cells))
+        cells[1][2] = "o"
+        rows.append({"question": question, "answer": "".join(map("".join, cells))})
+    sizes = {"rows": 8, "columns": 8, "num_train": 20, "num_validation": 2, "num_test": 2}
+    built = build_puzzles(MazePuzzles(path=as_json(tmp_path / "given.json", rows), **sizes), 0)
+    assert all(is_right(built.format, q, a) for q, a in zip(built.train.inputs, built.train.labels, strict=True))
+    bare = as_json(tmp_path / "bare.json", [{"question": row["question"]} for row in rows])
+    with pytest.raises(DataError, match="several shortest ways"):
+        build_puzzles(MazePuzzles(path=bare, **sizes), 0)

@@ -177,5 +177,5 @@ def _save(ctx: StageContext, trainer: RecursiveTrainer, puzzles: PuzzleSets, pat
         puzzles.format,
         extra=lineage,
         dtype=getattr(torch, config.checkpoint_dtype),
-        identifiers=puzzles.identifiers if isinstance(puzzles, ArcSets) else None,
+        identifiers=puzzles.identifiers,
     )

@@ -70,7 +70,6 @@ class ArcSets(PuzzleSets):
 
     @property
     def identifiers(self) -> list[TaskForm]:
-        """The name of each row of the table of puzzle vectors."""
         return [BLANK_ID, *(name for task in self.tasks for name in task.names)]
 
     def counts(self) -> dict[str, int]:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from tafkir.errors import DataError
@@ -26,12 +27,16 @@ class RawPuzzle:
     answer: tuple[str, ...] | None
 
 
-def read_puzzles(path: Path | str) -> list[RawPuzzle]:
-    """The puzzles of a file.
+def read_puzzles(path: Path | str, *, limit: int | None = None, seed: int = 0) -> list[RawPuzzle]:
+    """The puzzles of a file, in its order.
 
     `.json`: a list of objects with `input` and, where the rules do not give it, `output`; a grid is a list of rows,
     each a list of signs or a string, or one string. `.csv`: a header with the columns input (or question) and output
     (or answer), grids as strings. Anything else: one grid a line.
+
+    Args:
+        limit: of a file with more puzzles than this, so many are drawn, each equally likely.
+        seed: of that draw.
 
     Raises:
         DataError: the file is missing, empty or malformed; the message names `file:number`.
@@ -44,10 +49,21 @@ def read_puzzles(path: Path | str) -> list[RawPuzzle]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot be read as UTF-8 text ({error})", where=str(path)) from error
     readers = {".json": _from_json, ".csv": _from_csv}
-    puzzles = list(readers.get(path.suffix.lower(), _from_lines)(text, str(path)))
+    puzzles = _draw(readers.get(path.suffix.lower(), _from_lines)(text, str(path)), limit, Random(seed))
     if not puzzles:
         raise DataError("the file holds no puzzle", where=str(path))
     return puzzles
+
+
+def _draw(puzzles: Iterator[RawPuzzle], limit: int | None, random: Random) -> list[RawPuzzle]:
+    """All of them, or a sample of `limit` in their order, without ever holding more (algorithm R of Vitter 1985)."""
+    kept: list[tuple[int, RawPuzzle]] = []
+    for number, puzzle in enumerate(puzzles):
+        if limit is None or number < limit:
+            kept.append((number, puzzle))
+        elif (place := random.randrange(number + 1)) < limit:
+            kept[place] = number, puzzle
+    return [puzzle for _, puzzle in sorted(kept, key=lambda item: item[0])]
 
 
 def _from_json(text: str, where: str) -> Iterator[RawPuzzle]:

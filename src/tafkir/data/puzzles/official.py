@@ -62,6 +62,11 @@ class OfficialSets(PuzzleSets):
 
     split: _Split
     num_groups: int
+    names: tuple[str, ...] | None
+
+    @property
+    def identifiers(self) -> list[str] | None:
+        return None if self.names is None else list(self.names)
 
     @property
     def num_puzzle_ids(self) -> int:
@@ -95,7 +100,8 @@ def read_official(config: OfficialPuzzles) -> OfficialSets:
         validation = train.take(train.puzzles[train.groups[num_groups:-1]])
         rest = test.take(np.arange(min(config.num_test, len(test.inputs))))
     shown = train.take(train.puzzles[train.groups[:num_groups]])
-    return OfficialSets(format, shown, validation, rest, None, train, num_groups)
+    names = _read_names(folder / "identifiers.json", train.num_ids) if format.kind == "arc" else None
+    return OfficialSets(format, shown, validation, rest, None, train, num_groups, names)
 
 
 def _read_split(folder: Path) -> _Split:
@@ -124,6 +130,19 @@ def _read_split(folder: Path) -> _Split:
     if not fits:
         raise DataError("the arrays do not fit each other and dataset.json", where=str(folder), fix=_FIX)
     return _Split(inputs, labels, ids, puzzles, groups, wanted[2], wanted[1])
+
+
+def _read_names(path: Path, count: int) -> tuple[str, ...] | None:
+    """The names of ARC forms by row, which answering needs; None where the folder lacks them."""
+    if not path.is_file():
+        return None
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot be read as JSON ({error})", where=str(path), fix=_FIX) from error
+    if not isinstance(names, list) or len(names) != count:
+        raise DataError("does not name every puzzle", where=str(path), expected=f"a list of {count} names", fix=_FIX)
+    return tuple(map(str, names))
 
 
 def _format_of(split: _Split, where: str) -> PuzzleFormat:

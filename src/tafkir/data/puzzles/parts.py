@@ -70,6 +70,11 @@ class PuzzleSets:
         """Rows that the table of puzzle vectors needs."""
         return 1
 
+    @property
+    def identifiers(self) -> list[str] | None:
+        """The name of each row of the table of puzzle vectors, where rows have names."""
+        return None
+
     def counts(self) -> dict[str, int]:
         """Puzzles by part."""
         return {"train": len(self.train), "validation": len(self.validation), "test": len(self.test)}

@@ -33,6 +33,8 @@ __all__ = ["PuzzleSet", "PuzzleSets", "PuzzleStream", "Samples", "build_puzzles"
 
 # Shares of a file that are tested on and that choose the checkpoint.
 _TEST_SHARE, _VALIDATION_SHARE = 0.2, 0.1
+# Puzzles of a file are looked at up to this many times those that are wanted.
+_SPARE = 2
 # Puzzles in a row that are made and thrown away before giving up.
 _MAX_MISSES = 2000
 
@@ -58,15 +60,26 @@ def build_puzzles(config: Puzzles, seed: int) -> PuzzleSets:
     if isinstance(config, OfficialPuzzles):
         return read_official(config)
     if isinstance(config, GridPuzzles):
-        raw = read_puzzles(config.path)
+        raw = read_puzzles(config.path, limit=_limit(config), seed=derive_seed(seed, "sample"))
         kind = _grid_kind(config, raw)
     else:
         kind = _sudoku_kind(config) if isinstance(config, SudokuPuzzles) else _maze_kind(config)
-        raw = read_puzzles(config.path) if config.path is not None else []
+        raw = (
+            read_puzzles(config.path, limit=_limit(config), seed=derive_seed(seed, "sample"))
+            if config.path is not None
+            else []
+        )
     wanted: dict[Split, int] = {"test": config.num_test, "validation": config.num_validation, "train": config.num_train}
     parts = _share_out(raw, kind, wanted, config.path) if raw else _make_parts(kind, wanted, seed)
     sets = {part: PuzzleSet(*(np.stack(side) for side in zip(*pairs, strict=True))) for part, pairs in parts.items()}
     return PuzzleSets(kind.format, sets["train"], sets["validation"], sets["test"], kind.draw_symmetry)
+
+
+def _limit(config: SudokuPuzzles | MazePuzzles | GridPuzzles) -> int:
+    """So many puzzles of a file fill every part, with room to spare."""
+    shares = (_TEST_SHARE, _VALIDATION_SHARE, 1 - _TEST_SHARE - _VALIDATION_SHARE)
+    sizes = (config.num_test, config.num_validation, config.num_train)
+    return round(_SPARE * max(size / share for size, share in zip(sizes, shares, strict=True)))
 
 
 def _make_parts(kind: _Kind, wanted: dict[Split, int], seed: int) -> dict[Split, list[Pair]]:
@@ -122,14 +135,17 @@ def _answer(format: PuzzleFormat, question: Cells, puzzle: RawPuzzle) -> Cells:
         if puzzle.answer is None:
             raise DataError("there is no output", where=puzzle.where, expected="a grid under 'output'")
         return format.read("\n".join(puzzle.answer), puzzle.where)
-    solution = solve_by_rules(format, question, puzzle.where)
+    given = None
     if puzzle.answer is not None:
         given = format.read("\n".join(puzzle.answer), puzzle.where)
         if not is_right(format, question, given):
             raise DataError(
                 "the output is not the puzzle's answer", where=puzzle.where, fix="correct it, or leave it out"
             )
-    return solution
+        if format.kind == "maze":
+            # Published mazes may have several shortest ways, of which the answer marks one.
+            return given
+    return solve_by_rules(format, question, puzzle.where)
 
 
 def _part(mark: int, test_share: float, validation_share: float) -> Split:
