@@ -69,7 +69,6 @@ def show_card(
     name: str | None,
     runs_dir: Path,
     as_json: bool,
-    threads: int = 1,
     **settings: Any,
 ) -> None:
     """Measure, write `card.json` and `card.html`, and print.
@@ -77,8 +76,6 @@ def show_card(
     Args:
         settings: of `CardSettings`.
     """
-    import torch
-
     from tafkir.data.tokenizer import Tokenizer
     from tafkir.eval.efficiency import CardSettings, measure_card, render_card_table
     from tafkir.report.card import render_card
@@ -87,7 +84,6 @@ def show_card(
     from tafkir.serve.loading import build_engine
     from tafkir.tasks.puzzle_sets import load_puzzle_task
 
-    torch.set_num_threads(threads)
     puzzles = load_puzzle_task(task)
     contestants = [_contestant(checkpoint) for checkpoint in checkpoints]
     run = RunDir.create(runs_dir / (name or _run_name(puzzles.name, contestants)))

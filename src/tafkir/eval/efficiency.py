@@ -10,6 +10,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Literal
 
+import torch
+
 from tafkir.checkpoint.load import load_config
 from tafkir.checkpoint.trm import load_trm
 from tafkir.data.chat import encode_chat
@@ -59,6 +61,7 @@ class CardSettings:
         max_tokens: most tokens of a language model's answer; 0 is two for each cell and a few more.
         halt_threshold: on the logit of a recursive model's halting head.
         timed: puzzles that each contestant solves one by one against the clock.
+        threads: of torch, for all alike.
     """
 
     split: Split = "test"
@@ -66,6 +69,7 @@ class CardSettings:
     max_tokens: int = 0
     halt_threshold: float = 0.0
     timed: int = 16
+    threads: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +144,7 @@ def measure_card(
     examples = list(task.examples(settings.split))[: settings.limit or None]
     if not examples:
         raise DataError(f"no puzzle is in the {settings.split} part", where=task.name)
+    torch.set_num_threads(settings.threads)
     rows: list[CardRow] = []
     for contestant in contestants:
         path = folder / "eval" / f"{task.name}-{contestant.name}.jsonl"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from pydantic import BaseModel
 from tafkir.recipe.lab import ResidualLabConfig
 from tafkir.recipe.schema import Recipe
 from tafkir.recipe.teacher import CheckpointTeacher
+from tafkir.recipe.trm import TrmConfig
 from tafkir.records import STAGES, StageName
 
 __all__ = ["fingerprint_stages"]
@@ -66,17 +68,9 @@ def fingerprint_stages(recipe: Recipe, base: Path | None) -> dict[StageName, str
                 previous = _hash([previous, recipe.preferences.model_dump(mode="json"), files])
             if isinstance(table, ResidualLabConfig) and Path(table.text).is_file():
                 previous = _hash([previous, _hash_file(Path(table.text))])
-            if kind == "trm" and recipe.trm and (teacher := recipe.trm.teacher):
-                if isinstance(teacher, CheckpointTeacher):
-                    previous = _hash([previous, _hash_folder(teacher.folder())])
-                elif Path(teacher.path).is_file():
-                    previous = _hash([previous, _hash_file(Path(teacher.path))])
             if kind == "trm" and recipe.trm:
-                for path in map(Path, recipe.trm.puzzles.paths):
-                    if path.is_file():
-                        previous = _hash([previous, _hash_file(path)])
-                    elif path.is_dir():
-                        previous = _hash([previous, _hash_folder(path)])
+                for content in _trm_files(recipe.trm):
+                    previous = _hash([previous, content])
             fingerprints[kind] = previous
     return fingerprints
 
@@ -94,7 +88,21 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _hash_folder(path: Path) -> list[str]:
+def _trm_files(table: TrmConfig) -> Iterator[Any]:
+    """What stands in the files of a recursive model's teacher and of its puzzles."""
+    teacher = table.teacher
+    if isinstance(teacher, CheckpointTeacher):
+        yield _hash_folder(teacher.folder())
+    elif teacher is not None and Path(teacher.path).is_file():
+        yield _hash_file(Path(teacher.path))
+    for path in map(Path, table.puzzles.paths):
+        if path.is_file():
+            yield _hash_file(path)
+        elif path.is_dir():
+            yield _describe_folder(path)
+
+
+def _describe_folder(path: Path) -> list[str]:
     """Of JSON files their content; arrays of gigabytes are known by their size."""
     found = sorted(file for file in path.rglob("*") if file.is_file())
     return [

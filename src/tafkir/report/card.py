@@ -86,12 +86,13 @@ def _beside(card: Mapping[str, Any]) -> str:
 
 
 def _how(card: Mapping[str, Any]) -> str:
-    timed = card["settings"]["timed"]
+    timed, count = card["settings"]["timed"], card["settings"]["threads"]
+    threads = "one thread" if count == 1 else f"{count} threads"
     words = (
         "FLOPs are counted from shapes: multiplications and additions of matrix products and attention, for a language "
         "model over its prompt and its own tokens, for a recursive one over its passes. Seconds are wall time of one "
-        f"puzzle alone, the median of {timed}, all on this machine. A search by the rules stands there as a yardstick; "
-        "where one is known, no network is needed."
+        f"puzzle alone, the median of {timed}, with {threads} of one machine. A search by the rules stands there as a "
+        "yardstick; where one is known, no network is needed."
     )
     return f"<p><small>{escape(words)}</small></p>"
 
