@@ -1,10 +1,11 @@
 """The numbers and the picture of docs/mismatch-lab.md, from runs of recipes/mismatch-lab.toml, finished or not.
 
     tafkir run recipes/mismatch-lab.toml
-    python benchmarks/mismatch_lab.py runs/mismatch-lab --out benchmarks/results/mismatch_lab.json --figures docs/img
+    python benchmarks/mismatch_lab.py runs/mismatch-lab --out benchmarks/results/mismatch_lab.json \\
+        --figures docs/img --docs docs/mismatch-lab.md
 
 Variants that are not finished are left out and counted. The pictures show the first run: one of four panels for each
-kind of rollouts, like the figures of arXiv 2510.18855.
+kind of rollouts, like the figures of arXiv 2510.18855. `--docs` puts tables and findings between that page's marks.
 """
 
 from __future__ import annotations
@@ -20,7 +21,15 @@ from mhc_lab import picture
 
 from tafkir.intervals import mean_interval
 from tafkir.report.collect import MismatchRecord, RunRecord, collect, series
-from tafkir.report.mismatch_lab import LOSS_TITLES, MISMATCH_HEAD, ROLLOUT_TITLES, mismatch_figures, mismatch_rows
+from tafkir.report.mismatch_lab import (
+    LOSS_TITLES,
+    MISMATCH_HEAD,
+    ROLLOUT_TITLES,
+    mismatch_beside,
+    mismatch_figures,
+    mismatch_matrix,
+    mismatch_rows,
+)
 from tafkir.runlog.rundir import RunDir
 
 PEAKS = {"grad_norm": "train/grad_norm", "abs_logprob_diff": "mismatch/abs_logprob_diff_max"}
@@ -32,6 +41,9 @@ MEANS = {
     "expert_agreement": "mismatch/expert_agreement",
 }
 WINDOW = 10
+BEGIN, END = "<!-- measured: written by benchmarks/mismatch_lab.py -->", "<!-- end -->"
+# What 4-bit rollouts are asked to reach.
+WANTED = 0.98
 
 
 def values_of(variants: Sequence[MismatchRecord], metric: str) -> list[float]:
@@ -110,11 +122,60 @@ def run_row(record: RunRecord) -> dict[str, Any]:
     }
 
 
-def render(record: RunRecord) -> str:
-    """The report's table as markdown."""
-    rows = [[cell.replace("\n", ", ").strip() for cell in row] for row in mismatch_rows(record.mismatch_variants)]
-    lines = [MISMATCH_HEAD, ["---"] * len(MISMATCH_HEAD), *rows]
+def as_markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose small print follows its figures after a comma."""
+    lines = [head, ["---"] * len(head), *([cell.replace("\n", ", ").strip() for cell in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def render(record: RunRecord) -> str:
+    """The report's two tables."""
+    variants = record.mismatch_variants
+    return f"{as_markdown(*mismatch_matrix(variants))}\n\n{as_markdown(MISMATCH_HEAD, mismatch_rows(variants))}"
+
+
+def share_words(row: dict[str, Any]) -> str:
+    share = row["share_of_float32"]
+    low, high = share["interval"] or (None, None)
+    between = "" if low is None else f" ({100 * low:.1f} to {100 * high:.1f})"
+    return f"{LOSS_TITLES[row['loss']]} {100 * share['mean']:.1f} %{between}"
+
+
+def findings(run: dict[str, Any]) -> list[str]:
+    """What the rows say of the claims: who reaches 98 %, which loss is best, how much IcePop masks."""
+    told = []
+    for rollout, title in ROLLOUT_TITLES.items():
+        rows = [
+            row for row in run["rows"] if row["rollout"] == rollout and not row["replay"] and row["share_of_float32"]
+        ]
+        rows.sort(key=lambda row: -row["share_of_float32"]["mean"])
+        if rollout == "float32" or not rows:
+            continue
+        reach = [LOSS_TITLES[row["loss"]] for row in rows if row["share_of_float32"]["mean"] >= WANTED]
+        first, *others = map(share_words, rows)
+        words = f"{title}, best first: **{first}**" + "".join(f", {other}" for other in others)
+        told.append(f"{words}. {100 * WANTED:.0f} % of float32's reward is reached by {', '.join(reach) or 'none'}.")
+    masked = [
+        f"{1000 * row['masked_fraction']:.2f} ({ROLLOUT_TITLES[row['rollout']]})"
+        for row in run["rows"]
+        if row["loss"] == "icepop" and not row["replay"] and row["rollout"] != "float32" and "masked_fraction" in row
+    ]
+    return [*told, f"IcePop [0.5, 5] masks per mille of the tokens: {', '.join(masked)}. Its authors saw 1 to 2."]
+
+
+def write_docs(page: Path, record: RunRecord, run: dict[str, Any]) -> None:
+    """Put tables and findings between the marks of a page."""
+    text = page.read_text(encoding="utf-8")
+    head, rest = text.split(BEGIN, 1)
+    _, tail = rest.split(END, 1)
+    repeats = max(row["repeats"] for row in run["rows"])
+    count = f"{run['variants']} variants, up to {repeats} repeats of each, {run['cpu_s'] / 60:.0f} CPU-minutes"
+    left = f"; {run['not_finished']} were not finished and are left out" if run["not_finished"] else ""
+    variants = record.mismatch_variants
+    points = "\n".join(f"- {line}" for line in (*mismatch_beside(variants), *findings(run)))
+    body = f"{count}{left}.\n\n{as_markdown(*mismatch_matrix(variants))}\n\n{points}\n\n"
+    body += as_markdown(MISMATCH_HEAD, mismatch_rows(variants))
+    page.write_text(f"{head}{BEGIN}\n\n{body}\n\n{END}{tail}", encoding="utf-8")
 
 
 def write_pictures(record: RunRecord, folder: Path) -> None:
@@ -133,6 +194,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="run directories")
     parser.add_argument("--out", type=Path, help="write the JSON to this file")
     parser.add_argument("--figures", type=Path, help="write the pictures to this folder")
+    parser.add_argument("--docs", type=Path, help="write tables and findings of the first run into this page")
     args = parser.parse_args()
     records = [collect(RunDir.open(path)) for path in args.runs]
     for record in records:
@@ -144,6 +206,8 @@ def main() -> None:
         args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if args.figures:
         write_pictures(records[0], args.figures)
+    if args.docs:
+        write_docs(args.docs, records[0], result["runs"][0])
 
 
 if __name__ == "__main__":

@@ -28,9 +28,11 @@ def test_a_run_becomes_a_table_a_json_and_pictures(tmp_path: Path) -> None:
     run = make_lab(tmp_path / "lab")
     run.recipe_path.write_text(RECIPE)
     (run.stage("lab").path / "variants/nvfp4-icepop-replay-seed1/result.json").unlink()
+    page = tmp_path / "page.md"
+    page.write_text("before <!-- measured: written by benchmarks/mismatch_lab.py -->old<!-- end --> after")
     command = [sys.executable, str(ROOT / "benchmarks/mismatch_lab.py"), str(run.path), "--figures", str(tmp_path)]
     done = subprocess.run(
-        [*command, "--out", str(tmp_path / "x.json")],
+        [*command, "--out", str(tmp_path / "x.json"), "--docs", str(page)],
         env={"PYTHONPATH": str(ROOT / "src")},
         capture_output=True,
         text=True,
@@ -50,3 +52,11 @@ def test_a_run_becomes_a_table_a_json_and_pictures(tmp_path: Path) -> None:
     picture = ElementTree.parse(tmp_path / "mismatch-lab-nvfp4.svg").getroot()
     assert len(picture.findall("{http://www.w3.org/2000/svg}svg")) == 4
     assert (tmp_path / "mismatch-lab-nvfp4-replay.svg").is_file()
+    text = page.read_text()
+    assert text.startswith("before <!--") and text.endswith("<!-- end --> after") and "old" not in text
+    assert "9 variants, up to 2 repeats of each, 0 CPU-minutes; 1 were not finished and are left out." in text
+    assert "| NVFP4 weights | 25.0\u202f%, 2 of 2 collapsed | 95.0\u202f% |" in text
+    # Student with one degree of freedom: 12.7 standard errors.
+    best = "- NVFP4 weights, best first: **IcePop [0.5, 5] 95.0 % (94.2 to 95.8)**, GRPO 25.0 % ("
+    assert best in text and "98 % of float32's reward is reached by none" in text
+    assert "masks per mille of the tokens: 2.00 (NVFP4 weights)" in text
