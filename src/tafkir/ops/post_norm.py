@@ -158,7 +158,8 @@ class _SwigluPostNorm(torch.autograd.Function):
             grad_down, grad_gate_up = grad_x @ hidden.t(), grad_wide @ x.t()
             grad_x.addmm_(gate_up.t(), grad_wide)
         else:
-            grad_down, grad_gate_up = grad_x.t() @ hidden, grad_wide.t() @ x
+            # The narrow side first: the other way round takes up to twice as long.
+            grad_down, grad_gate_up = grad_x.t() @ hidden, (x.t() @ grad_wide).t()
             grad_x.addmm_(grad_wide, gate_up)
         return grad_x, grad_gate_up, grad_down, None, None
 
