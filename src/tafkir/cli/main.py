@@ -24,6 +24,7 @@ from tafkir.cli import (
     serve,
     solve,
     trm,
+    verify,
 )
 from tafkir.errors import TafkirError
 
@@ -60,6 +61,7 @@ app.command("card")(card.card)
 app.command("report")(report.report)
 app.command("merge")(merge.merge)
 app.command("quantize")(quantize.quantize)
+app.command("verify")(verify.verify)
 app.command("solve")(solve.solve)
 app.add_typer(trm.app, name="trm")
 app.command("rollouts")(rollout_view.rollouts)
