@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tafkir.ops.post_norm import post_norm, post_norm_reference, swiglu_post_norm, swiglu_post_norm_reference
 from tafkir.ops.rope import rope_table
-from tafkir.ops.split_heads import split_heads, split_heads_reference
+from tafkir.ops.split_heads import attend, split_heads, split_heads_reference
 from tafkir.ops.stable_max import IGNORE_INDEX, stable_max_loss, stable_max_loss_reference
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -67,6 +67,14 @@ def test_split_heads(turned: bool, dtype: torch.dtype, tolerance: float) -> None
     agree(results(joined(split_heads), x, dtype=dtype), want, tolerance)
     q, k, v = split_heads(x, 2, angles)
     assert torch.equal(v[2, 1, 4], x[2, 4, 40:]) and q.shape == k.shape == (3, 2, 5, 8)
+
+
+def test_attention_in_bfloat16() -> None:
+    """Where its backward is our own, against torch's in float64."""
+    parts = [drawn(2, 3, 7, 8, seed=seed) for seed in range(3)]
+    want = results(torch.nn.functional.scaled_dot_product_attention, *parts, dtype=torch.float64)
+    agree(results(attend, *parts, dtype=torch.bfloat16), want, 3e-2)
+    agree(results(attend, *parts, dtype=torch.float32), want, 1e-5)
 
 
 def test_a_number_that_is_none_stays_so(kernels: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tafkir.models.layers import Linear, SwiGLU
 from tafkir.ops.post_norm import post_norm, swiglu_post_norm
-from tafkir.ops.split_heads import Angles, split_heads
+from tafkir.ops.split_heads import Angles, attend, split_heads
 from tafkir.recipe.trm import TrmShape
 
 __all__ = ["PuzzleTable", "SolverNetwork", "truncated_normal_"]
@@ -60,8 +60,7 @@ class _AttentionSublayer(nn.Module):
         return self.qkv_proj.weight, self.o_proj.weight
 
     def forward(self, x_BSD: Tensor, qkv: Tensor, out: Tensor, angles: Angles | None) -> Tensor:
-        heads = split_heads(F.linear(x_BSD, qkv), self.num_heads, angles)
-        mixed_BHSK = F.scaled_dot_product_attention(*heads)
+        mixed_BHSK = attend(*split_heads(F.linear(x_BSD, qkv), self.num_heads, angles))
         return post_norm(x_BSD, F.linear(mixed_BHSK.transpose(1, 2).flatten(2), out), self.eps)
 
 
