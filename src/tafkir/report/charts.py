@@ -167,7 +167,8 @@ def _axes(x: _Scale, y: _Scale, x_label: str, y_format: Callable[[float], str]) 
         parts.append(
             f'<text class="tick" x="{x(tick):.1f}" y="{HEIGHT - 5}" text-anchor="middle">{_tick_label(tick)}</text>'
         )
-    parts.append(f'<text class="tick" x="{LEFT - 6}" y="{HEIGHT - 5}" text-anchor="end">{escape(x_label)}</text>')
+    # Clear of a first tick that stands right at the axis.
+    parts.append(f'<text class="tick" x="{LEFT - 12}" y="{HEIGHT - 5}" text-anchor="end">{escape(x_label)}</text>')
     return "".join(parts)
 
 

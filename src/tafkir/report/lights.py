@@ -90,6 +90,11 @@ def _token_row(step: Any, token: Mapping[str, Any]) -> list[str]:
     before = token.get("before")
     # A line break in a cell begins its small print.
     text, before = (json.dumps(str(part or ""), ensure_ascii=False)[1:-1] for part in (token.get("text"), before))
-    text = f"“{text}”" + (f"\nafter “{before}”" if before else "")
+    text = _quoted(text) + (f"\nafter {_quoted(before)}" if before else "")
     masked = "yes" if token.get("masked") else "no"
     return [text, str(step), str(token.get("example")), *shown, masked]
+
+
+def _quoted(text: str) -> str:
+    """Text in quotes, isolated: the direction of its script must not turn what stands around it."""
+    return f"“\u2068{text}\u2069”"

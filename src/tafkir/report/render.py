@@ -216,10 +216,15 @@ def _agreement(record: RunRecord) -> str:
         if not sentences:
             continue
         title = findings.STAGE_TITLES.get(kind, kind)
-        strip = light_strip(light_cells(stage), LIGHT_NAMES, title=f"Lights of the mismatch monitor in {title}")
+        cells = light_cells(stage)
+        strip = light_strip(cells, LIGHT_NAMES, title=f"Lights of the mismatch monitor in {title}")
+        ends = f'<p class="ends"><span>step {cells[0][0]}</span><span>step {cells[-1][1]}</span></p>'
+        told = "".join(f'<p class="told">{escape(sentence)}</p>' for sentence in sentences)
         look = "<b>Look for</b> green. Yellow: watch it. Red: the authors of Ring call such a run lost."
-        body += f'<figure class="card split"><h3>{escape(title)}</h3>{strip}<figcaption>{look}</figcaption></figure>'
-        body += "".join(_lead(sentence) for sentence in sentences)
+        body += (
+            f'<figure class="card split"><h3>{escape(title)}</h3>{strip}{ends}{told}'
+            f"<figcaption>{look}</figcaption></figure>"
+        )
         if rows := token_rows(stage):
             table = _table(TOKEN_HEAD, rows, words=3, wide=0)
             body += f"<details><summary>The tokens that they were furthest apart on</summary>{table}</details>"
