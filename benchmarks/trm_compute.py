@@ -35,7 +35,7 @@ from tafkir.report.lab import LabFigure
 from tafkir.runlog.rundir import RunDir
 
 Row = dict[str, Any]
-COLOURS = ("c-trm", "c-rlvr", "c-sft", "c-pretrain", "c-rlhf", "c-dpo")
+COLOURS = ("c-baseline", "c-second", "c-third", "c-rlvr", "c-pretrain")
 
 
 def unseen_puzzles(run: RunDir, count: int) -> PuzzleSet:

@@ -96,3 +96,26 @@ def test_a_stage_that_is_not_finished(run: RunDir) -> None:
     record = collect(run)
     assert "not finished" in headline(record).sentence
     assert "The recursive model" in render_html(record)
+
+
+def test_tasks_whose_forms_vote() -> None:
+    """Two attempts lead, beside what needs no learning."""
+    share = {"low": 0.1, "high": 0.3, "num_problems": 109, "method": "wilson"}
+    arc = {
+        "tasks": 109,
+        "forms": 8,
+        "pass_at": {"1": {"value": 0.15, **share}, "2": {"value": 0.2, **share}, "5": {"value": 0.25, **share}},
+        "baselines": {"copy": {"1": {"value": 0.02, **share}}, "rules": {"2": {"value": 0.12, **share}}},
+    }
+    result = {**RESULT, "arc": arc}
+    assert plain(trm_sentence(result)) == (
+        "The recursive model solves 20.0 % of 109 tasks in two attempts (95 % interval 10.0 % to 30.0 %); simple rules "
+        "solve 12.0 %."
+    )
+    assert "without a vote of 8 forms" in plain(trm_beside(result)[0]) and len(trm_beside(result)) == 3
+    rows = [[plain(cell) for cell in row] for row in trm_rows(result)]
+    assert len(rows) == 7 and rows[5:] == [[plain(cell) for cell in row] for row in trm_rows(RESULT)]
+    assert [row[0] for row in rows[:3]] == [
+        f"{n} 8 forms of each task vote" for n in ("1 attempt", "2 attempts", "5 attempts")
+    ]
+    assert [row[1] for row in rows[:5]] == ["15.0 %", "20.0 %", "25.0 %", "12.0 %", "2.0 %"]

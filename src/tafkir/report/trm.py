@@ -21,6 +21,12 @@ def _test(result: Result) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) and isinstance(found.get("halting"), Mapping) else {}
 
 
+def _arc(result: Result) -> Mapping[str, Any]:
+    """The scores of ARC tasks by voting; empty where there are none."""
+    found = result.get("arc")
+    return found if isinstance(found, Mapping) and "2" in found.get("pass_at", {}) else {}
+
+
 def _interval(estimate: Mapping[str, Any]) -> str:
     return f"{percent(estimate['low'])} to {percent(estimate['high'])}"
 
@@ -30,6 +36,12 @@ def trm_sentence(result: Result) -> str:
     test = _test(result)
     if not test:
         return ""
+    if arc := _arc(result):
+        two, rules = arc["pass_at"]["2"], arc["baselines"]["rules"]["2"]
+        return (
+            f"The recursive model solves {percent(two['value'])} of {arc['tasks']:,} tasks in two attempts "
+            f"(95 % interval {_interval(two)}); simple rules solve {percent(rules['value'])}."
+        )
     return (
         f"The recursive model solves {percent(test['exact']['value'])} of {test['puzzles']:,} unseen puzzles, every "
         f"cell right (95 % interval {_interval(test['exact'])})."
@@ -42,11 +54,33 @@ def trm_beside(result: Result) -> list[str]:
     if not test:
         return []
     halting, first, last = test["halting"], test["by_step"][0], test["by_step"][-1]
+    voted = []
+    if arc := _arc(result):
+        voted.append(
+            f"Alone, without a vote of {arc['forms']} forms, it solves {percent(test['exact']['value'])} at the first "
+            f"attempt; copying the input solves {percent(arc['baselines']['copy']['1']['value'])}."
+        )
     return [
+        *voted,
         f"Stopped where it takes its answer for right, it needs {halting['mean_steps']:.1f} of {len(test['by_step'])} "
         f"supervision steps and solves {percent(halting['exact']['value'])}.",
         f"After the first step {percent(first)} are solved, after the last one {percent(last)}.",
     ]
+
+
+def _arc_rows(result: Result) -> list[list[str]]:
+    """Attempts at ARC tasks whose forms vote, and what needs no learning."""
+    arc = _arc(result)
+    if not arc:
+        return []
+    steps, tasks = str(len(_test(result)["by_step"])), f"{arc['tasks']:,}"
+    rows = [
+        (f"{count} attempt{'s' * (count != '1')}\n{arc['forms']} forms of each task vote", found, steps)
+        for count, found in arc["pass_at"].items()
+    ]
+    rows.append(("simple rules\n2 attempts", arc["baselines"]["rules"]["2"], "–"))
+    rows.append(("the input as it is", arc["baselines"]["copy"]["1"], "–"))
+    return [[name, percent(found["value"]), _interval(found), taken, tasks] for name, found, taken in rows]
 
 
 def trm_rows(result: Result) -> list[list[str]]:
@@ -58,6 +92,7 @@ def trm_rows(result: Result) -> list[list[str]]:
     never = halting["never"]
     taken = f"at the first step with q above {halting['threshold']:g}" + (f"\n{never} never halt" if never else "")
     return [
+        *_arc_rows(result),
         [
             f"after all steps\n{percent(test['cells'])} of the cells right",
             percent(test["exact"]["value"]),
