@@ -138,7 +138,8 @@ def _show_end(directory: RunDir, results: Mapping[StageName, dict[str, Any]]) ->
     if directory.report_html.exists():
         print(f"Report:         {directory.report_html}")
     if directory.stage("trm").checkpoint_dir.is_dir():
-        print(f"Solve with it:  {program_name()} solve PUZZLE.txt --model {directory.path}")
+        puzzles = "--arc TASKS.json" if "arc" in results.get("trm", {}) else "PUZZLE.txt"
+        print(f"Solve with it:  {program_name()} solve {puzzles} --model {directory.path}")
     if any(directory.stage(kind).checkpoint_dir.is_dir() for kind in _TRAINING):
         print(f"Chat with it:   {program_name()} chat {directory.path}")
         print(f"Serve it:       {program_name()} serve {directory.path}")
