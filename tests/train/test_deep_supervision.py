@@ -310,6 +310,7 @@ def test_the_best_weights_are_kept() -> None:
 
 STAGE = (
     "threads=1",
+    'trm.precision="float32"',
     "report=",
     "trm.steps=6",
     "trm.batch_size=6",
@@ -403,6 +404,34 @@ def test_a_killed_stage_goes_on_bit_for_bit(
     monkeypatch.setattr(trm_stage, "deep_supervision_step", real)
     result, stage = run_stage(tmp_path / "killed")
     assert result == unbroken[0] and weights_of(content(stage)) == weights_of(content(unbroken[1]))
+
+
+def test_passes_in_bfloat16_go_on_bit_for_bit_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """States of the carry are bfloat16 there; scores are those of the checkpoint as it is loaded, in float32."""
+    given = ('trm.precision="bfloat16"', "trm.steps=4")
+    result, stage = run_stage(tmp_path / "unbroken", *given)
+    real = trm_stage.deep_supervision_step
+
+    def dying(*args: Any, **how: Any) -> Callable[[int], StepOutput]:
+        step = real(*args, **how)
+
+        def train(number: int) -> StepOutput:
+            if number == 3:
+                raise Killed
+            return step(number)
+
+        return train
+
+    monkeypatch.setattr(trm_stage, "deep_supervision_step", dying)
+    with pytest.raises(Killed):
+        run_stage(tmp_path / "killed", *given)
+    monkeypatch.setattr(trm_stage, "deep_supervision_step", real)
+    again, other = run_stage(tmp_path / "killed", *given)
+    assert again == result and weights_of(content(other)) == weights_of(content(stage))
+    puzzles = build_puzzles(
+        SudokuPuzzles(num_train=12, num_validation=4, num_test=6), trm_stage.derive_seed(0, "trm", "puzzles")
+    )
+    assert score_puzzles(load_trm(stage / "checkpoint").model, puzzles.test) == result["test"]
 
 
 def test_the_last_weights_and_those_that_stay(tmp_path: Path) -> None:
