@@ -4,7 +4,7 @@
 
 Each arm is a recipe of its own, run by `tafkir run`: without a teacher; with the teacher's answers to the unlabelled
 puzzles, kept where they keep the rules; the same with its distributions to imitate; and with every label, as a ceiling.
-The teacher is a model of the same size that trained half again as long on every label. Scores are whole grids right on
+The teacher is a model of the same size that trained twice as long on every label. Scores are whole grids right on
 unseen puzzles.
 """
 
@@ -44,33 +44,43 @@ def main() -> None:
     parser.add_argument("--labelled", type=int, default=3, help="puzzles whose answers are known")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--teacher", type=Path, help="a trained model's run directory; else one is trained first")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs/trm-teacher"))
     args = parser.parse_args()
-    steps = f"trm.steps={args.steps}"
-    teacher = run(args.runs_dir, "teacher", 100, f"trm.steps={3 * args.steps // 2}")
-    place = RunDir(args.runs_dir / "teacher").stage("trm").checkpoint_dir
+    teacher = args.teacher or args.runs_dir / "teacher"
+    if args.teacher is None:
+        run(args.runs_dir, "teacher", 100, f"trm.steps={2 * args.steps}")
     few = f"trm.num_labelled={args.labelled}"
-    taught = (few, "trm.teacher.kind=checkpoint", f"trm.teacher.checkpoint={json.dumps(str(place))}")
-    arms = {
+    taught = (few, "trm.teacher.kind=checkpoint", f"trm.teacher.checkpoint={json.dumps(str(teacher.absolute()))}")
+    arms: dict[str, tuple[str, ...]] = {
         "no teacher": (few,),
         "its answers": (*taught, "trm.teacher.weight=0"),
         "its answers and distributions": (*taught, "trm.teacher.weight=0.5"),
         "every label": (),
     }
-    rows = []
-    for arm, overrides in arms.items():
-        results = [
-            run(args.runs_dir, f"{arm.replace(' ', '-')}-{seed}", seed, steps, *overrides) for seed in range(args.seeds)
-        ]
-        exact = [result["test"]["exact"]["value"] for result in results]
-        cells = [result["test"]["cells"] for result in results]
-        counts = [result.get("teacher") for result in results]
-        cpu = median(result["cpu_s"] for result in results)
-        rows.append({"arm": arm, "exact": exact, "cells": cells, "teacher": counts, "cpu_s": cpu})
-        shown = ", ".join(f"{100 * value:.1f}" for value in exact)
-        print(f"{arm:<30} median {100 * median(exact):5.1f} % ({shown})  {cpu:.0f} CPU-s", flush=True)
-    settings = {"labelled": args.labelled, "seeds": args.seeds, "steps": args.steps}
-    write_json(_RESULT, {**settings, "teacher": teacher["test"]["exact"], "arms": rows})
+    rows: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
+    for seed in range(args.seeds):
+        for arm, overrides in arms.items():
+            name = f"{arm.replace(' ', '-')}-{seed}"
+            result = run(args.runs_dir, name, seed, f"trm.steps={args.steps}", *overrides)
+            test = result["test"]
+            taught_by = {"teacher": result.get("teacher"), "cpu_s": result["cpu_s"]}
+            rows[arm].append({"seed": seed, "exact": test["exact"]["value"], "cells": test["cells"], **taught_by})
+            print(
+                f"seed {seed}  {arm:<30} {100 * test['exact']['value']:5.1f} %  {result['cpu_s']:.0f} CPU-s", flush=True
+            )
+        write_json(_RESULT, summarize(rows, args, teacher))
+
+
+def summarize(rows: dict[str, list[dict[str, Any]]], args: argparse.Namespace, teacher: Path) -> dict[str, Any]:
+    """The settings, the teacher's own score, and each arm with its median."""
+    scored = read_json(RunDir(teacher).stage("trm").path / "result.json")
+    arms = [
+        {"arm": arm, "median_exact": median(row["exact"] for row in found), "runs": found}
+        for arm, found in rows.items()
+    ]
+    settings = {"labelled": args.labelled, "steps": args.steps, "teacher_exact": scored["test"]["exact"]}
+    return {**settings, "teacher_steps": scored["steps"], "arms": arms}
 
 
 if __name__ == "__main__":
