@@ -19,6 +19,7 @@ from tafkir.models.residual import (
     DeepseekV4Connection,
     ManifoldConnection,
     PlainResidual,
+    StreamState,
     build_residual,
     composed_gains,
     observe_res_maps,
@@ -138,7 +139,7 @@ def test_h_res_is_applied(kind: str) -> None:
         residual.fresh_weights(0.02, torch.Generator().manual_seed(0))
         residual.bias.normal_(generator=torch.Generator().manual_seed(1))  # type: ignore[operator,union-attr]
         state = build_residual(config_of(kind=kind)).enter(torch.zeros(7, 32))
-        state = state._replace(x_NnD=torch.randn(7, 4, 32, generator=torch.Generator().manual_seed(2)))
+        state = StreamState(torch.randn(7, 4, 32, generator=torch.Generator().manual_seed(2)), None)
         _, ctx = residual.read(state)
         out = residual.write(state, ctx, torch.zeros(7, 32)).x_NnD
     torch.testing.assert_close(out, torch.einsum("nij,njd->nid", ctx.maps.res_Nij, state.x_NnD))
@@ -160,7 +161,7 @@ def test_deepseek_v4_weights_give_transformers_streams() -> None:
         ):
             other.copy_(mine.normal_(generator=generator).mul_(0.5))
         state = ends.enter(torch.zeros(9, 32))
-        state = state._replace(x_NnD=torch.randn(9, 4, 32, generator=generator))
+        state = StreamState(torch.randn(9, 4, 32, generator=generator), None)
         y_ND = torch.randn(9, 32, generator=generator)
         post, comb, collapsed = theirs(state.x_NnD.unsqueeze(0))
         u_ND, ctx = ours.read(state)
@@ -299,7 +300,7 @@ def test_kernels_reach_every_sublayer_and_can_be_taken_back() -> None:
         return write_streams(x, y, post, res)
 
     expected, _ = run(decoder)
-    use_kernels(decoder, TORCH_KERNELS._replace(write_streams=write))
+    use_kernels(decoder, TORCH_KERNELS._replace(write_streams=write, write_and_read=None))
     assert torch.equal(run(decoder)[0], expected) and len(seen) == 6
     use_kernels(decoder, "torch")
     run(decoder)

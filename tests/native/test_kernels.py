@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tafkir.ops import attention, loss, moe, native, norm, post_norm, qkv, rope, routing, split_heads
+from tafkir.ops import attention, hyper_connections, loss, moe, native, norm, post_norm, qkv, rope, routing, split_heads
 
 N, D, WIDTH, EXPERTS, ACTIVE, HEADS, KV_HEADS, HEAD_DIM = 700, 64, 48, 16, 4, 4, 2, 32
 
@@ -42,6 +42,10 @@ OPS: dict[str, tuple[Callable[..., object], list[Tensor]]] = {
     "attention": (
         lambda q, k, v: attention.varlen_attention(q, k, v, LAYOUT),
         [normal(6, N, HEADS, HEAD_DIM), normal(7, N, KV_HEADS, HEAD_DIM), normal(8, N, KV_HEADS, HEAD_DIM)],
+    ),
+    "write_streams": (
+        hyper_connections.write_streams,
+        [normal(15, N, 4, D), normal(16, N, D), normal(17, N, 4), normal(18, N, 4, 4)],
     ),
     "swiglu": (moe.swiglu, [normal(9, N, 2 * WIDTH)]),
     "swiglu_post_norm": (
@@ -159,3 +163,30 @@ def test_only_plain_float32_on_the_processor_is_taken() -> None:
     assert not native.takes(torch.ones(2, device="meta"))
     assert not native.takes(torch.ones(0))
     assert not native.takes(torch.ones(2).as_subclass(Shard))
+
+
+@pytest.mark.parametrize(("tokens", "hidden"), [(1, 16), (37, 70), (64, 192)])
+def test_streams_that_are_written_and_read_at_once_have_the_bits_of_both_in_turn(tokens: int, hidden: int) -> None:
+    """With any number of threads forward; backward for each number, since it sums over tokens."""
+    inputs = [
+        *(normal(40, tokens, 4, hidden), normal(41, tokens, hidden), normal(42, tokens, 4), normal(43, tokens, 4, 4)),
+        *(normal(44, 24, 4 * hidden) * 0.1, normal(45, 4), torch.tensor(0.5)),
+    ]
+
+    def at_once(*x: Tensor) -> hyper_connections.Reading:
+        return hyper_connections.write_and_read(hyper_connections.Write(*x[:4]), *x[4:], 1e-6, 0.0)
+
+    def in_turn(*x: Tensor) -> hyper_connections.Reading:
+        return hyper_connections.project_and_read(hyper_connections.write_streams(*x[:4]), *x[4:], 1e-6, 0.0)
+
+    forward = [x.clone() for x in in_turn(*inputs)]
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found = []
+        for function in (at_once, in_turn):
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            out = list(function(*leaves))
+            assert all(map(torch.equal, out, forward))
+            above = [normal(50 + i, *x.shape) for i, x in enumerate(out[:3])]
+            found.append(torch.autograd.grad(out[:3], leaves, above))
+        assert all(map(torch.equal, *found))

@@ -233,6 +233,31 @@ def test_fast_reading_equals_the_reference(tokens: int, streams: int, hidden: in
     same(fast, slow, [x, phi, bias[:streams], alpha[0]], 1e-4)
 
 
+@quick
+@given(
+    tokens=st.integers(1, 70),
+    streams=st.sampled_from([1, 2, 3, 4, 4, 4, 5]),
+    hidden=st.integers(1, 40),
+    pre_eps=st.sampled_from([0.0, 0.1]),
+    seed=seeds,
+)
+def test_writing_and_reading_at_once_equals_one_after_the_other(
+    tokens: int, streams: int, hidden: int, pre_eps: float, seed: int
+) -> None:
+    x, phi, bias, alpha = mhc_inputs(tokens, streams, hidden, seed)
+    y, post = normal(seed + 7, tokens, hidden), normal(seed + 8, tokens, streams)
+    res = normal(seed + 9, tokens, streams, streams)
+
+    def at_once(*parts: Tensor) -> tuple[Tensor, ...]:
+        return hc.write_and_read(hc.Write(*parts[:4]), *parts[4:], 1e-6, pre_eps)[:3]
+
+    def in_turn(x: Tensor, y: Tensor, post: Tensor, res: Tensor, *how: Tensor) -> tuple[Tensor, ...]:
+        new = hc.write_streams_reference(x, y, post, res)
+        return *hc.project_and_read_reference(new, *how, 1e-6, pre_eps), new * 1.0
+
+    same(at_once, in_turn, [x, y, post, res, phi, bias[:streams], alpha[0]], 1e-4)
+
+
 def test_low_precision_streams_stay_near_and_keep_their_dtype() -> None:
     x, phi, bias, alpha = mhc_inputs(20, 4, 16, 0)
     y = normal(9, 20, 16)

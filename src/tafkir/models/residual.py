@@ -19,12 +19,14 @@ from tafkir.models.recompute import Recorder
 from tafkir.ops.hyper_connections import (
     Maps,
     Reading,
+    Write,
     deepseek_v4_exit,
     deepseek_v4_res,
     gated_maps,
     hc_maps,
     project_and_read,
     read_streams,
+    write_and_read,
     write_streams,
 )
 from tafkir.ops.sinkhorn import sinkhorn
@@ -42,6 +44,7 @@ __all__ = [
     "PlainResidual",
     "ResidualStream",
     "StreamEnds",
+    "StreamState",
     "build_residual",
     "composed_gains",
     "observe_res_maps",
@@ -102,10 +105,20 @@ class PlainResidual(ResidualStream):
 
 
 class StreamState(NamedTuple):
-    """The streams [N, n, D], and who recomputes them in the backward (None: they are kept)."""
+    """The streams [N, n, D], and who recomputes them in the backward (None: they are kept).
 
-    x_NnD: Tensor
+    A sublayer's writing may wait (`write`) for the next one's reading, so that both meet the streams together; `x_NnD`
+    does it at once.
+    """
+
+    kept_NnD: Tensor
     recorder: Recorder | None
+    write: Write | None = None
+
+    @property
+    def x_NnD(self) -> Tensor:  # noqa: N802  # a shape's suffix
+        """The streams, [N, n, D]."""
+        return self.kept_NnD if self.write is None else write_streams(*self.write)
 
 
 class _Context(NamedTuple):
@@ -181,9 +194,11 @@ class Kernels(NamedTuple):
     project_and_read: Callable[[Tensor, Tensor, Tensor, Tensor, float, float], Reading]
     write_streams: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     sinkhorn: Callable[[Tensor, int], Tensor]
+    write_and_read: Callable[[Write, Tensor, Tensor, Tensor, float, float], Reading] | None = None
+    """The second, then the first, as one; None where the set has none."""
 
 
-TORCH_KERNELS = Kernels(project_and_read, write_streams, sinkhorn)
+TORCH_KERNELS = Kernels(project_and_read, write_streams, sinkhorn, write_and_read)
 
 
 class _Connection(_Float32Module):
@@ -205,20 +220,29 @@ class _Connection(_Float32Module):
         self.observer: Callable[[Tensor], None] | None = None
         self.kernels = TORCH_KERNELS
 
-    def _read(self, x_NnD: Tensor) -> tuple[Tensor, _Context]:
+    def _read(self, state: StreamState) -> tuple[Tensor, _Context]:
         raise NotImplementedError
 
+    def _project(self, state: StreamState, norm_eps: float, pre_eps: float) -> Reading:
+        """z and u of streams that are there, or that are written first."""
+        how = (self.phi, self.bias[: self.config.num_streams], self.alpha[0], norm_eps, pre_eps)
+        if state.write is not None and self.kernels.write_and_read is not None:
+            return self.kernels.write_and_read(state.write, *how)
+        return self.kernels.project_and_read(state.x_NnD, *how)
+
     def read(self, state: StreamState) -> tuple[Tensor, _Context]:
-        u_ND, reading = self._read(state.x_NnD)
+        u_ND, reading = self._read(state)
         if self.observer is not None:
             self.observer(reading.maps.res_Nij.detach())
         return u_ND, reading
 
     def write(self, state: StreamState, ctx: _Context, y_ND: Tensor) -> StreamState:
+        write = Write(ctx.x_NnD, y_ND, ctx.maps.post_Nn, ctx.maps.res_Nij)
         if state.recorder is not None:
             state.recorder.end_sublayer(ctx.maps, y_ND)
-        x_NnD = self.kernels.write_streams(ctx.x_NnD, y_ND, ctx.maps.post_Nn, ctx.maps.res_Nij)
-        return StreamState(x_NnD, state.recorder)
+        elif self.kernels.write_and_read is not None:
+            return StreamState(ctx.x_NnD, None, write)
+        return StreamState(self.kernels.write_streams(*write), state.recorder)
 
     def saving(self, state: StreamState) -> AbstractContextManager[None]:
         return nullcontext() if state.recorder is None else state.recorder.sublayer(state.x_NnD)
@@ -249,7 +273,8 @@ class HyperConnection(_Connection):
         super().__init__(config, config.num_streams + 2, hidden_size)
         self.sublayer_idx = sublayer_idx
 
-    def _read(self, x_NnD: Tensor) -> tuple[Tensor, _Context]:
+    def _read(self, state: StreamState) -> tuple[Tensor, _Context]:
+        x_NnD = state.x_NnD
         maps = hc_maps(x_NnD, self.phi, self.bias, self.alpha, self.config.eps)
         return read_streams(x_NnD, maps.pre_Nn), _Context(x_NnD, maps)
 
@@ -273,11 +298,10 @@ class ManifoldConnection(_Connection):
         num = config.num_streams
         super().__init__(config, num * num + 2 * num, num * hidden_size)
 
-    def _read(self, x_NnD: Tensor) -> tuple[Tensor, _Context]:
-        num, config = self.config.num_streams, self.config
-        got = self.kernels.project_and_read(x_NnD, self.phi, self.bias[:num], self.alpha[0], config.eps, 0.0)
-        raw = gated_maps(got.z_NM, self.bias, self.alpha, num)
-        res_Nij = self.kernels.sinkhorn(raw.res_Nij, config.sinkhorn_iters)
+    def _read(self, state: StreamState) -> tuple[Tensor, _Context]:
+        got = self._project(state, self.config.eps, 0.0)
+        raw = gated_maps(got.z_NM, self.bias, self.alpha, self.config.num_streams)
+        res_Nij = self.kernels.sinkhorn(raw.res_Nij, self.config.sinkhorn_iters)
         return got.u_ND, _Context(got.x_NnD, Maps(got.pre_Nn, 2 * torch.sigmoid(raw.post_Nn), res_Nij))
 
 
@@ -293,11 +317,10 @@ class DeepseekV4Connection(_Connection):
         super().__init__(config, num * num + 2 * num, num * hidden_size)
         self.norm_eps = norm_eps
 
-    def _read(self, x_NnD: Tensor) -> tuple[Tensor, _Context]:
-        num, eps = self.config.num_streams, self.config.eps
-        read = self.kernels.project_and_read
-        got = read(x_NnD, self.phi, self.bias[:num], self.alpha[0], self.norm_eps, eps)
-        raw = gated_maps(got.z_NM, self.bias, self.alpha, num)
+    def _read(self, state: StreamState) -> tuple[Tensor, _Context]:
+        eps = self.config.eps
+        got = self._project(state, self.norm_eps, eps)
+        raw = gated_maps(got.z_NM, self.bias, self.alpha, self.config.num_streams)
         res_Nij = deepseek_v4_res(raw.res_Nij, self.config.sinkhorn_iters, eps)
         return got.u_ND, _Context(got.x_NnD, Maps(got.pre_Nn, 2 * torch.sigmoid(raw.post_Nn), res_Nij))
 

@@ -2,7 +2,7 @@
 // (`tafkir.ops.sinkhorn`) on the CPU; the functions there are their references and fallbacks.
 //
 // Tokens go in blocks that stay in the second-level cache from the first look at their streams to the last. The same
-// input and number of threads give the same bits.
+// input and number of threads give the same bits; forward, the number of threads does not matter either.
 
 #include <type_traits>
 
@@ -11,8 +11,15 @@
 namespace {
 
 constexpr int64_t kLanes = 16;                // floats of a vector, and tokens of a Sinkhorn block
-constexpr int64_t kReadFloats = 1 << 20;      // streams of a block, forward: enough rows for a full matrix product
-constexpr int64_t kBackwardFloats = 1 << 17;  // and backward, where three times as much has to stay in the cache
+constexpr int64_t kBackwardFloats = 1 << 17;  // streams of a block, backward: three times as much stays in the cache
+
+// Tokens x maps of a projection that registers sum at once.
+#if defined(__AVX512F__)
+constexpr int kTokens = 6, kMaps = 4;
+#else
+constexpr int kTokens = 1, kMaps = 4;
+#endif
+constexpr int64_t kProjectFloats = 512;  // of a token's streams that a projection looks at before it goes on to other maps
 
 // Sixteen floats wherever they lie; a machine with narrower registers takes several.
 typedef float Vec __attribute__((vector_size(64), aligned(4)));
@@ -38,9 +45,9 @@ __attribute__((noinline)) void read_token(const float* RESTRICT x, const float* 
   }
 }
 
-// out_i = sum_j res_ij x_j + post_i y
+// out_i = sum_j res_ij x_j + post_i y. Not inlined, either.
 template <int n>
-void write_token(const float* RESTRICT x, const float* RESTRICT y, const float* RESTRICT post,
+__attribute__((noinline)) void write_token(const float* RESTRICT x, const float* RESTRICT y, const float* RESTRICT post,
                  const float* RESTRICT res, int64_t d, float* RESTRICT out) {
 #pragma omp simd
   for (int64_t k = 0; k < d; k++)
@@ -51,8 +58,9 @@ void write_token(const float* RESTRICT x, const float* RESTRICT y, const float* 
     }
 }
 
+// `gx` may be `g`: a vector of all streams is read before any of it is written.
 template <int n>
-void write_token_backward(const float* g, const float* x, const float* y, const float* post, const float* res,
+__attribute__((noinline)) void write_token_backward(const float* g, const float* x, const float* y, const float* post, const float* res,
                           int64_t d, float* gx, float* gy, float* gpost, float* gres) {
   Vec sums[n * n] = {}, post_sums[n] = {};
   float rest[n * n] = {}, post_rest[n] = {};
@@ -77,19 +85,21 @@ void write_token_backward(const float* g, const float* x, const float* y, const 
     store(gy + k, dy);
   }
   for (; k < d; k++) {
-    gy[k] = 0.0f;
+    float gi[n], dy = 0.0f;
     for (int i = 0; i < n; i++) {
-      gy[k] += post[i] * g[i * d + k];
-      post_rest[i] += g[i * d + k] * y[k];
+      gi[i] = g[i * d + k];
+      dy += post[i] * gi[i];
+      post_rest[i] += gi[i] * y[k];
     }
     for (int j = 0; j < n; j++) {
       float dx = 0.0f;
       for (int i = 0; i < n; i++) {
-        dx += res[i * n + j] * g[i * d + k];
-        rest[i * n + j] += g[i * d + k] * x[j * d + k];
+        dx += res[i * n + j] * gi[i];
+        rest[i * n + j] += gi[i] * x[j * d + k];
       }
       gx[j * d + k] = dx;
     }
+    gy[k] = dy;
   }
   for (int i = 0; i < n; i++) gpost[i] = sum(post_sums[i]) + post_rest[i];
   for (int i = 0; i < n * n; i++) gres[i] = sum(sums[i]) + rest[i];
@@ -106,46 +116,126 @@ void gather_token(const float* RESTRICT gx, const float* RESTRICT gu, const floa
   }
 }
 
-inline int64_t block_tokens(int64_t width, int64_t floats) { return std::max<int64_t>(8, floats / width); }
-
 struct Shape {
-  int64_t tokens, d, maps;
+  int64_t tokens, d;
+};
+
+// What a token's streams are projected by, and what keeps the norm and the gate from trouble.
+struct Projection {
+  const float *phi, *bias;
+  float alpha, norm_eps, pre_eps;
+};
+
+// What the reading of tokens leaves behind.
+struct Read {
+  float *z, *u, *gate, *pre, *rstd;
 };
 
 template <int n>
-void project_and_read(int threads, const float* x, const float* phi, const float* bias, float alpha, float norm_eps,
-                      float pre_eps, Shape shape, float* z, float* u, float* gate, float* pre, float* rstd) {
-  const int64_t width = n * shape.d, step = block_tokens(width, kReadFloats), blocks = (shape.tokens + step - 1) / step;
-  const int maps = (int)shape.maps, wide = (int)width;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t b = 0; b < blocks; b++) {
-    const int64_t first = b * step, last = std::min(shape.tokens, first + step);
-    // x_hat phi^T = (x phi^T) / r: the norm meets M numbers a token, not n D (arXiv 2512.24880, section 4.3.1).
-    gemm(false, true, (int)(last - first), maps, wide, 1.0f, x + first * width, wide, phi, wide, 0.0f,
-         z + first * maps, maps);
-    for (int64_t t = first; t < last; t++) {
-      const float* row = x + t * width;
-      float *zt = z + t * maps, *gt = gate + t * n, *pt = pre + t * n;
-      rstd[t] = 1.0f / std::sqrt(dot(row, row, width) / (float)width + norm_eps);
-      for (int m = 0; m < maps; m++) zt[m] *= rstd[t];
-      for (int j = 0; j < n; j++) {
-        gt[j] = sigmoid(alpha * zt[j] + bias[j]);
-        pt[j] = gt[j] + pre_eps;
+constexpr int maps_of() {
+  return n * n + 2 * n;
+}
+
+// z[t] = phi x_t for a few tokens in a row; the order of a token's sums does not depend on how many there are.
+template <int n, int tokens>
+void project_tokens(const float* x, const float* phi, int64_t width, float* z) {
+  constexpr int maps = maps_of<n>();
+  Vec sums[tokens * maps] = {};
+  const int64_t whole = width / kLanes * kLanes;
+  for (int64_t first = 0; first < whole; first += kProjectFloats) {
+    const int64_t last = std::min(whole, first + kProjectFloats);
+    for (int m = 0; m < maps; m += kMaps) {
+      Vec held[tokens][kMaps];
+      for (int t = 0; t < tokens; t++)
+        for (int i = 0; i < kMaps; i++) held[t][i] = sums[t * maps + m + i];
+      for (int64_t k = first; k < last; k += kLanes) {
+        Vec xs[tokens];
+        for (int t = 0; t < tokens; t++) xs[t] = load(x + t * width + k);
+        for (int i = 0; i < kMaps; i++) {
+          const Vec row = load(phi + (m + i) * width + k);
+          for (int t = 0; t < tokens; t++) held[t][i] += row * xs[t];
+        }
       }
-      read_token<n>(row, pt, shape.d, u + t * shape.d);
+      for (int t = 0; t < tokens; t++)
+        for (int i = 0; i < kMaps; i++) sums[t * maps + m + i] = held[t][i];
     }
+  }
+  for (int t = 0; t < tokens; t++)
+    for (int m = 0; m < maps; m++) {
+      float total = sum(sums[t * maps + m]);
+      for (int64_t k = whole; k < width; k++) total += phi[m * width + k] * x[t * width + k];
+      z[t * maps + m] = total;
+    }
+}
+
+// Maps and inputs of tokens whose streams are in the cache. x_hat phi^T = (x phi^T) / r: the norm meets M numbers a
+// token, not n D (arXiv 2512.24880, section 4.3.1).
+template <int n, int tokens>
+void read_tokens(const float* x, const Projection& by, int64_t d, int64_t first, const Read& out) {
+  constexpr int maps = maps_of<n>();
+  project_tokens<n, tokens>(x, by.phi, n * d, out.z + first * maps);
+  for (int64_t t = first; t < first + tokens; t++, x += n * d) {
+    float *z = out.z + t * maps, *gate = out.gate + t * n, *pre = out.pre + t * n;
+    const float rstd = out.rstd[t] = 1.0f / std::sqrt(dot(x, x, n * d) / (float)(n * d) + by.norm_eps);
+    for (int m = 0; m < maps; m++) z[m] *= rstd;
+    for (int j = 0; j < n; j++) {
+      gate[j] = sigmoid(by.alpha * z[j] + by.bias[j]);
+      pre[j] = gate[j] + by.pre_eps;
+    }
+    read_token<n>(x, pre, d, out.u + t * d);
   }
 }
 
+// What a sublayer leaves for the streams: x [N, n, D], y [N, D], post [N, n], res [N, n, n].
+struct Write {
+  const float *x, *y, *post, *res;
+};
+
+// Writes where there is something to write (into `streams`), then reads; else reads only.
 template <int n>
-void project_and_read_backward(int threads, const float* grad_z, const float* grad_u, const float* grad_x,
-                               const float* x, const float* phi, float alpha, const float* rstd, const float* z,
-                               const float* gate, const float* pre, Shape shape, float* total, float* grad_phi,
-                               float* grad_pre) {
-  const int64_t d = shape.d, width = n * d, step = block_tokens(width, kBackwardFloats);
-  const int64_t blocks = (shape.tokens + step - 1) / step;
-  const int64_t numbers = shape.maps * width;
-  const int maps = (int)shape.maps, wide = (int)width;
+void write_and_read(int threads, const Write* write, float* streams, const Projection& by, Shape shape,
+                    const Read& out) {
+  const int64_t d = shape.d, width = n * d, blocks = (shape.tokens + kTokens - 1) / kTokens;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t b = 0; b < blocks; b++) {
+    const int64_t first = b * kTokens, last = std::min(shape.tokens, first + kTokens);
+    if (write)
+      for (int64_t t = first; t < last; t++)
+        write_token<n>(write->x + t * width, write->y + t * d, write->post + t * n, write->res + t * n * n, d,
+                       streams + t * width);
+    if (last - first == kTokens)
+      read_tokens<n, kTokens>(streams + first * width, by, d, first, out);
+    else
+      for (int64_t t = first; t < last; t++) read_tokens<n, 1>(streams + t * width, by, d, t, out);
+  }
+}
+
+// What flows into a reading from behind: of z, of u, and of the streams that it handed on.
+struct Above {
+  const float *z, *u, *x;
+};
+
+// What a reading needs to go back: its streams, and what it left behind.
+struct Kept {
+  const float *x, *phi;
+  float alpha;
+  const float *rstd, *z, *gate, *pre;
+};
+
+// Where the gradients of a writing go, beside that of its streams.
+struct Written {
+  float *y, *post, *res;
+};
+
+// From a reading back to its streams, and with `write` on to what was written: a block of tokens at a time, whose
+// gradient (`out`) stays in the cache from its first sum to its last.
+template <int n>
+void write_and_read_backward(int threads, const Above& above, const Kept& kept, const Write* write, Shape shape,
+                             float* out, float* grad_phi, float* grad_pre, const Written& written) {
+  constexpr int maps = maps_of<n>();
+  const int64_t d = shape.d, width = n * d, step = std::max<int64_t>(8, kBackwardFloats / width);
+  const int64_t blocks = (shape.tokens + step - 1) / step, numbers = maps * width;
+  const int wide = (int)width;
   std::vector<float> parts((threads - 1) * numbers);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int part = 0; part < threads; part++) {
@@ -154,23 +244,27 @@ void project_and_read_backward(int threads, const float* grad_z, const float* gr
     const Scratch scratch(step * maps);
     float* const scaled = scratch.get();
     for (int64_t b = blocks * part / threads; b < blocks * (part + 1) / threads; b++) {
-      const int64_t first = b * step, last = std::min(shape.tokens, first + step);
-      const int count = (int)(last - first);
+      const int64_t first = b * step, last = std::min(shape.tokens, first + step), count = last - first;
       for (int64_t t = first; t < last; t++) {
-        const float *row = x + t * width, *gu = grad_u + t * d, *zt = z + t * maps;
+        const float *row = kept.x + t * width, *gu = above.u + t * d, *z = kept.z + t * maps;
         float *st = scaled + (t - first) * maps, *gp = grad_pre + t * n;
-        std::copy(grad_z + t * maps, grad_z + (t + 1) * maps, st);
+        std::copy(above.z + t * maps, above.z + (t + 1) * maps, st);
         for (int j = 0; j < n; j++) {
-          gp[j] = dot(gu, row + j * d, d) * gate[t * n + j] * (1.0f - gate[t * n + j]);
-          st[j] += alpha * gp[j];
+          gp[j] = dot(gu, row + j * d, d) * kept.gate[t * n + j] * (1.0f - kept.gate[t * n + j]);
+          st[j] += kept.alpha * gp[j];
         }
         // d rstd = -rstd^3 x dx / P, and z already holds one rstd.
-        const float norm = -dot(st, zt, maps) * rstd[t] * rstd[t] / (float)width;
-        for (int m = 0; m < maps; m++) st[m] *= rstd[t];
-        gather_token<n>(grad_x + t * width, gu, row, pre + t * n, norm, d, total + t * width);
+        const float rstd = kept.rstd[t], norm = -dot(st, z, maps) * rstd * rstd / (float)width;
+        for (int m = 0; m < maps; m++) st[m] *= rstd;
+        gather_token<n>(above.x + t * width, gu, row, kept.pre + t * n, norm, d, out + t * width);
       }
-      gemm(false, false, count, wide, maps, 1.0f, scaled, maps, phi, wide, 1.0f, total + first * width, wide);
-      gemm(true, false, maps, wide, count, 1.0f, scaled, maps, x + first * width, wide, 1.0f, mine, wide);
+      gemm(false, false, (int)count, wide, maps, 1.0f, scaled, maps, kept.phi, wide, 1.0f, out + first * width, wide);
+      gemm(true, false, maps, wide, (int)count, 1.0f, scaled, maps, kept.x + first * width, wide, 1.0f, mine, wide);
+      if (write)
+        for (int64_t t = first; t < last; t++)
+          write_token_backward<n>(out + t * width, write->x + t * width, write->y + t * d, write->post + t * n,
+                                  write->res + t * n * n, d, out + t * width, written.y + t * d,
+                                  written.post + t * n, written.res + t * n * n);
     }
   }
   for (int part = 1; part < threads; part++)
@@ -398,14 +492,28 @@ int tafkir_write_streams_backward(int threads, const float* grad, const float* x
   });
 }
 
-// x [N, n, D], phi [M, n D], bias [n], alpha [1] to z [N, M], u [N, D], gate and pre [N, n], rstd [N].
+// x [N, n, D], phi [n^2 + 2 n, n D], bias [n], alpha [1] to z [N, n^2 + 2 n], u [N, D], gate and pre [N, n], rstd [N].
 int tafkir_project_and_read(int threads, const float* x, const float* phi, const float* bias, const float* alpha,
-                            float norm_eps, float pre_eps, int64_t tokens, int64_t n, int64_t d, int64_t maps,
-                            float* z, float* u, float* gate, float* pre, float* rstd) {
-  const Shape shape{tokens, d, maps};
+                            float norm_eps, float pre_eps, int64_t tokens, int64_t n, int64_t d, float* z, float* u,
+                            float* gate, float* pre, float* rstd) {
+  const Projection by{phi, bias, *alpha, norm_eps, pre_eps};
   return for_streams(n, [&](auto streams) {
     constexpr int kStreams = decltype(streams)::value;
-    project_and_read<kStreams>(threads, x, phi, bias, *alpha, norm_eps, pre_eps, shape, z, u, gate, pre, rstd);
+    // Streams that are only read are not touched.
+    write_and_read<kStreams>(threads, nullptr, const_cast<float*>(x), by, {tokens, d}, {z, u, gate, pre, rstd});
+  });
+}
+
+// The writing of one sublayer (to `out`) and the reading of the next.
+int tafkir_write_and_read(int threads, const float* x, const float* y, const float* post, const float* res,
+                          const float* phi, const float* bias, const float* alpha, float norm_eps, float pre_eps,
+                          int64_t tokens, int64_t n, int64_t d, float* out, float* z, float* u, float* gate,
+                          float* pre, float* rstd) {
+  const Projection by{phi, bias, *alpha, norm_eps, pre_eps};
+  const Write write{x, y, post, res};
+  return for_streams(n, [&](auto streams) {
+    constexpr int kStreams = decltype(streams)::value;
+    write_and_read<kStreams>(threads, &write, out, by, {tokens, d}, {z, u, gate, pre, rstd});
   });
 }
 
@@ -413,12 +521,28 @@ int tafkir_project_and_read(int threads, const float* x, const float* phi, const
 int tafkir_project_and_read_backward(int threads, const float* grad_z, const float* grad_u, const float* grad_x,
                                      const float* x, const float* phi, const float* alpha, const float* rstd,
                                      const float* z, const float* gate, const float* pre, int64_t tokens, int64_t n,
-                                     int64_t d, int64_t maps, float* total, float* grad_phi, float* grad_pre) {
-  const Shape shape{tokens, d, maps};
+                                     int64_t d, float* total, float* grad_phi, float* grad_pre) {
+  const Kept kept{x, phi, *alpha, rstd, z, gate, pre};
   return for_streams(n, [&](auto streams) {
     constexpr int kStreams = decltype(streams)::value;
-    project_and_read_backward<kStreams>(threads, grad_z, grad_u, grad_x, x, phi, *alpha, rstd, z, gate, pre, shape,
-                                        total, grad_phi, grad_pre);
+    write_and_read_backward<kStreams>(threads, {grad_z, grad_u, grad_x}, kept, nullptr, {tokens, d}, total, grad_phi,
+                                      grad_pre, {});
+  });
+}
+
+// `out` are the streams that were written and read; gx, gy, gpost and gres belong to what was written.
+int tafkir_write_and_read_backward(int threads, const float* grad_z, const float* grad_u, const float* grad_out,
+                                   const float* out, const float* phi, const float* alpha, const float* rstd,
+                                   const float* z, const float* gate, const float* pre, const float* x,
+                                   const float* y, const float* post, const float* res, int64_t tokens, int64_t n,
+                                   int64_t d, float* gx, float* gy, float* gpost, float* gres, float* grad_phi,
+                                   float* grad_pre) {
+  const Kept kept{out, phi, *alpha, rstd, z, gate, pre};
+  const Write write{x, y, post, res};
+  return for_streams(n, [&](auto streams) {
+    constexpr int kStreams = decltype(streams)::value;
+    write_and_read_backward<kStreams>(threads, {grad_z, grad_u, grad_out}, kept, &write, {tokens, d}, gx, grad_phi,
+                                      grad_pre, {gy, gpost, gres});
   });
 }
 

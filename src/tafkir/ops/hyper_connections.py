@@ -18,6 +18,7 @@ from tafkir.ops.sinkhorn import NATIVE_STREAMS, sinkhorn_reference
 __all__ = [
     "Maps",
     "Reading",
+    "Write",
     "deepseek_v4_exit",
     "deepseek_v4_maps_reference",
     "deepseek_v4_res",
@@ -28,6 +29,7 @@ __all__ = [
     "project_and_read_reference",
     "read_streams",
     "read_streams_reference",
+    "write_and_read",
     "write_streams",
     "write_streams_reference",
 ]
@@ -127,12 +129,26 @@ def read_streams_reference(x_NnD: Tensor, pre_Nn: Tensor) -> Tensor:
     return (pre_Nn.unsqueeze(-1) * x_NnD).sum(1).to(x_NnD.dtype)
 
 
+class _NativeRead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_NnD: Tensor, pre_Nn: Tensor) -> Tensor:
+        ctx.save_for_backward(x_NnD, pre_Nn)
+        u_ND = x_NnD.new_empty(x_NnD.shape[0], x_NnD.shape[2])
+        native.call("tafkir_read_streams", x_NnD, pre_Nn, *x_NnD.shape, u_ND)
+        return u_ND
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor]:
+        x_NnD, pre_Nn = ctx.saved_tensors
+        grad_N1D = grad_ND.unsqueeze(1)
+        return pre_Nn.unsqueeze(-1) * grad_N1D, torch.bmm(grad_N1D, x_NnD.mT).squeeze(1)
+
+
 def read_streams(x_NnD: Tensor, pre_Nn: Tensor) -> Tensor:
     """`read_streams_reference` in one pass."""
-    if not torch.is_grad_enabled() and _native_takes(x_NnD, pre_Nn):
-        u_ND = torch.empty_like(x_NnD[:, 0])
-        native.call("tafkir_read_streams", x_NnD.contiguous(), pre_Nn.contiguous(), *x_NnD.shape, u_ND)
-        return u_ND
+    if _native_takes(x_NnD, pre_Nn):
+        return cast(Tensor, _NativeRead.apply(x_NnD.contiguous(), pre_Nn.contiguous()))  # type: ignore[no-untyped-call]
     return torch.bmm(pre_Nn.unsqueeze(1), x_NnD.float()).squeeze(1).to(x_NnD.dtype)
 
 
@@ -176,6 +192,15 @@ class _NativeWrite(torch.autograd.Function):
         grads = tuple(torch.empty_like(x) for x in inputs)
         native.call("tafkir_write_streams_backward", grad_NnD.contiguous(), *inputs, *inputs[0].shape, *grads)
         return cast(tuple[Tensor, Tensor, Tensor, Tensor], grads)
+
+
+class Write(NamedTuple):
+    """What `write_streams` takes: the streams [N, n, D], the sublayer's output [N, D], H_post and H_res."""
+
+    x_NnD: Tensor
+    y_ND: Tensor
+    post_Nn: Tensor
+    res_Nij: Tensor
 
 
 def write_streams(x_NnD: Tensor, y_ND: Tensor, post_Nn: Tensor, res_Nij: Tensor) -> Tensor:
@@ -274,11 +299,9 @@ class _NativeProjectAndRead(torch.autograd.Function):
         norm_eps: float,
         pre_eps: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        tokens, num, hidden = x_NnD.shape
-        z_NM, u_ND = x_NnD.new_empty(tokens, len(phi_MP)), x_NnD.new_empty(tokens, hidden)
-        gate_Nn, pre_Nn, rstd_N = x_NnD.new_empty(tokens, num), x_NnD.new_empty(tokens, num), x_NnD.new_empty(tokens)
-        given = (x_NnD, phi_MP, bias_n, alpha_pre, norm_eps, pre_eps, *x_NnD.shape, len(phi_MP))
-        native.call("tafkir_project_and_read", *given, z_NM, u_ND, gate_Nn, pre_Nn, rstd_N)
+        out = _empty_reading(x_NnD, len(phi_MP))
+        native.call("tafkir_project_and_read", x_NnD, phi_MP, bias_n, alpha_pre, norm_eps, pre_eps, *x_NnD.shape, *out)
+        z_NM, u_ND, gate_Nn, pre_Nn, rstd_N = out
         ctx.save_for_backward(x_NnD, phi_MP, alpha_pre, rstd_N, z_NM, gate_Nn, pre_Nn)
         ctx.mark_non_differentiable(pre_Nn)
         return z_NM, u_ND, x_NnD, pre_Nn
@@ -289,10 +312,57 @@ class _NativeProjectAndRead(torch.autograd.Function):
         saved = x_NnD, phi_MP, alpha_pre, _, z_NM, _, pre_Nn = ctx.saved_tensors
         total, grad_phi, grad_pre = torch.empty_like(x_NnD), torch.empty_like(phi_MP), torch.empty_like(pre_Nn)
         above = (grad.contiguous() for grad in (grad_z, grad_u, grad_x))
-        given = (*above, *saved, *x_NnD.shape, len(phi_MP))
-        native.call("tafkir_project_and_read_backward", *given, total, grad_phi, grad_pre)
-        grad_alpha = (grad_pre * z_NM[:, : x_NnD.shape[1]]).sum().view_as(alpha_pre)
-        return total, grad_phi, grad_pre.sum(0), grad_alpha, None, None
+        native.call("tafkir_project_and_read_backward", *above, *saved, *x_NnD.shape, total, grad_phi, grad_pre)
+        return total, grad_phi, *_gate_gradients(grad_pre, z_NM, alpha_pre), None, None
+
+
+class _NativeWriteAndRead(torch.autograd.Function):
+    """`write_streams` and what reads next, while the new streams are in the cache; so too backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_NnD: Tensor,
+        y_ND: Tensor,
+        post_Nn: Tensor,
+        res_Nij: Tensor,
+        phi_MP: Tensor,
+        bias_n: Tensor,
+        alpha_pre: Tensor,
+        norm_eps: float,
+        pre_eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        new_NnD, out = torch.empty_like(x_NnD), _empty_reading(x_NnD, len(phi_MP))
+        written, how = (x_NnD, y_ND, post_Nn, res_Nij), (phi_MP, bias_n, alpha_pre, norm_eps, pre_eps)
+        native.call("tafkir_write_and_read", *written, *how, *x_NnD.shape, new_NnD, *out)
+        z_NM, u_ND, gate_Nn, pre_Nn, rstd_N = out
+        ctx.save_for_backward(new_NnD, phi_MP, alpha_pre, rstd_N, z_NM, gate_Nn, pre_Nn, *written)
+        ctx.mark_non_differentiable(pre_Nn)
+        return z_NM, u_ND, new_NnD, pre_Nn
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_z: Tensor, grad_u: Tensor, grad_x: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        saved = _, phi_MP, alpha_pre, _, z_NM, _, pre_Nn, *written = ctx.saved_tensors
+        grads = [torch.empty_like(x) for x in written]
+        grad_phi, grad_pre = torch.empty_like(phi_MP), torch.empty_like(pre_Nn)
+        above = (grad.contiguous() for grad in (grad_z, grad_u, grad_x))
+        sizes = written[0].shape
+        native.call("tafkir_write_and_read_backward", *above, *saved, *sizes, *grads, grad_phi, grad_pre)
+        return *grads, grad_phi, *_gate_gradients(grad_pre, z_NM, alpha_pre), None, None
+
+
+def _empty_reading(x_NnD: Tensor, maps: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """z [N, M], u [N, D], gate and pre [N, n], rstd [N]: what a reading leaves behind."""
+    tokens, num, hidden = x_NnD.shape
+    shapes = ((tokens, maps), (tokens, hidden), (tokens, num), (tokens, num), (tokens,))
+    return cast(tuple[Tensor, Tensor, Tensor, Tensor, Tensor], tuple(x_NnD.new_empty(shape) for shape in shapes))
+
+
+def _gate_gradients(grad_pre_Nn: Tensor, z_NM: Tensor, alpha_pre: Tensor) -> tuple[Tensor, Tensor]:
+    """Of pre's bias and gate, from that of what its sigmoid takes."""
+    grad_alpha = (grad_pre_Nn * z_NM[:, : grad_pre_Nn.shape[1]]).sum().view_as(alpha_pre)
+    return grad_pre_Nn.sum(0), grad_alpha
 
 
 def project_and_read(
@@ -311,9 +381,30 @@ def project_and_read(
     `write_streams` takes the streams that come back, so that its gradient meets the others in one sum instead of a
     pass of its own.
     """
-    function = _NativeProjectAndRead if _native_takes(x_NnD, phi_MP, bias_n, alpha_pre) else _ProjectAndRead
+    taken = _native_takes(x_NnD, phi_MP, bias_n, alpha_pre) and _has_all_maps(x_NnD, phi_MP)
+    function = _NativeProjectAndRead if taken else _ProjectAndRead
     out = function.apply(x_NnD.contiguous(), phi_MP.contiguous(), bias_n, alpha_pre, norm_eps, pre_eps)  # type: ignore[no-untyped-call]
     return Reading(*out)
+
+
+def write_and_read(
+    written: Write,
+    phi_MP: Tensor,
+    bias_n: Tensor,
+    alpha_pre: Tensor,
+    norm_eps: float,
+    pre_eps: float,
+) -> Reading:
+    """`project_and_read` of the streams that `write_streams` makes; compiled, each stream is met once for both."""
+    if _native_takes(*written, phi_MP, bias_n, alpha_pre) and _has_all_maps(written.x_NnD, phi_MP):
+        plain = (part.contiguous() for part in (*written, phi_MP))
+        return Reading(*_NativeWriteAndRead.apply(*plain, bias_n, alpha_pre, norm_eps, pre_eps))  # type: ignore[no-untyped-call]
+    return project_and_read(write_streams(*written), phi_MP, bias_n, alpha_pre, norm_eps, pre_eps)
+
+
+def _has_all_maps(x_NnD: Tensor, phi_MP: Tensor) -> bool:
+    num = x_NnD.shape[1]
+    return phi_MP.shape[0] == num * num + 2 * num
 
 
 def gated_maps(z_NM: Tensor, bias_M: Tensor, alpha_3: Tensor, num_streams: int) -> Maps:
