@@ -3,7 +3,8 @@
 Both start from the same weights (ours under Ling 2.0's names, TRL's under those of Glm4MoeForCausalLM, which computes
 the same function), read the same prompts in the same order with the same tokenizer, sample at temperature 1 without
 cuts, call the same reward function, and take one AdamW step on the same loss. The task: write a number's digits from
-the last to the first; a supervised warm start, shared by both, leaves it half learnt.
+the last to the first; a supervised warm start, shared by both, leaves it half learnt. Our side runs as a recipe's stage
+does: the mismatch monitor is on, and every rollout is logged.
 
 First TRL's own variants (expert backends, continuous batching) are tried and the fastest is kept. Then the sides run
 in turn, each repeat in a process of its own; its median step after the warm-up counts, in CPU-seconds of all threads.
@@ -79,6 +80,23 @@ SIZES = {
             num_experts=8,
             n_group=2,
             topk_group=1,
+        ),
+        digits=(6, 12),
+        warm_start_steps=300,
+        warm_start_lr=5e-3,
+        learning_rate=2e-4,
+        steps=6,
+    ),
+    "dense": Size(
+        ModelConfig(
+            vocab_size=1024,
+            hidden_size=64,
+            num_hidden_layers=2,
+            intermediate_size=256,
+            num_experts=8,
+            n_group=2,
+            topk_group=1,
+            first_k_dense_replace=2,
         ),
         digits=(6, 12),
         warm_start_steps=300,
@@ -296,7 +314,9 @@ def run_ours(run: Run) -> dict[str, Any]:
     from tafkir.data.chat import encode_prompt
     from tafkir.data.tokenizer import Tokenizer
     from tafkir.engine.engine import Engine
+    from tafkir.runlog.rollouts import RolloutLog
     from tafkir.train.loop import Trainer
+    from tafkir.train.monitor import MismatchMonitor
     from tafkir.train.rlvr import RlvrStep
     from tafkir.train.rollout import SynchronousRollouts
 
@@ -333,7 +353,15 @@ def run_ours(run: Run) -> dict[str, Any]:
         weights=lambda: trainer.decoder.state_dict().items(),
         seed=run.seed,
     )
-    step_function = RlvrStep(trainer, rollouts, config, reference=None)
+    kept = Path(run.folder) / "kept"
+    monitor = MismatchMonitor(
+        config.monitor,
+        config.acceptance,
+        path=kept / "mismatch.jsonl",
+        decode=lambda ids: tokenizer.decode(list(ids)),
+    )
+    log = RolloutLog(kept / "rollouts")
+    step_function = RlvrStep(trainer, rollouts, config, reference=None, log=log, monitor=monitor)
     meter.step_ended()
     for step in range(config.steps):
         trainer.set_step(step)

@@ -217,8 +217,13 @@ class Judge(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["content-length"])))["messages"][1]["content"]
         Judge.calls += 1
-        answer = asked.rpartition("<answer>\n")[2].removesuffix("\n</answer>")
-        words = {"choices": [{"message": {"content": f"Score: {min(10, len(answer))}"}}], "usage": {"total_tokens": 5}}
+        if "<answer_a>" in asked:
+            first, _, second = asked.rpartition("<answer_a>\n")[2].partition("\n</answer_a>\n<answer_b>\n")
+            said = "Winner: " + ("A" if len(first) > len(second.removesuffix("\n</answer_b>")) else "B")
+        else:
+            answer = asked.rpartition("<answer>\n")[2].removesuffix("\n</answer>")
+            said = f"Score: {min(10, len(answer))}"
+        words = {"choices": [{"message": {"content": said}}], "usage": {"total_tokens": 5}}
         body = json.dumps(words).encode()
         self.send_response(503 if Judge.calls % 3 == 0 else 200)
         self.send_header("content-length", str(len(body)))
@@ -250,6 +255,22 @@ def test_a_joint_stage_with_a_judge_behind_http(
     assert (directory.stage("rlhf").path / "judgements.jsonl").is_file()
     told = rows(directory, "rlhf")
     assert all(0 <= row["rlhf/reward"] <= 1 and "rlhf/verifiable_accuracy" in row for row in told)
+
+
+def test_kto_and_then_a_judge_that_compares_answers(
+    sums: str, pairs: str, base: tuple[str, Any], tmp_path: Path, judge_url: str
+) -> None:
+    dpo = ("dpo.steps=3", "dpo.loss=kto", "dpo.batch_pairs=8", "dpo.warmup_steps=1", "dpo.log_every=1")
+    settings = (sums, pairs, base[0], *ONLY, "preferences.max_length=120", *dpo, *RLHF, "rlhf.grader=judge")
+    judge = (f"rlhf.judge.url={judge_url}", "rlhf.judge.model=m", "rlhf.judge.backoff_s=0", "rlhf.judge.mode=pairwise")
+    directory, results = run(tmp_path / "r", *settings, *judge, "rlhf.judge.opponents=1", "rlhf.judge.concurrency=1")
+    told = rows(directory, "dpo")
+    assert told[0]["train/loss"] == pytest.approx(0.5, abs=1e-3) and told[0]["dpo/divergence"] == pytest.approx(0.0)
+    assert results["dpo"]["loss"] == "kto" and 0 < results["dpo"]["heldout"]["loss"] < 1
+    counts = results["rlhf"]["judge"]
+    assert counts["answers"] == 3 * 4 * 2 and counts["failures"] == 0
+    assert 0 <= counts["inconsistent"] <= counts["comparisons"] and counts["comparisons"] > 0
+    assert all(row["rlhf/reward"] == 0.5 for row in rows(directory, "rlhf"))
 
 
 def test_a_judge_that_is_spent_ends_the_stage_with_the_reason(
