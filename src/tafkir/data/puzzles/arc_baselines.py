@@ -30,7 +30,8 @@ def answer_by_rules(task: ArcTask) -> list[list[Candidate]]:
     outputs' most frequent grid; the input's halves and quarters; twice the input side by side, above, and both.
     """
     rules = list(_rules(task.train))
-    scores = [sum(np.array_equal(rule(pair.input), pair.output) for pair in task.train) for rule in rules]
+    known = [(pair.input, pair.output) for pair in task.train if pair.output is not None]
+    scores = [sum(np.array_equal(rule(question), answer) for question, answer in known) for rule in rules]
     order = sorted(range(len(rules)), key=lambda index: -scores[index])
     answers = []
     for pair in task.test:
@@ -71,4 +72,5 @@ def _renaming(pairs: Sequence[ArcPair], number: int) -> ArcGrid:
             np.add.at(counts, (turned.reshape(-1), pair.output.reshape(-1)), 1)
     unseen = ~counts.any(1)
     counts[unseen, np.arange(10)[unseen]] = 1
-    return counts.argmax(1).astype(np.uint8)
+    table: ArcGrid = counts.argmax(1).astype(np.uint8)
+    return table

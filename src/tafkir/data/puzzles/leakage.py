@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 
 import numpy as np
 
@@ -39,7 +40,7 @@ def known_pairs(tasks: Iterable[ArcTask]) -> set[bytes]:
     return {mark_pair(pair) for task in tasks for pair in training_pairs(task, measured=False)}
 
 
-def shared_tasks(tasks: Sequence[ArcTask], measured: Collection[bytes]) -> list[ArcTask]:
+def shared_tasks(tasks: Sequence[ArcTask], measured: AbstractSet[bytes]) -> list[ArcTask]:
     """The tasks that share a pair with measured ones, whose marks these are: the same tasks, or parts of them."""
     return [task for task in tasks if not measured.isdisjoint(known_pairs([task]))]
 

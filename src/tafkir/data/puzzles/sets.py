@@ -28,6 +28,7 @@ from tafkir.errors import DataError
 from tafkir.recipe.puzzles import ArcPuzzles, GridPuzzles, MazePuzzles, OfficialPuzzles, Puzzles, SudokuPuzzles
 from tafkir.recipe.seeds import derive_seed
 from tafkir.records import Split
+from tafkir.runlog.progress import Progress
 
 __all__ = ["PuzzleSet", "PuzzleSets", "PuzzleStream", "Samples", "build_puzzles"]
 
@@ -89,25 +90,27 @@ def _make_parts(kind: _Kind, wanted: dict[Split, int], seed: int) -> dict[Split,
     parts: dict[Split, list[Pair]] = {part: [] for part in wanted}
     seen: set[int] = set()
     misses = 0
-    for number in count():
-        if all(len(parts[part]) == size for part, size in wanted.items()):
-            return parts
-        if misses > _MAX_MISSES:
-            found = ", ".join(f"{len(pairs)} of {wanted[part]} for {part}" for part, pairs in parts.items())
-            raise DataError(
-                f"hardly any more different puzzles of this kind turn up: {found}",
-                where="trm.puzzles",
-                fix="ask for fewer, or allow more extra givens or larger grids",
-            )
-        pair = kind.make(Random(derive_seed(seed, "puzzle", number)))
-        mark = kind.fingerprint(pair[0])
-        part = _part(mark, wanted["test"] / total, wanted["validation"] / total)
-        misses += 1
-        if mark not in seen and len(parts[part]) < wanted[part]:
-            seen.add(mark)
-            parts[part].append(pair)
-            misses = 0
-    raise AssertionError
+    with Progress("puzzles", total=total) as progress:
+        for number in count():
+            if len(seen) == total:
+                break
+            if misses > _MAX_MISSES:
+                found = ", ".join(f"{len(pairs)} of {wanted[part]} for {part}" for part, pairs in parts.items())
+                raise DataError(
+                    f"hardly any more different puzzles of this kind turn up: {found}",
+                    where="trm.puzzles",
+                    fix="ask for fewer, or allow more extra givens or larger grids",
+                )
+            pair = kind.make(Random(derive_seed(seed, "puzzle", number)))
+            mark = kind.fingerprint(pair[0])
+            part = _part(mark, wanted["test"] / total, wanted["validation"] / total)
+            misses += 1
+            if mark not in seen and len(parts[part]) < wanted[part]:
+                seen.add(mark)
+                parts[part].append(pair)
+                misses = 0
+                progress.update(len(seen))
+    return parts
 
 
 def _share_out(

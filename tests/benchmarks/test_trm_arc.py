@@ -1,0 +1,56 @@
+"""The numbers of ARC runs: of a finished one, and of one that is still under way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from benchmarks.trm_arc import main
+from tafkir.checkpoint.trm import load_trm
+from tafkir.cli.pipeline import run_recipe, select_stages
+from tafkir.data.puzzles.arc import read_tasks
+from tafkir.engine.arc import answer_tasks
+from tafkir.recipe.load import load_recipe
+from tafkir.recipe.resolve import resolve_recipe
+from tafkir.runlog.rundir import RunDir
+from tests.data.test_arc import swap
+
+SHORT = (
+    "threads=1",
+    "report=",
+    "trm.steps=4",
+    "trm.batch_size=8",
+    "trm.warmup_steps=1",
+    "trm.validate_every=2",
+    "trm.save_every=2",
+    "trm.select=last",
+    "trm.model.hidden_size=16",
+    "trm.model.puzzle_embedding_size=16",
+    "trm.puzzles.num_validation=2",
+)
+
+
+def test_a_run_and_what_it_left_half_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "own.json").write_text(json.dumps({f"t{seed}": swap(seed) for seed in range(7)}))
+    path = json.dumps(str(tmp_path / "own.json"))
+    loaded = resolve_recipe(load_recipe(["trm-arc-mini"], [*SHORT, f"trm.puzzles.path={path}"]))
+    run = RunDir(tmp_path / "run")
+    result = run_recipe(loaded, run, select_stages(loaded.recipe))["trm"]
+    submission = json.loads((run.stage("trm").path / "submission.json").read_text())
+    assert result["arc"]["tasks"] == 5 == len(submission) and result["puzzles"]["puzzle_ids"] == 1 + 7 * 4
+    solver = load_trm(run.stage("trm").checkpoint_dir)
+    assert solver.identifiers is not None and solver.identifiers[1] == "t0"
+    tasks = [task for task in read_tasks(str(tmp_path / "own.json")) if task.id in submission]
+    answers = answer_tasks(solver, tasks)
+    assert all(submission[t.id][0]["attempt_1"] == answers[t.id][0][0].grid.tolist() for t in tasks)
+    out = tmp_path / "out.json"
+    main([str(run.path), "--votes", "1", "4", "--out", str(out)])
+    whole = json.loads(out.read_text())
+    assert whole["rows"][1] == result["arc"] and whole["step"] == 4
+    assert "| simple rules | 100.0 |" in capsys.readouterr().out
+    shutil.rmtree(run.stage("trm").checkpoint_dir)
+    main([str(run.path), "--votes", "4", "--out", str(out)])
+    assert json.loads(out.read_text())["rows"][0] == result["arc"], "the last state holds the weights of the checkpoint"
