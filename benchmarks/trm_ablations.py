@@ -26,8 +26,9 @@ from typing import Any
 from tafkir.intervals import wilson
 from tafkir.recipe.load import load_recipe
 from tafkir.recipe.trm import TrmConfig
-from tafkir.runlog.atomic import write_json
+from tafkir.runlog.atomic import write_json, write_text
 
+BEGIN, END = "<!-- measured: written by benchmarks/trm_ablations.py -->", "<!-- end -->"
 RECIPES = ("trm-sudoku4", "trm-sudoku6", "trm-maze-small")
 SEEDS = (0, 1, 2)
 DIRECT = ("num_recursions=1", "num_latent_steps=1", "max_supervision_steps=1")
@@ -145,16 +146,40 @@ def row_of(variant: Variant, by_seed: Mapping[int, dict[str, Any]]) -> dict[str,
     }
 
 
-def render(rows: list[dict[str, Any]]) -> str:
-    lines = [f"{'run':28}{'exact':>8}{'95 %':>16}{'seeds':>7}{'steps':>7}{'CPU-s':>7}{'s':>7}{'params':>10}"]
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """As Markdown has it."""
+    lines = [
+        "| run | whole grids right (95 %) | by seed | steps | CPU-s | seconds | parameters |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         pooled = row["exact_pooled"]
         interval = f"{100 * pooled['low']:.1f} to {100 * pooled['high']:.1f}"
+        seeds = ", ".join(f"{100 * share:.1f}" for share in row["exact"])
         lines.append(
-            f"{row['name']:28}{100 * row['exact_median']:7.1f}%{interval:>16}{len(row['seeds']):7}{row['steps']:7}"
-            f"{statistics.median(row['cpu_s']):7.0f}{statistics.median(row['wall_s']):7.0f}{row['parameters']:10,}"
+            f"| `{row['name']}` | {percent(row['exact_median'])} ({interval}) | {seeds} | {row['steps']:,} | "
+            f"{statistics.median(row['cpu_s']):.0f} | {statistics.median(row['wall_s']):.0f} | {row['parameters']:,} |"
         )
-    return "\n".join(lines)
+    return lines
+
+
+def render(rows: list[dict[str, Any]]) -> str:
+    """The recipes with the networks that answer directly, then the variants."""
+    parts = [[row for row in rows if (row["part"] == "ablations") == flag] for flag in (False, True)]
+    return "\n\n".join("\n".join(table(part)) for part in parts if part)
+
+
+def write_page(page: Path, text: str) -> None:
+    """Put the tables between the marks of a page."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise SystemExit(f"{page} has no place for the tables: {BEGIN!r}, then {END!r}")
+    write_text(page, f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
 
 
 def main() -> None:
@@ -167,6 +192,7 @@ def main() -> None:
     parser.add_argument("--runs-dir", type=Path, default=Path("runs/trm-ablations"))
     parser.add_argument("--collect", action="store_true", help="run nothing, collect what is done")
     parser.add_argument("--out", type=Path, required=True, help="write the JSON to this file")
+    parser.add_argument("--page", type=Path, help="write the tables into this page, too: docs/trm.md")
     args = parser.parse_args()
     rows = []
     for variant in variants(args.steps):
@@ -185,6 +211,8 @@ def main() -> None:
         }
         write_json(args.out, outcome)
     print(render(rows))
+    if args.page:
+        write_page(args.page, render(rows))
 
 
 if __name__ == "__main__":
