@@ -72,7 +72,9 @@ def check(recipes: Recipes, overrides: Overrides = None) -> None:
         find_checkpoint(recipe.base)
     stages = [kind for kind in STAGES if getattr(recipe, kind) is not None]
     start = f"{recipe.base} → " if recipe.base else ""
-    print(f"{recipe.name}: valid; {start}{' → '.join(stages)}; {recipe.model.num_parameters():,} parameters")
+    # A recursive model's size depends on its puzzles, which a check does not read.
+    size = "" if recipe.trm is not None else f"; {recipe.model.num_parameters():,} parameters"
+    print(f"{recipe.name}: valid; {start}{' → '.join(stages)}{size}")
     for line in advise(recipe):
         print(f"warning: {line}", file=sys.stderr)
 
