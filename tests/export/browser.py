@@ -147,6 +147,13 @@ class Browser:
         held = 0 if kind == "released" else 1
         self.call("Input.dispatchMouseEvent", type=f"mouse{kind.capitalize()}", x=x, y=y, buttons=held, **button)
 
+    def cpu_s(self) -> float:
+        """CPU seconds of the processes that render pages, all their threads."""
+        session, self._session = self._session, ""
+        processes = self.call("SystemInfo.getProcessInfo")["processInfo"]
+        self._session = session
+        return sum(process["cpuTime"] for process in processes if process["type"] == "renderer")
+
     def screenshot(self, path: Path, *, whole: bool = True) -> None:
         """A picture of the page, all of it or what fits into the window."""
         done = self.call("Page.captureScreenshot", captureBeyondViewport=whole)

@@ -160,8 +160,9 @@ def page(
         tafkir trm page my-page && xdg-open my-page/index.html
     """
     from tafkir.checkpoint.trm import load_trm
-    from tafkir.engine.puzzles import bundled_solvers, find_solver
+    from tafkir.engine.puzzles import find_solver
     from tafkir.export.page import build_page
+    from tafkir.recipe.bundled import bundled_solvers
 
     folders = [find_solver(name, "") for name in models] if models else list(bundled_solvers().values())
     made = build_page([load_trm(folder) for folder in folders], out, weights)

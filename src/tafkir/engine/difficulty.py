@@ -103,16 +103,16 @@ def _groups(amount_N: NDArray[np.int64]) -> list[tuple[int, int]]:
 def _row(
     chosen: NDArray[np.int64], amount_N: NDArray[np.int64], right_KNL: NDArray[np.bool_], labelled_NL: NDArray[np.bool_]
 ) -> DifficultyRow:
-    whole_KN = right_KNL[:, chosen].all(-1)
+    whole_KN: NDArray[np.bool_] = np.all(right_KNL[:, chosen], axis=-1)
     labelled = labelled_NL[chosen]
     cells = float((right_KNL[-1, chosen] & labelled).sum() / max(1, labelled.sum()))
-    settled = [_settled(column) for column in whole_KN.T if column[-1]]
+    settled = [_settled(column) for column in whole_KN.T.tolist() if column[-1]]
     steps = float(np.mean(settled)) if settled else None
     amounts = amount_N[chosen]
     return DifficultyRow(int(amounts.min()), int(amounts.max()), accuracy(whole_KN[-1].tolist()), cells, steps)
 
 
-def _settled(right_K: Sequence[bool] | NDArray[np.bool_]) -> int:
+def _settled(right_K: Sequence[bool]) -> int:
     """The step, from 1, from which on the grid is right."""
-    wrong = np.flatnonzero(~np.asarray(right_K))
-    return int(wrong[-1]) + 2 if len(wrong) else 1
+    wrong = [step for step, right in enumerate(right_K) if not right]
+    return wrong[-1] + 2 if wrong else 1

@@ -15,11 +15,11 @@ from tafkir.data.puzzles.format import Cells, PuzzleFormat
 from tafkir.data.puzzles.rules import has_rules, is_right, solve_by_rules
 from tafkir.errors import CheckpointError, RequestError
 from tafkir.models.search import Accept, Runs, Search, search_puzzles
-from tafkir.recipe.bundled import bundled_checkpoints
+from tafkir.recipe.bundled import bundled_solvers
 from tafkir.runlog.atomic import read_json
 from tafkir.runlog.rundir import RunDir
 
-__all__ = ["PuzzleAnswer", "bundled_solvers", "find_solver", "solve", "split_puzzles"]
+__all__ = ["PuzzleAnswer", "find_solver", "solve", "split_puzzles"]
 
 Verdict = Literal["solved", "unsolved", "unchecked"]
 
@@ -114,7 +114,7 @@ def _choose(found: Runs, search: Search, threshold: float | None, accept: Accept
 
 
 def find_solver(
-    model: str | Path | None, puzzle: str, bundled: Callable[[], dict[str, Path]] = bundled_checkpoints
+    model: str | Path | None, puzzle: str, bundled: Callable[[], dict[str, Path]] = bundled_solvers
 ) -> Path:
     """The folder of a recursive model: as named, of a run directory's stage `trm`, or the bundled one for a grid.
 
@@ -122,10 +122,11 @@ def find_solver(
         CheckpointError: there is none.
     """
     if model is None:
-        num_cells = sum(not sign.isspace() for sign in puzzle)
-        for folder in bundled_solvers(bundled).values():
-            if read_json(folder / "config.json")["shape"]["sequence_length"] == num_cells:
+        for folder in bundled().values():
+            format = PuzzleFormat.model_validate(read_json(folder / "config.json")["puzzles"])
+            if any(len(format.signs(grid)) == format.num_cells for grid in split_puzzles(puzzle, format.num_cells)[:1]):
                 return folder
+        num_cells = sum(not sign.isspace() for sign in puzzle)
         raise CheckpointError(
             f"no bundled model solves grids of {num_cells} cells",
             fix="train one, such as with `tafkir run trm-sudoku4`, and name its run directory",
@@ -140,18 +141,13 @@ def find_solver(
     return path if path.is_dir() else named[str(model)]
 
 
-def bundled_solvers(bundled: Callable[[], dict[str, Path]] = bundled_checkpoints) -> dict[str, Path]:
-    """The bundled checkpoints that are recursive models, by name."""
-    found = bundled().items()
-    return {name: folder for name, folder in found if read_json(folder / "config.json").get("model_type") == "trm"}
-
-
 def split_puzzles(text: str, num_cells: int) -> list[str]:
     """The puzzles of a text: each line that is a whole grid, or grids on several lines with empty lines between."""
     blocks = [block.strip("\n") for block in text.replace("\r", "").split("\n\n") if block.strip()]
     puzzles: list[str] = []
     for block in blocks:
         lines = block.split("\n")
-        whole = all(len("".join(line.split())) == num_cells for line in lines)
+        # In a maze spaces are cells, elsewhere they are not.
+        whole = all(num_cells in (len(line), len("".join(line.split()))) for line in lines)
         puzzles += lines if whole else [block]
     return puzzles

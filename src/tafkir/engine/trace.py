@@ -80,7 +80,10 @@ class Trace:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: grids as rows of signs, probabilities with four digits."""
-        rows = lambda cells: self.format.show(cells).split("\n")  # noqa: E731
+
+        def rows(cells: Cells) -> list[str]:
+            return self.format.show(cells).split("\n")
+
         return {
             "model": self.model,
             "kind": self.format.kind,

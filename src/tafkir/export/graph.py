@@ -11,7 +11,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-__all__ = ["OPSET", "Graph", "Value"]
+__all__ = ["OPSET", "Graph", "Signature", "Value"]
 
 OPSET = 18
 """The newest set of operators whose every operator here runs in onnxruntime and onnxruntime-web since 2023."""
@@ -85,7 +85,7 @@ class Graph:
             scanned: how many outputs are lists.
             signature: of the body's outputs, in order; its inputs are the step, whether to go on, and what is carried.
         """
-        inputs = [("step", "int64", []), ("go", "bool", [])]
+        inputs: list[tuple[Value, str, Sequence[str | int]]] = [("step", "int64", []), ("go", "bool", [])]
         inputs += [(f"{name}_before", kind, list(dims)) for name, kind, dims in signature[1 : 1 + len(carried)]]
         proto = body._proto("body", inputs, signature)
         go = self.constant(np.array(True))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tafkir.export.graph import Graph, Value
+from tafkir.export.graph import Graph, Signature, Value
 from tafkir.export.weights import WeightFormat, decoded, emit_matrix
 from tafkir.models.trm import Trm
 from tafkir.ops.rope import rope_table
@@ -42,14 +42,14 @@ def build_step(model: Trm, format: WeightFormat) -> Any:
     names = {"y_next": step.y, "z_next": step.z, "logits": step.logits, "q_halt": step.q}
     for name, value in names.items():
         graph.rename(value, name)
-    state = ["batch", shape.num_positions, shape.hidden_size]
-    outputs = [
+    state: list[str | int] = ["batch", shape.num_positions, shape.hidden_size]
+    outputs: Signature = [
         ("y_next", "float32", state),
         ("z_next", "float32", state),
         ("logits", "float32", ["batch", shape.sequence_length, shape.vocab_size]),
         ("q_halt", "float32", ["batch"]),
     ]
-    inputs = [*network.inputs(), ("y", "float32", state), ("z", "float32", state)]
+    inputs: Signature = [*network.inputs(), ("y", "float32", state), ("z", "float32", state)]
     return graph.model(
         "trm_step", inputs, outputs, "One supervision step of a tiny recursive model (arXiv 2510.04871)."
     )
@@ -86,16 +86,16 @@ def build_solve(model: Trm, format: WeightFormat) -> Any:
         (step.q, "q"),
     ):  # fmt: skip
         body.rename(value, name)
-    size = ["batch", shape.num_positions, shape.hidden_size]
-    signature = [
+    size: list[str | int] = ["batch", shape.num_positions, shape.hidden_size]
+    signature: Signature = [
         ("go_on", "bool", []), ("y", "float32", size), ("z", "float32", size), ("halted", "bool", ["batch"]),
         ("answer", "int32", ["batch", shape.sequence_length]), ("q", "float32", ["batch"]),
     ]  # fmt: skip
     *_, answers, q = graph.loop("max_steps", body, [*starts, halted], 2, signature)
     graph.rename(answers, "answers")
     graph.rename(q, "q_halt")
-    inputs = [*network.inputs(), ("max_steps", "int64", []), ("halt_threshold", "float32", [])]
-    outputs = [
+    inputs: Signature = [*network.inputs(), ("max_steps", "int64", []), ("halt_threshold", "float32", [])]
+    outputs: Signature = [
         ("answers", "int32", ["steps", "batch", shape.sequence_length]),
         ("q_halt", "float32", ["steps", "batch"]),
     ]
@@ -141,9 +141,9 @@ class _Network:
         self._lm_head = emit_matrix(graph, state["lm_head.weight"], small, transposed=True)
         self._q_head = emit_matrix(graph, state["q_head.weight"], small, transposed=True)
 
-    def inputs(self) -> list[tuple[Value, str, list[str | int]]]:
+    def inputs(self) -> Signature:
         """What a puzzle is given as."""
-        tokens: list[tuple[Value, str, list[str | int]]] = [("tokens", "int32", ["batch", self.shape.sequence_length])]
+        tokens: Signature = [("tokens", "int32", ["batch", self.shape.sequence_length])]
         return [*tokens, ("puzzle_ids", "int32", ["batch"])] if self._has_ids else tokens
 
     @property

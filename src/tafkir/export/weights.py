@@ -57,11 +57,10 @@ def emit_matrix(graph: Graph, weight_NK: Tensor, format: WeightFormat, *, transp
     if format == "float16":
         return graph.op("Cast", graph.constant(array.astype(np.float16)), to=_FLOAT)
     codes, scale_N = _int8(weight_NK)
-    stored = (codes.t() if transposed else codes).contiguous().numpy()
-    zeros = graph.constant(np.zeros(len(scale_N), dtype=np.int8))
-    return graph.op(
-        "DequantizeLinear", graph.constant(stored), graph.constant(scale_N.numpy()), zeros, axis=int(transposed)
-    )
+    stored, scale = (codes.t(), scale_N) if transposed else (codes, scale_N[:, None])
+    # Ordinary operators, not DequantizeLinear: runtimes fold these when they load, and not again in every step.
+    whole = graph.op("Cast", graph.constant(stored.numpy()), to=_FLOAT)
+    return graph.op("Mul", whole, graph.constant(scale.numpy()))
 
 
 def _int8(weight_NK: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Finds what ships with the package: recipes and base checkpoints, by name or by path."""
+"""Finds what ships with the package: recipes, base checkpoints and solvers of puzzles, by name or by path."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from pathlib import Path
 import tafkir
 from tafkir.errors import CheckpointError, RecipeError
 
-__all__ = ["bundled_checkpoints", "bundled_fragments", "bundled_recipes", "find_checkpoint", "find_recipe"]
+__all__ = [
+    "bundled_checkpoints",
+    "bundled_fragments",
+    "bundled_recipes",
+    "bundled_solvers",
+    "find_checkpoint",
+    "find_recipe",
+]
 
 _PACKAGE = Path(tafkir.__file__).resolve().parent
 
@@ -30,9 +37,17 @@ def bundled_fragments() -> dict[str, Path]:
 
 
 def bundled_checkpoints() -> dict[str, Path]:
-    """Checkpoints that ship with the package, by name."""
-    folders = (path.parent for path in sorted((_PACKAGE / "checkpoints").glob("*/config.json")))
-    return {folder.name: folder for folder in folders}
+    """Checkpoints of language models that ship with the package, by name."""
+    return _folders("checkpoints")
+
+
+def bundled_solvers() -> dict[str, Path]:
+    """Checkpoints of recursive models that ship with the package, by name."""
+    return _folders("solvers")
+
+
+def _folders(place: str) -> dict[str, Path]:
+    return {path.parent.name: path.parent for path in sorted((_PACKAGE / place).glob("*/config.json"))}
 
 
 def find_recipe(name: str | Path) -> Path:
@@ -53,7 +68,7 @@ def find_recipe(name: str | Path) -> Path:
 
 
 def find_checkpoint(name: str | Path) -> Path:
-    """The folder of a checkpoint that is given as a path or as the name of a bundled one.
+    """The folder of a checkpoint, of either kind, that is given as a path or as the name of a bundled one.
 
     Raises:
         CheckpointError: there is none; the message names the nearest bundled checkpoint.
@@ -61,7 +76,7 @@ def find_checkpoint(name: str | Path) -> Path:
     path = Path(name)
     if path.is_dir():
         return path
-    checkpoints = bundled_checkpoints()
+    checkpoints = bundled_checkpoints() | bundled_solvers()
     if str(name) in checkpoints:
         return checkpoints[str(name)]
     if path.exists():

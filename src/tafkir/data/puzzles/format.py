@@ -82,13 +82,17 @@ class PuzzleFormat(BaseModel):
         Raises:
             DataError: as `encode`.
         """
+        return self.encode(self.signs(text), where)
+
+    def signs(self, text: str) -> str:
+        """The signs of a grid in text, row by row, however many; see `read`."""
         lines = [line for line in text.replace("\r", "").split("\n") if line]
         if self.kind == "maze" and len(lines) > 1:
             lines = [line.ljust(self.columns) for line in lines]
         cells = "".join(lines)
-        if self.blank is not None:
-            cells = "".join(cells.translate(_FRAMES).split()).translate(_BLANKS).upper()
-        return self.encode(cells, where)
+        if self.blank is None:
+            return cells
+        return "".join(cells.translate(_FRAMES).split()).translate(_BLANKS).upper()
 
     def show(self, tokens: Cells) -> str:
         """Rows of signs on lines; the padding is a space."""

@@ -9,17 +9,19 @@ const Thinker = {
   /* Bytes of a packed part of the page; its text is let go. */
   async unpack(id) {
     const holder = document.getElementById(id);
-    const bytes = Uint8Array.from(atob(holder.textContent.trim()), (letter) => letter.charCodeAt(0));
+    const bytes = decodeBase64(holder.textContent);
     holder.remove();
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
     return new Uint8Array(await new Response(stream).arrayBuffer());
   },
 
   async load() {
-    const address = URL.createObjectURL(new Blob([await this.unpack("runtime-js")], { type: "text/javascript" }));
+    const [code, binary] = await Promise.all([this.unpack("runtime-js"), this.unpack("runtime-wasm")]);
+    const address = URL.createObjectURL(new Blob([code], { type: "text/javascript" }));
     this.ort = await import(address);
+    URL.revokeObjectURL(address);
     this.ort.env.wasm.numThreads = 1;
-    this.ort.env.wasm.wasmBinary = await this.unpack("runtime-wasm");
+    this.ort.env.wasm.wasmBinary = binary;
     this.ort.env.logLevel = "error";
   },
 
@@ -53,6 +55,13 @@ const Thinker = {
     }
   },
 };
+
+function decodeBase64(text) {
+  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(text);
+  const letters = atob(text), bytes = new Uint8Array(letters.length);
+  for (let i = 0; i < letters.length; i++) bytes[i] = letters.charCodeAt(i);
+  return bytes;
+}
 
 /* The most likely symbol of every cell and its probability, by the function that the model was trained with. */
 function readLogits(logits, cells, symbols, kind) {
