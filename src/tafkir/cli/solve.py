@@ -15,58 +15,58 @@ if TYPE_CHECKING:
 
 __all__ = ["read_puzzles", "solve"]
 
-_ARC = "ARC tasks"
-_MORE = "More thinking"
+
+_Puzzle = Annotated[
+    str | None, typer.Argument(metavar="PUZZLE", help="A text file of grids, `-` for stdin, or one grid.")
+]
+_Model = Annotated[
+    str | None, typer.Option("--model", metavar="RUN|CHECKPOINT", help="Who solves it; else the bundled one.")
+]
+_Steps = Annotated[
+    int | None, typer.Option("--steps", help="Supervision steps at most; else as in training. More are allowed.")
+]
+_Halt = Annotated[
+    float | None,
+    typer.Option(help="Take an answer at the first step with q above this; rules, where known, go first. [0]"),
+]
+_AllSteps = Annotated[bool, typer.Option("--all-steps", help="Take answers after all steps, whatever q is.")]
+_Runs = Annotated[int, typer.Option(min=1, help="Solve each puzzle so often.")]
+_Noise = Annotated[float, typer.Option(min=0, help="Noise on the latent, such as 0.3, in runs 2, 3, ...")]
+_Permute = Annotated[bool, typer.Option("--permute", help="Runs 2, 3, ... see other forms of it.")]
+_Pick = Annotated[
+    Literal["q", "vote"],
+    typer.Option(help="Without rules: the most confident run's answer, or the most frequent."),
+]
+_Seed = Annotated[int, typer.Option(help="Of noise and forms.")]
+_Arc = Annotated[
+    str | None,
+    typer.Option(metavar="TASKS", help="Answer ARC tasks: of a JSON file, a folder, or a set by name."),
+]
+_Submission = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Of --arc: write two attempts for each test input there."),
+]
+_Forms = Annotated[int, typer.Option(min=0, help="Of --arc: forms of each task that vote; 0 is all.")]
+_TrainSteps = Annotated[int, typer.Option(min=0, help="Of --arc: first learn unknown tasks, for so many steps.")]
+_TrainWeights = Annotated[bool, typer.Option("--train-weights", help="Of --train-steps: the network learns along.")]
 
 
 def solve(
-    puzzle: Annotated[
-        str | None, typer.Argument(metavar="PUZZLE", help="A text file of grids, `-` for stdin, or one grid.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", metavar="RUN|CHECKPOINT", help="Who solves it; else the bundled one.")
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option("--steps", help="Supervision steps at most; else as in training. More are allowed.")
-    ] = None,
-    halt: Annotated[
-        float | None,
-        typer.Option(help="Take an answer at the first step with q above this; rules, where known, go first. [0]"),
-    ] = None,
-    all_steps: Annotated[
-        bool, typer.Option("--all-steps", help="Take answers after all steps, whatever q is.")
-    ] = False,
-    runs: Annotated[int, typer.Option(min=1, help="Solve each puzzle so often.", rich_help_panel=_MORE)] = 1,
-    noise: Annotated[
-        float, typer.Option(min=0, help="Noise on the latent, such as 0.3, in runs 2, 3, ...", rich_help_panel=_MORE)
-    ] = 0.0,
-    permute: Annotated[
-        bool, typer.Option("--permute", help="Runs 2, 3, ... see other forms of it.", rich_help_panel=_MORE)
-    ] = False,
-    pick: Annotated[
-        Literal["q", "vote"],
-        typer.Option(
-            help="Without rules: the most confident run's answer, or the most frequent.", rich_help_panel=_MORE
-        ),
-    ] = "q",
-    seed: Annotated[int, typer.Option(help="Of noise and forms.", rich_help_panel=_MORE)] = 0,
-    arc: Annotated[
-        str | None,
-        typer.Option(metavar="TASKS", help="Answer ARC tasks: a JSON file, a folder, a set.", rich_help_panel=_ARC),
-    ] = None,
-    submission: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write two attempts for each test input there.", rich_help_panel=_ARC),
-    ] = None,
-    forms: Annotated[
-        int, typer.Option(min=0, help="Forms of each task that vote; 0 is all.", rich_help_panel=_ARC)
-    ] = 0,
-    train_steps: Annotated[
-        int, typer.Option(min=0, help="First learn unknown tasks by their demonstrations.", rich_help_panel=_ARC)
-    ] = 0,
-    train_weights: Annotated[
-        bool, typer.Option("--train-weights", help="The network learns along.", rich_help_panel=_ARC)
-    ] = False,
+    puzzle: _Puzzle = None,
+    model: _Model = None,
+    steps: _Steps = None,
+    halt: _Halt = None,
+    all_steps: _AllSteps = False,
+    runs: _Runs = 1,
+    noise: _Noise = 0.0,
+    permute: _Permute = False,
+    pick: _Pick = "q",
+    seed: _Seed = 0,
+    arc: _Arc = None,
+    submission: _Submission = None,
+    forms: _Forms = 0,
+    train_steps: _TrainSteps = 0,
+    train_weights: _TrainWeights = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each puzzle.")] = False,
 ) -> None:
     """Solve Sudoku, mazes or puzzles of one's own with a trained recursive model, or answer ARC tasks.
@@ -74,7 +74,8 @@ def solve(
     A puzzle whose answer does not keep the rules is reported as unsolved; the exit code is then 1.
 
         tafkir solve sudoku.txt --model runs/trm-sudoku6 --runs 16 --noise 0.3
-        tafkir solve --arc tasks.json --model runs/trm-arc-mini --train-steps 200 --submission out.json
+        tafkir solve --arc tasks.json --model runs/trm-arc-mini --submission out.json
+        tafkir solve --arc new.json --model runs/trm-arc-mini --train-steps 200
     """
     from tafkir.errors import RequestError
     from tafkir.models.search import Search
