@@ -139,6 +139,8 @@ def test_every_recipe_key_does_something(key: str, attributes_read: set[str]) ->
         "tensor_parallel": "tensor",
         "expansion": "intermediate_size",
         "intermediate_multiple": "intermediate_size",
+        "translate": "augment",
+        "scales": "scale_choice",
     }
     name = key.rpartition(".")[2]
     assert name in by_type or through_a_property.get(name, name) in attributes_read
