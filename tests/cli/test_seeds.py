@@ -40,9 +40,11 @@ def test_seeds_run_apart_and_are_reported_together(tmp_path: Path, capsys: pytes
     assert rows["last train/loss"]["spread"] > 0, "seeds differ"
     assert rows["test.exact"]["kind"] == "score" and rows["wall_s"]["kind"] == "cost"
     assert {"low", "high"}.isdisjoint(name.rpartition(".")[2] for name in rows)
-    assert "test.exact" in shown and "seeds 0, 3" in shown
+    assert "unseen puzzles solved" in shown and "seeds 0, 3" in shown
     page = (folder / "seeds.html").read_text()
-    assert "seed 3" in page and "test.exact" in page and page.count("<svg") == 2, "validation and loss, by seed"
+    assert "seed 3" in page and "Unseen puzzles solved" in page and page.count("<svg") == 2, (
+        "validation and loss, by seed"
+    )
     # Another seed joins; the finished ones are not run again.
     before = (stages[0].path / "result.json").stat().st_mtime_ns
     start(tmp_path, "0,3,4", as_json=True)

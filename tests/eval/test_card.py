@@ -20,10 +20,12 @@ from tafkir.cli.card import show_card
 from tafkir.cli.evaluate import evaluate
 from tafkir.data.puzzles.arc_sets import ArcSets
 from tafkir.data.puzzles.rules import is_right
+from tafkir.data.puzzles.sudoku import Box, fingerprint
 from tafkir.data.tokenizer import Tokenizer
 from tafkir.engine.arc import answer_tasks
 from tafkir.errors import DataError, RecipeError
 from tafkir.eval.efficiency import CardSettings, Contestant, measure_card, render_card_table
+from tafkir.eval.puzzles import count_seen
 from tafkir.models.build import build_decoder
 from tafkir.models.trm import build_trm
 from tafkir.plan.flops import completion_flops, recursion_flops
@@ -33,7 +35,14 @@ from tafkir.recipe.trm import TrmModelConfig, TrmShape
 from tafkir.report.card import render_card, scatter
 from tafkir.runlog.metrics import read_jsonl
 from tafkir.tasks.arc_task import ArcSetTask
-from tafkir.tasks.puzzle_sets import PuzzleSetTask, build_for, load_puzzle_task, read_answer, read_question
+from tafkir.tasks.puzzle_sets import (
+    PuzzleSetTask,
+    build_for,
+    form_mark,
+    load_puzzle_task,
+    read_answer,
+    read_question,
+)
 from tests.eval.conftest import CONFIG, build_completer
 
 FEW = {"num_train": 4, "num_validation": 2, "num_test": 6}
@@ -224,6 +233,36 @@ def test_a_card_again_reuses_answers_and_is_the_same(
         for row in card["rows"]:
             del row["seconds"]
     assert cards[0] == cards[1]
+
+
+@pytest.mark.parametrize(
+    ("table", "seen"),
+    [
+        ({}, 0),
+        ({"num_train": 5}, None),
+        ({"num_train": 40, "num_validation": 1, "num_test": 1}, 6),
+    ],
+)
+def test_puzzles_that_training_knew_are_counted(table: dict[str, int], seen: int | None, tmp_path: Path) -> None:
+    """The same recipe shares no form between its parts; another one's training may hold forms of its test puzzles."""
+    origin = SudokuPuzzles(**FEW)
+    task = PuzzleSetTask("few", build_for(origin, 0), (origin, 0))
+    checkpoint = tmp_path / "run" / "stages" / "01-trm" / "checkpoint"
+    examples = task.examples("test")
+    assert count_seen(checkpoint, task, examples) is None
+    keys = "\n".join(f"{name} = {value}" for name, value in {**FEW, **table}.items())
+    checkpoint.mkdir(parents=True)
+    recipe = f'name = "run"\n[trm]\n[trm.puzzles]\nkind = "sudoku"\n{keys}\n'
+    (tmp_path / "run" / "recipe.resolved.toml").write_text(recipe)
+    found = count_seen(checkpoint, task, examples)
+    forms = build_for(SudokuPuzzles(**{**FEW, **table}), 0)
+    grids = {fingerprint(question, Box(2, 2)) for question in forms.train.inputs}
+    assert found == sum(fingerprint(question, Box(2, 2)) in grids for question in task.cells(examples))
+    assert found == seen or seen is None
+    # A form of a puzzle is that puzzle.
+    turned = np.array([rotate.reshape(4, 4).T.ravel() for rotate in task.cells(examples)])
+    marks = [[form_mark(task.format, grid) for grid in grids] for grids in (task.cells(examples), turned)]
+    assert marks[0] == marks[1]
 
 
 def test_arc_tasks_have_two_attempts(contestants: list[Contestant], tmp_path: Path) -> None:

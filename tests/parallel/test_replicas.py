@@ -26,10 +26,11 @@ from tests.parallel.test_trajectory import assert_same_rows
 from tests.parallel.trm_jobs import train_recursively
 
 OVERRIDES = (
-    "threads=1", "kernels=torch", "report=", "trm.steps=20", "trm.batch_size=6", "trm.warmup_steps=2",
+    "threads=1", "kernels=torch", "report=", "trm.steps=12", "trm.batch_size=6", "trm.warmup_steps=2",
     "trm.save_every=2", "trm.log_every=1", "trm.validate_every=5", "trm.precision=float32", "trm.optimizer=adamw",
     "trm.learning_rate=1e-5", "trm.model.hidden_size=16", "trm.model.intermediate_multiple=8",
-    "trm.model.max_supervision_steps=3", "trm.puzzles.num_train=12", "trm.puzzles.num_validation=5",
+    "trm.model.mixer=attention", "trm.model.position_encoding=rope", "trm.model.num_attention_heads=2",
+    "trm.model.num_latent_steps=2", "trm.model.max_supervision_steps=3", "trm.puzzles.num_train=12", "trm.puzzles.num_validation=5",
     "trm.puzzles.num_test=6",
 )  # fmt: skip
 
@@ -115,7 +116,9 @@ def test_a_killed_worker_is_restarted_and_ends_with_the_same_result(
     assert process.returncode == 0, (tmp_path / "out").read_text()
     log = [row["message"] for row in read_jsonl(tmp_path / "runs" / "many" / "log.jsonl")]
     assert "trm: goes on" in log, log
-    assert_same_rows(list(read_jsonl(many.metrics_path)), list(read_jsonl(alone.metrics_path)))
+    rows = zip(read_jsonl(many.metrics_path), read_jsonl(alone.metrics_path), strict=True)
+    for ours, theirs in rows:
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4), ours["step"]
     found, wanted = (load_trm(stage.checkpoint_dir).model.state_dict() for stage in (many, alone))
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)

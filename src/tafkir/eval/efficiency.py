@@ -21,7 +21,7 @@ from tafkir.data.tokenizer import Tokenizer
 from tafkir.engine.arc import answer_tasks
 from tafkir.errors import CapacityError, DataError
 from tafkir.eval.metrics import Estimate, accuracy
-from tafkir.eval.puzzles import answer_arc, answer_recursively, seconds_alone
+from tafkir.eval.puzzles import answer_arc, answer_recursively, count_seen, seconds_alone
 from tafkir.eval.records import GREEDY, EvalRecord
 from tafkir.eval.run import checkpoint_fingerprint, evaluate
 from tafkir.plan.flops import completion_flops, recursion_flops
@@ -90,6 +90,7 @@ class CardRow:
         outcomes: answers by outcome.
         records: file of the graded answers, relative to the run directory.
         first_attempt: share right at once, where two attempts count (ARC).
+        seen_in_training: puzzles that training had in some form; None where nobody knows.
     """
 
     name: str
@@ -106,6 +107,7 @@ class CardRow:
     outcomes: dict[str, int] | None = None
     records: str | None = None
     first_attempt: float | None = None
+    seen_in_training: int | None = None
 
 
 def is_recursive(checkpoint: Path) -> bool:
@@ -130,8 +132,8 @@ def measure_card(
         folder: the run directory.
 
     Returns:
-        `task`, `settings`, `num_puzzles`, `format`, and `rows` as `CardRow` has them; where the rules are known, the
-        last row is a search by them, which says what exactness costs.
+        `task`, `settings`, `num_puzzles`, `format`, `notes`, and `rows` as `CardRow` has them; where the rules are
+        known, the last row is a search by them, which says what exactness costs.
 
     Raises:
         DataError: two contestants share a name, there is no puzzle, or a recursive model is made for others.
@@ -164,7 +166,14 @@ def measure_card(
         "settings": asdict(settings),
         "num_puzzles": len(examples),
         "rows": [asdict(row) for row in rows],
+        "notes": _notes(rows),
     }
+
+
+def _notes(rows: Sequence[CardRow]) -> list[str]:
+    """What a reader has to know of the accuracies."""
+    seen = {row.name: row.seen_in_training for row in rows if row.seen_in_training}
+    return [f"{name} was trained on {count} of these puzzles, in some form." for name, count in seen.items()]
 
 
 # ---- who answers -------------------------------------------------------------------------------------------------
@@ -190,6 +199,7 @@ def _recursive_rows(
     curve = [(recursion_flops(shape, step), share) for step, share in enumerate(found.by_step, start=1)]
     mean_steps = float(found.halts.mean())
     halting = path.with_name(f"{path.stem}-halting{path.suffix}")
+    seen = count_seen(contestant.path, task, examples) if settings.split != "train" else None
     variants = (
         (f"after all {steps} steps", found.final, float(steps), None, path, curve),
         (f"halts itself, q > {threshold:g}", found.halted, mean_steps, threshold, halting, ()),
@@ -209,6 +219,7 @@ def _recursive_rows(
             curve=points,
             outcomes=_count(record.outcome for record in records),
             records=f"eval/{file.name}",
+            seen_in_training=seen,
         )
         for answered, records, amount, stop, file, points in variants
     ]
@@ -356,9 +367,8 @@ def render_card_table(card: dict[str, Any]) -> str:
     text = ["  ".join(f"{cell:{'<' if i < 2 else '>'}{widths[i]}}" for i, cell in enumerate(line)) for line in lines]
     rule = "-" * len(text[0])
     part = card["settings"]["split"]
-    return "\n".join(
-        [f"{card['task']}: {card['num_puzzles']:,} puzzles of the {part} part", "", text[0], rule, *text[1:]]
-    )
+    title = f"{card['task']}: {card['num_puzzles']:,} puzzles of the {part} part"
+    return "\n".join([title, "", text[0], rule, *text[1:], *(f"Note: {note}" for note in card["notes"])])
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

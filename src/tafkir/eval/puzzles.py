@@ -23,12 +23,13 @@ from tafkir.eval.records import GREEDY, EvalRecord, write_records
 from tafkir.models.solving import Solved, solve_puzzles
 from tafkir.models.trm import Trm
 from tafkir.protocols import Task
+from tafkir.recipe.load import load_recipe
 from tafkir.records import Example
 from tafkir.runlog.progress import Progress
 from tafkir.tasks.arc_task import ArcSetTask
-from tafkir.tasks.puzzle_sets import PuzzleSetTask
+from tafkir.tasks.puzzle_sets import PuzzleSetTask, build_for, form_mark
 
-__all__ = ["RecursiveAnswers", "answer_arc", "answer_recursively", "record_answer", "seconds_alone"]
+__all__ = ["RecursiveAnswers", "answer_arc", "answer_recursively", "count_seen", "record_answer", "seconds_alone"]
 
 _BATCH = 256
 
@@ -91,6 +92,27 @@ def answer_recursively(
     write_records(path.with_name(f"{path.stem}-halting{path.suffix}"), halted)
     by_step = [sum(grade(step, place).correct for place in places) / len(places) for step in range(steps)]
     return RecursiveAnswers(final, halted, by_step, halts + 1)
+
+
+def count_seen(checkpoint: Path, task: PuzzleSetTask, examples: Sequence[Example]) -> int | None:
+    """How many of the puzzles a recursive model's training had, in whatever form; None where nobody knows.
+
+    What it was trained on is made again from the recipe of the run directory that the checkpoint lies in.
+    """
+    recipe_path = checkpoint.resolve().parents[2] / "recipe.resolved.toml"
+    if not recipe_path.is_file() or checkpoint.name != "checkpoint":
+        return None
+    recipe = load_recipe([recipe_path]).recipe
+    if recipe.trm is None:
+        return None
+    if task.origin == (recipe.trm.puzzles, recipe.seed):
+        # The parts of one recipe share no form of a puzzle.
+        return 0
+    trained = build_for(recipe.trm.puzzles, recipe.seed)
+    if trained.format != task.format:
+        return None
+    known = {form_mark(task.format, question) for question in trained.train.inputs}
+    return sum(form_mark(task.format, question) in known for question in task.cells(examples))
 
 
 def seconds_alone(model: Trm, inputs: Cells, *, halt_threshold: float | None = None) -> float:

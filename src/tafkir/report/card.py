@@ -79,10 +79,11 @@ def _times(ratio: float) -> str:
 def _beside(card: Mapping[str, Any]) -> str:
     part = card["settings"]["split"]
     unseen = " that no recursive model of this recipe was trained on, in any form" if part != "train" else ""
-    return (
+    words = (
         f"Everyone was asked the same puzzles of the {part} part{unseen}. One grader judged all answers: by the rules "
         "where they are known, by the one right answer elsewhere."
     )
+    return " ".join([words, *card["notes"]])
 
 
 def _how(card: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ __all__ = ["render_seeds", "render_seeds_table", "summarize_seeds"]
 
 _COLORS = ("c-rlvr", "c-sft", "c-second", "c-third", "c-pretrain")
 _COSTS = {"wall_s": "wall time, s", "cpu_s": "CPU time, s", "peak_rss_bytes": "peak memory, MB"}
+_SCORES = {"test.exact": "unseen puzzles solved", "test.halting.exact": "unseen puzzles solved, halting by itself"}
 # Metrics whose last value counts where a stage has no scores of its own, and which are drawn.
 _LAST = ("validation/exact", "validation/loss", "rollout/reward_mean", "train/loss")
 _HEAD = ("Stage", "Figure", "Median", "Lowest to highest", "Mean ± spread")
@@ -104,8 +105,12 @@ def _word(row: Mapping[str, Any], value: float | None) -> str:
     return number(value, 4)
 
 
+def _title(row: Mapping[str, Any]) -> str:
+    return {**_COSTS, **_SCORES}.get(row["figure"], str(row["figure"]))
+
+
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    title = _COSTS.get(row["figure"], row["figure"])
+    title = _title(row)
     spread = "" if row["spread"] is None else f" ± {_word(row, row['spread'])}"
     return [
         STAGE_TITLES.get(row["stage"], row["stage"]),
@@ -158,9 +163,8 @@ def _sentence(summary: Summary) -> str:
         return f"{len(summary['seeds'])} seeds have left no figure in common."
     row = rows[0]
     low, high = _word(row, row["low"]), _word(row, row["high"])
-    return (
-        f"{row['figure']}: {_word(row, row['median'])} in the median of {len(summary['seeds'])} seeds, {low} to {high}."
-    )
+    title, seeds = _title(row), f"{len(summary['seeds'])} seeds"
+    return f"{title[:1].upper()}{title[1:]}: {_word(row, row['median'])} in the median of {seeds}, {low} to {high}."
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -17,7 +17,8 @@ from tafkir.data.puzzles.format import PAD, Cells, PuzzleFormat
 from tafkir.data.puzzles.maze import MOVES, shortest_path
 from tafkir.data.puzzles.rules import has_rules, is_right
 from tafkir.data.puzzles.sets import PuzzleSet, PuzzleSets, build_puzzles
-from tafkir.data.puzzles.sudoku import Box
+from tafkir.data.puzzles.sudoku import Box, fingerprint
+from tafkir.data.puzzles.symmetry import dihedral_moves
 from tafkir.errors import DataError, RecipeError
 from tafkir.recipe.bundled import bundled_recipes, find_recipe
 from tafkir.recipe.load import load_recipe
@@ -30,7 +31,15 @@ from tafkir.tasks.puzzles.grids import ask_grids
 from tafkir.tasks.puzzles.maze import ask_maze, read_moves
 from tafkir.tasks.puzzles.sudoku import ask_sudoku
 
-__all__ = ["PuzzleSetTask", "load_puzzle_task", "puzzle_task_names", "read_answer", "read_question"]
+__all__ = [
+    "PuzzleSetTask",
+    "build_for",
+    "form_mark",
+    "load_puzzle_task",
+    "puzzle_task_names",
+    "read_answer",
+    "read_question",
+]
 
 _PREFIX = "trm-"
 # What may stand between cells: spaces, frames, brackets, commas, LaTeX's & and \\.
@@ -47,10 +56,11 @@ class PuzzleSetTask:
     Args:
         name: what reports call the task.
         puzzles: by part.
+        origin: the table and the seed that they are made by.
     """
 
-    def __init__(self, name: str, puzzles: PuzzleSets) -> None:
-        self._name, self.puzzles = name, puzzles
+    def __init__(self, name: str, puzzles: PuzzleSets, origin: tuple[Puzzles, int] | None = None) -> None:
+        self._name, self.puzzles, self.origin = name, puzzles, origin
 
     @property
     def name(self) -> str:
@@ -157,12 +167,23 @@ def load_puzzle_task(name: str) -> PuzzleSetTask | ArcSetTask:
     if recipe.trm is None:
         raise RecipeError("the recipe has no puzzles", where=name, expected="a table [trm.puzzles]")
     own_name, puzzles = name if name in bundled else path.stem, build_for(recipe.trm.puzzles, recipe.seed)
-    return ArcSetTask(own_name, puzzles) if isinstance(puzzles, ArcSets) else PuzzleSetTask(own_name, puzzles)
+    if isinstance(puzzles, ArcSets):
+        return ArcSetTask(own_name, puzzles)
+    return PuzzleSetTask(own_name, puzzles, (recipe.trm.puzzles, recipe.seed))
 
 
 def build_for(puzzles: Puzzles, seed: int) -> PuzzleSets:
     """The puzzles as the stage `trm` of a recipe with that seed has them."""
     return build_puzzles(puzzles, derive_seed(seed, "trm", "puzzles"))
+
+
+def form_mark(format: PuzzleFormat, question: Cells) -> int:
+    """A number that all forms of a puzzle share: those of a Sudoku, and turned or mirrored grids else."""
+    if format.kind == "sudoku":
+        assert format.box is not None
+        return fingerprint(question, Box(*format.box))
+    least = min(question[moves].tobytes() for moves in dihedral_moves(format.rows, format.columns))
+    return int.from_bytes(hashlib.blake2b(least, digest_size=8).digest(), "big")
 
 
 # ---- grids and moves in text -------------------------------------------------------------------------------------
