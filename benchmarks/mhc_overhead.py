@@ -2,8 +2,9 @@
 
 Twins that differ in the residual alone take steps in turn, in one run, on the same tokens; the overhead is the median
 of the pairwise ratios of CPU seconds (of wall seconds on a GPU), less one. `reference` computes the paper's equations
-with autograd, `fused` is what the decoder does (by compiled kernels or torch's ops, as `--kernels` says), `recompute`
-keeps the streams of one sublayer in a few, `compiled` has torch.compile make the reference's kernels. Bytes are what
+with autograd, `fused` is what the decoder does (by compiled kernels or torch's ops, as `--kernels` says), `apart` the
+same with a writing and the next reading each by itself, `recompute` keeps the streams of one sublayer in a few,
+`compiled` has torch.compile make the reference's kernels. Bytes are what
 the operations of one sublayer's mixing read and write, tensor by tensor, per token, with torch's ops (what a compiled
 kernel does inside cannot be seen); the least is the paper's table (arXiv 2512.24880, section 4.3) with its backward.
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -30,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tafkir.models import residual
 from tafkir.models.attention import VarlenCausal
 from tafkir.models.build import build_decoder
+from tafkir.native.memory import keep_freed_memory
 from tafkir.ops import hyper_connections as hc
 from tafkir.ops import native
 from tafkir.ops.loss import next_token_loss
@@ -37,7 +40,7 @@ from tafkir.ops.sinkhorn import sinkhorn, sinkhorn_reference
 from tafkir.recipe.model import ModelConfig
 from tafkir.recipe.residual import ResidualConfig
 
-VERSIONS = ("reference", "fused", "recompute", "compiled")
+VERSIONS = ("reference", "apart", "fused", "recompute", "compiled")
 STREAMS = 4
 
 
@@ -78,6 +81,8 @@ def kernels_of(version: str) -> residual.Kernels:
         return residual.Kernels(reference_read, hc.write_streams_reference, sinkhorn_reference)
     if version == "compiled":
         return residual.Kernels(torch.compile(reference_read), torch.compile(stacked_write), sinkhorn)
+    if version == "apart":
+        return residual.TORCH_KERNELS._replace(write_and_read=None)
     return residual.TORCH_KERNELS
 
 
@@ -156,6 +161,16 @@ def measure(step: Callable[[], float], device: torch.device) -> float:
     return clock() - start
 
 
+def median_interval(values: list[float]) -> tuple[float, float]:
+    """About 95 % for the median, by order statistics (binomial, n draws at one half)."""
+    ordered, n = sorted(values), len(values)
+    outside, tail = 0, 1 / 2**n
+    while tail <= 0.025 and outside < n // 2:
+        outside += 1
+        tail += math.comb(n, outside) / 2**n
+    return ordered[max(0, outside - 1)], ordered[n - max(1, outside)]
+
+
 def compare(hidden: int, args: argparse.Namespace) -> dict[str, Any]:
     """Plain against every version, in turn."""
     device = torch.device(args.device)
@@ -176,6 +191,7 @@ def compare(hidden: int, args: argparse.Namespace) -> dict[str, Any]:
         ratios = [b / a - 1 for a, b in zip(seconds["plain"], seconds[version], strict=True)]
         row["versions"][version] = {
             "overhead": statistics.median(ratios),
+            "overhead_interval": median_interval(ratios),
             "overhead_range": (min(ratios), max(ratios)),
             "added_ms_per_sublayer": 1e3 * statistics.median(ratios) * row["plain_step_s"] / (2 * args.layers),
         }
@@ -186,7 +202,7 @@ def render(result: dict[str, Any]) -> str:
     lines = [f"{'hidden':>7}{'plain s':>9}{'noise':>7}" + "".join(f"{v:>26}" for v in result["versions"])]
     for row in result["rows"]:
         cells = [
-            f"{v['overhead']:+9.1%} ({v['overhead_range'][0]:+.0%}..{v['overhead_range'][1]:+.0%})"
+            f"{v['overhead']:+9.1%} ({v['overhead_interval'][0]:+.0%}..{v['overhead_interval'][1]:+.0%})"
             for v in row["versions"].values()
         ]
         lines.append(
@@ -209,11 +225,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--kernels", choices=("auto", "native", "torch"), default="auto")
+    parser.add_argument(
+        "--memory", choices=("keep", "system"), default="keep", help="keep freed memory, as training stages do, or not"
+    )
     parser.add_argument("--note", default="", help="goes into the result, such as how busy the machine was")
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    kept = args.memory == "keep" and keep_freed_memory()
     native.select_kernels("torch")
     # What a compiler fused cannot be seen operation by operation.
     moved = {name: mixing_bytes(name, 1024) for name in ("reference", "fused")}
@@ -230,6 +250,7 @@ def main() -> None:
         "cpus": os.cpu_count(),
         "load_average": os.getloadavg(),
         "torch": torch.__version__,
+        "memory": "keep" if kept else "system",
         "note": args.note,
         "least_bytes_in_hidden_states": least_bytes(),
         "bytes": moved,

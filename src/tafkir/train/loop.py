@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tafkir.errors import TrainingError
 from tafkir.models.decoder import Decoder, update_expert_bias
+from tafkir.native.memory import keep_freed_memory
 from tafkir.recipe.schema import TrainTable
 from tafkir.runlog.metrics import Metric
 from tafkir.runlog.progress import Progress
@@ -244,6 +245,7 @@ def fit(
     from the step before alone. `keep(done)` puts the model away every `config.checkpoint_every` steps.
     """
     config = trainer.config
+    keep_freed_memory()
     start, before, kept = trainer.load_state(stage.state_dir)
     earlier = FitResult(**before)  # type: ignore[arg-type]  # ints stay ints
     carriers = carried or {}
