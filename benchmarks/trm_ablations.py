@@ -23,12 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pages import write_between
+
 from tafkir.intervals import wilson
 from tafkir.recipe.load import load_recipe
 from tafkir.recipe.trm import TrmConfig
-from tafkir.runlog.atomic import write_json, write_text
+from tafkir.runlog.atomic import write_json
 
-BEGIN, END = "<!-- measured: written by benchmarks/trm_ablations.py -->", "<!-- end -->"
 RECIPES = ("trm-sudoku4", "trm-sudoku6", "trm-maze-small")
 SEEDS = (0, 1, 2)
 DIRECT = ("num_recursions=1", "num_latent_steps=1", "max_supervision_steps=1")
@@ -173,15 +174,6 @@ def render(rows: list[dict[str, Any]]) -> str:
     return "\n\n".join("\n".join(table(part)) for part in parts if part)
 
 
-def write_page(page: Path, text: str) -> None:
-    """Put the tables between the marks of a page."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise SystemExit(f"{page} has no place for the tables: {BEGIN!r}, then {END!r}")
-    write_text(page, f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=("figures", "direct", "ablations"), help="these parts alone")
@@ -212,7 +204,7 @@ def main() -> None:
         write_json(args.out, outcome)
     print(render(rows))
     if args.page:
-        write_page(args.page, render(rows))
+        write_between(args.page, "trm_ablations", render(rows))
 
 
 if __name__ == "__main__":

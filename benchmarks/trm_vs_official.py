@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pages import write_between
 from torch import Tensor
 
 from tafkir.data.puzzles.sets import Samples
@@ -309,18 +310,18 @@ def only(name: str, dtype: str, side: str) -> None:
 
 
 def render(rows: list[dict[str, Any]]) -> str:
+    """As Markdown has it."""
     lines = [
-        f"{'case':22}{'dtype':>9}{'ours/cpu-s':>11}{'theirs':>8}{'train':>7}{'(range)':>14}{'solve':>7}"
-        f"{'ours MB':>9}{'theirs':>8}{'ratio':>7}"
+        "| network | dtype | ours, samples per CPU-s | official | training | solving | memory |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        train, memory = row["train"], row["peak_rss_bytes"]
+        train = row["train"]
         low, high = train["ratio_range"]
         lines.append(
-            f"{row['case']:22}{row['dtype']:>9}{train['ours_samples_per_cpu_s']:11.1f}"
-            f"{train['official_samples_per_cpu_s']:8.1f}{train['ratio']:7.2f}{f'({low:.2f}-{high:.2f})':>14}"
-            f"{row['solve_one_puzzle']['ratio']:7.2f}{memory['ours'] / 1e6:9.0f}{memory['official'] / 1e6:8.0f}"
-            f"{row['memory_ratio']:7.2f}"
+            f"| {row['case']} | {row['dtype']} | {train['ours_samples_per_cpu_s']:.1f} | "
+            f"{train['official_samples_per_cpu_s']:.1f} | {train['ratio']:.2f}x ({low:.2f} to {high:.2f}) | "
+            f"{row['solve_one_puzzle']['ratio']:.2f}x | {row['memory_ratio']:.2f}x |"
         )
     return "\n".join(lines)
 
@@ -337,6 +338,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("neither", "ours", "official"), help="print one side's peak memory alone")
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")
+    parser.add_argument("--page", type=Path, help="write the table into this page, too: docs/trm.md")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     kernels = select_kernels(args.kernels)
@@ -360,6 +362,8 @@ def main() -> None:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if args.page:
+        write_between(args.page, "trm_vs_official", render(rows))
 
 
 if __name__ == "__main__":
