@@ -14,6 +14,7 @@ from tafkir.checkpoint.trm import load_trm, save_trm
 from tafkir.cli.main import app
 from tafkir.data.puzzles.format import Cells, PuzzleFormat
 from tafkir.data.puzzles.sudoku import Box, sudoku_format
+from tafkir.engine import puzzles
 from tafkir.engine.puzzles import find_solver, solve, split_puzzles
 from tafkir.errors import CheckpointError, DataError, RequestError
 from tafkir.models import search
@@ -110,7 +111,7 @@ def test_who_solves(checkpoint: Path, tmp_path: Path) -> None:
         find_solver(None, "." * 81, lambda: bundled)
     with pytest.raises(CheckpointError, match="no such checkpoint or run directory"):
         find_solver("none", QUESTION, lambda: bundled)
-    run = tmp_path / "run" / "stages" / "10-trm"
+    run = tmp_path / "run" / "stages" / "11-trm"
     run.mkdir(parents=True)
     checkpoint.rename(run / "checkpoint")
     assert find_solver(tmp_path / "run", QUESTION) == run / "checkpoint"
@@ -141,3 +142,29 @@ def test_the_command(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert wrong.exit_code == 1 and wrong.stdout == "unsolved\n"
     missing = runner.invoke(app, ["solve", "none.txt", "--model", str(checkpoint)])
     assert isinstance(missing.exception, DataError) and "no such file" in str(missing.exception)
+
+
+def test_several_runs(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rules pick the run that is right, whatever the others are sure of; without rules q or the vote does."""
+    tokens = np.stack([FORMAT.encode(answer) for answer in (WRONG, RIGHT, WRONG)])[None]
+    asked: list[dict[str, object]] = []
+
+    def fake(model: object, inputs: Cells, **how: object) -> Solved:
+        asked.append(how)
+        return Solved(tokens, np.array([[5.0, -1.0, 4.0]], dtype=np.float32))
+
+    monkeypatch.setattr(search, "solve_puzzles", fake)
+    answer = tafkir.solve(QUESTION, checkpoint, runs=3, noise=0.3, max_steps=7)
+    assert answer.grid == GRID and (answer.run, answer.runs) == (2, 3)
+    assert np.allclose(asked[0]["noise"], [0, 0.3, 0.3]) and asked[0]["steps"] == 7  # type: ignore[arg-type]
+    monkeypatch.setattr(puzzles, "has_rules", lambda format: False)
+    unchecked = solve(QUESTION, checkpoint, search=search.Search(runs=3, noise=0.3))
+    assert unchecked.verdict == "unchecked" and unchecked.run == 1
+    tokens[0, 2] = tokens[0, 1]
+    voted = solve(QUESTION, checkpoint, search=search.Search(runs=3, noise=0.3, pick="vote"), halt_threshold=None)
+    assert voted.grid == GRID and voted.run == 3
+    monkeypatch.undo()
+    done = CliRunner().invoke(
+        app, ["solve", QUESTION, "--model", str(checkpoint), "--runs", "4", "--permute", "--steps", "2", "--json"]
+    )
+    assert done.exit_code == 1 and json.loads(done.stdout)["runs"] == 4
