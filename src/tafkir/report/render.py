@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
-from importlib import resources
 
 from tafkir.records import StageName
 from tafkir.report import findings
@@ -15,6 +14,7 @@ from tafkir.report.curves import CURVES, SPEED_CURVES, Curve, curve_lines, draw_
 from tafkir.report.lab import LAB_HEAD, LabFigure, lab_figures, lab_rows
 from tafkir.report.lights import LIGHT_NAMES, TOKEN_HEAD, light_cells, light_sentences, token_rows
 from tafkir.report.mismatch_lab import MISMATCH_HEAD, mismatch_groups, mismatch_matrix, mismatch_rows
+from tafkir.report.page import frame_page
 from tafkir.report.preference import (
     QUALITY_HEAD,
     RELIABILITY_HEAD,
@@ -29,9 +29,6 @@ __all__ = ["render_html"]
 
 _TRAINING: Sequence[StageName] = ("pretrain", "sft", "reward", "dpo", "rlvr", "rlhf")
 
-# Even if an escape were missed, the page could neither run a script nor reach the network.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
-
 
 def render_html(record: RunRecord) -> str:
     """The whole page as one string."""
@@ -41,17 +38,8 @@ def render_html(record: RunRecord) -> str:
     sections = "".join(
         f'<section id="{anchor}"><h2>{escape(title)}</h2>{body}</section>' for anchor, title, body in shown
     )
-    style = resources.files("tafkir.report").joinpath("page.css").read_text(encoding="utf-8")
-    name = escape(record.name)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
-        f"<title>{name} · Tafkir run report</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        f'<div class="wrap">{_hero(record, links)}{_notes(record)}<main>{sections}</main>{_footer(record)}</div>\n'
-        "</body>\n</html>\n"
-    )
+    body = f"{_hero(record, links)}{_notes(record)}<main>{sections}</main>{_footer(record)}"
+    return frame_page(f"{record.name} · Tafkir run report", body)
 
 
 # ---- frame -------------------------------------------------------------------------------------------------------
