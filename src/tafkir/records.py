@@ -10,7 +10,9 @@ FinishReason = Literal["stop", "length", "cancelled"]
 _BROKEN = frozenset({"sandbox", "start"})
 Outcome = Literal["correct", "wrong", "no_answer", "length", "error", "graded"]
 Split = Literal["train", "validation", "test"]
-StageName = Literal["tokenizer", "pretrain", "sft", "reward", "dpo", "rlvr", "rlhf", "eval", "lab", "trm", "report"]
+StageName = Literal[
+    "tokenizer", "pretrain", "sft", "reward", "dpo", "rlvr", "rlhf", "quantize", "eval", "lab", "trm", "report"
+]
 
 STAGES: tuple[StageName, ...] = (
     "tokenizer",
@@ -20,6 +22,7 @@ STAGES: tuple[StageName, ...] = (
     "dpo",
     "rlvr",
     "rlhf",
+    "quantize",
     "eval",
     "lab",
     "trm",

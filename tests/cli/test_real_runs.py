@@ -72,7 +72,7 @@ def test_a_run_killed_in_every_stage_ends_like_an_unbroken_one(
         "02-pretrain": "metrics.jsonl",
         "03-sft": "metrics.jsonl",
         "06-rlvr": "metrics.jsonl",
-        "08-eval": "inputs.json",
+        "09-eval": "inputs.json",
     }
     for stage, file in sign_of_life.items():
         with subprocess.Popen(command("smoke", tmp_path), env=cli_env, stderr=subprocess.DEVNULL) as process:

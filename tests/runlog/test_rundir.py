@@ -26,10 +26,11 @@ def test_stages_are_numbered_by_their_place(tmp_path: Path) -> None:
         "05-dpo",
         "06-rlvr",
         "07-rlhf",
-        "08-eval",
-        "09-lab",
-        "10-trm",
-        "11-report",
+        "08-quantize",
+        "09-eval",
+        "10-lab",
+        "11-trm",
+        "12-report",
     ]
     assert not run.path.exists()
 

@@ -37,8 +37,8 @@ _logger = logging.getLogger(__name__)
 # What a stage was started on, written before it runs; its result repeats the fingerprint.
 _INPUTS = "inputs.json"
 _FORCED = "forced.json"
-# Stages that leave no policy to go on with: they look at what is there, or train what judges it.
-_WITHOUT_POLICY: tuple[StageName, ...] = ("reward", "eval", "lab", "trm", "report")
+# Stages that leave no policy to go on with: they look at what is there or copy it, or train what judges it.
+_WITHOUT_POLICY: tuple[StageName, ...] = ("reward", "quantize", "eval", "lab", "trm", "report")
 # What all processes of torchrun do together; the other stages are rank 0's.
 _SHARED: tuple[StageName, ...] = ("pretrain", "sft", "reward", "dpo", "rlvr", "trm")
 
@@ -82,6 +82,10 @@ def stage_function(kind: StageName) -> StageFunction:
         from tafkir.report.stage import run_report
 
         return run_report
+    if kind == "quantize":
+        from tafkir.quant.stage import run_quantize
+
+        return run_quantize
     if kind == "lab":
         from tafkir.train.lab_stage import run_lab
 

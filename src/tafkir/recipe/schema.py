@@ -14,6 +14,7 @@ from tafkir.native.compiled import KernelChoice
 from tafkir.recipe.cluster import ClusterConfig
 from tafkir.recipe.lab import LabConfig
 from tafkir.recipe.model import ModelConfig
+from tafkir.recipe.quantize import QuantizeConfig
 from tafkir.recipe.rl import RlvrConfig
 from tafkir.recipe.rlhf import DpoConfig, PreferencesConfig, RewardConfig, RlhfConfig
 from tafkir.recipe.selection import SelectConfig
@@ -37,6 +38,7 @@ __all__ = [
     "ParallelConfig",
     "PreferencesConfig",
     "PretrainConfig",
+    "QuantizeConfig",
     "Recipe",
     "ReportConfig",
     "RewardConfig",
@@ -154,7 +156,7 @@ class EvalConfig(Table):
     max_tokens: Positive = Field(128, description="Length limit of an answer.")
     max_problems: int = Field(0, ge=0, description="Evaluate only the first this many problems per source; 0 is all.")
     split: Literal["validation", "test"] = Field("test", description="Which held-out part is scored.")
-    stages: tuple[Literal["pretrain", "sft", "dpo", "rlvr", "rlhf"], ...] = Field(
+    stages: tuple[Literal["pretrain", "sft", "dpo", "rlvr", "rlhf", "quantize"], ...] = Field(
         ("sft", "rlvr"), min_length=1, description="Stages whose checkpoints are scored."
     )
     tasks: Tasks = Field((), description="Kinds of problems to score, level by level; none means the word problems.")
@@ -205,6 +207,7 @@ class Recipe(Table):
     dpo: DpoConfig | None = None
     rlvr: RlvrConfig | None = None
     rlhf: RlhfConfig | None = None
+    quantize: QuantizeConfig | None = None
     eval: EvalConfig | None = None
     lab: LabConfig | None = None
     trm: TrmConfig | None = None

@@ -1,0 +1,63 @@
+"""The `quantize` stage: the checkpoint of the last training stage in fewer bits, and what that has cost."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from typing import Any
+
+import torch
+
+from tafkir.data.chat import encode_document
+from tafkir.data.stories import make_story
+from tafkir.data.tokenizer import Tokenizer
+from tafkir.errors import RecipeError
+from tafkir.ops.native import select_kernels
+from tafkir.quant.convert import quantize_checkpoint
+from tafkir.quant.verify import audit_checkpoint, compare_logits, summarize_audit
+from tafkir.recipe.stage import StageContext
+
+__all__ = ["run_quantize"]
+
+# Problems that no stage draws: training counts their seeds from 0.
+_FIRST_STORY, _TOKENS = 2 * 10**9, 4096
+
+
+def run_quantize(ctx: StageContext) -> dict[str, Any]:
+    """Quantize the checkpoint before, as the recipe's `[quantize]` says; a killed stage goes on with its shards.
+
+    Returns:
+        Bytes before and after, the audit by component, and the divergence of both models' predictions on made-up
+        word problems. What it does to answers is the `eval` stage's business: name `quantize` in `eval.stages`.
+
+    Raises:
+        RecipeError: there is no checkpoint before.
+        CheckpointError: as `quantize_checkpoint`.
+    """
+    config = ctx.recipe.quantize
+    assert config is not None
+    if ctx.previous is None:
+        raise RecipeError(
+            "there is nothing to quantize", where="quantize", expected="a base, or a stage that trains, before it"
+        )
+    torch.set_num_threads(ctx.recipe.threads)
+    select_kernels(ctx.recipe.kernels)
+    began, began_cpu = time.perf_counter(), time.process_time()
+    out = ctx.stage.checkpoint_dir
+    # Finished, but killed before its result was written: made of the same inputs, and cheap to make again.
+    shutil.rmtree(out, ignore_errors=True)
+    quantize_checkpoint(ctx.previous, out, config, lineage={"stage": "quantize", "recipe": ctx.recipe.name})
+    summary = summarize_audit(audit_checkpoint(ctx.previous, out))
+    tokenizer, documents = Tokenizer.load(out), []
+    while sum(map(len, documents)) < _TOKENS:
+        documents.append(encode_document(tokenizer, make_story(_FIRST_STORY + len(documents)))[0])
+    return {
+        "preset": config.preset,
+        "scheme": config.scheme,
+        "scales": config.scale_choice,
+        "layout": config.layout,
+        **summary,
+        "logits": dict(compare_logits(ctx.previous, out, documents)),
+        "wall_s": time.perf_counter() - began,
+        "cpu_s": time.process_time() - began_cpu,
+    }
