@@ -28,8 +28,9 @@ def split_known(solver: TrmCheckpoint, tasks: Sequence[ArcTask]) -> tuple[list[T
             expected="one that was trained on ARC tasks, with identifiers.json",
             fix="train one, such as with `tafkir run trm-arc-mini`",
         )
-    found = [(task, known_forms(task, solver.identifiers)) for task in tasks]
-    return [forms for _, forms in found if forms], [task for task, forms in found if forms is None]
+    found = known_forms(tasks, solver.identifiers)
+    unknown = [task for task, forms in zip(tasks, found, strict=True) if forms is None]
+    return [forms for forms in found if forms is not None], unknown
 
 
 def answer_tasks(

@@ -190,16 +190,23 @@ def _lay(
         raise DataError(error.what, where=task.where, expected=error.expected, fix=error.fix) from error
 
 
-def known_forms(task: ArcTask, identifiers: Sequence[TaskForm]) -> TaskForms | None:
-    """The forms of a task that have rows, from the names of all rows; None where it has none.
+def known_forms(tasks: Iterable[ArcTask], identifiers: Sequence[TaskForm]) -> list[TaskForms | None]:
+    """The forms of each task that have rows, from the names of all rows; None where a task has none.
 
     Raises:
         DataError: a name names no form.
     """
-    found = [(row, parse_form(name)[1]) for row, name in enumerate(identifiers) if name.split("|||")[0] == task.id]
-    if not found:
-        return None
-    return TaskForms(task, tuple(form for _, form in found), tuple(row for row, _ in found))
+    tasks = list(tasks)
+    rows: dict[str, list[tuple[int, Form]]] = {task.id: [] for task in tasks}
+    for row, name in enumerate(identifiers):
+        task_id, form = parse_form(name)
+        if task_id in rows:
+            rows[task_id].append((row, form))
+    found = [(task, rows[task.id]) for task in tasks]
+    return [
+        TaskForms(task, tuple(form for _, form in own), tuple(row for row, _ in own)) if own else None
+        for task, own in found
+    ]
 
 
 class ArcStream:
