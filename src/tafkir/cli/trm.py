@@ -45,9 +45,10 @@ def watch(
     ] = None,
     as_json: _Json = False,
 ) -> None:
-    """Show how the answer changes from supervision step to step: symbols, confidence, and q, which says when to stop.
+    """Show a model think, step by step.
 
-    In the terminal a symbol is the fainter the less sure it is, and underlined where it has just changed.
+    How the answer changes from supervision step to step: its symbols, confidence, and q, which says when to stop. In
+    the terminal a symbol is the fainter the less sure it is, and underlined where it has just changed.
 
         tafkir trm watch "1..43.1...43...."
         tafkir trm watch maze.txt --model runs/trm-maze-small --out thinking.gif
@@ -87,9 +88,9 @@ def errors(
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Supervision steps; else as in training.")] = None,
     as_json: _Json = False,
 ) -> None:
-    """Show which unseen puzzles are failed: accuracy by number of givens, or by length of the way.
+    """Show which puzzles are failed.
 
-    The puzzles are those that the run's recipe tests on; none of them was seen in training in any symmetric form.
+    Accuracy by number of givens, or by length of the way, with 95 % intervals. The puzzles are those that the run's recipe tests on; none of them was seen in training in any symmetric form.
     """
     from tafkir.checkpoint.trm import load_trm
     from tafkir.data.puzzles.sets import build_puzzles
@@ -118,9 +119,9 @@ def export(
     weights: Annotated[_Weights, typer.Option(help="How matrices stand in the files; fp4 is NVFP4.")] = "float32",
     as_json: _Json = False,
 ) -> None:
-    """Write a recursive model as ONNX: step.onnx (one supervision step), solve.onnx (all of them), model.json.
+    """Write a model as ONNX, checked.
 
-    Both take any batch. They are checked against torch before they get their names: numbers of every step to 1e-4, and
+    step.onnx is one supervision step, solve.onnx all of them, model.json says what a host has to know. Both take any batch. They are checked against torch before they get their names: numbers of every step to 1e-4, and
     the same answers. Needs `pip install 'tafkir[onnx]'`.
 
         tafkir trm export runs/trm-sudoku4 sudoku4-onnx --weights int8
@@ -152,9 +153,9 @@ def page(
     weights: Annotated[_Weights, typer.Option(help="How matrices stand in the page.")] = "float16",
     as_json: _Json = False,
 ) -> None:
-    """Write a web page that solves Sudoku and mazes by itself: one file, offline, for a phone or a computer.
+    """Write a web page that solves.
 
-    It holds the models and onnxruntime-web, opens from a disk or any static server, and asks nothing of the network.
+    One file for a phone or a computer that solves Sudoku and mazes by itself, offline. It holds the models and onnxruntime-web, opens from a disk or any static server, and asks nothing of the network.
     Needs `pip install 'tafkir[onnx]'` to write it, and nothing to use it.
 
         tafkir trm page my-page && xdg-open my-page/index.html
