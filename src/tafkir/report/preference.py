@@ -5,15 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tafkir.report.charts import number, percent
+from tafkir.report.charts import Line, line_chart, number, percent
 from tafkir.report.collect import RunRecord
+from tafkir.report.lab import LabFigure
 
-__all__ = ["QUALITY_HEAD", "RELIABILITY_HEAD", "guard_sentences", "quality_rows", "reliability_rows"]
+__all__ = [
+    "QUALITY_HEAD",
+    "RELIABILITY_HEAD",
+    "calibration_figure",
+    "guard_sentences",
+    "quality_rows",
+    "reliability_rows",
+]
 
 QUALITY_HEAD: Sequence[str] = ("On held-out pairs", "Reward model", "Judge")
 RELIABILITY_HEAD: Sequence[str] = ("Confidence", "Mean confidence", "Right", "Pairs")
 
 _NOTHING = "–"
+# A bin of fewer pairs says nothing of calibration.
+_MIN_PAIRS = 5
 
 
 def quality_rows(record: RunRecord) -> list[list[str]]:
@@ -38,6 +48,39 @@ def reliability_rows(record: RunRecord) -> list[list[str]]:
         for row in (rows if isinstance(rows, list) else [])
         if isinstance(row, Mapping)
     ]
+
+
+def calibration_figure(record: RunRecord) -> LabFigure | None:
+    """Confidence against the share of right orders, for the reward model and the judge; None without measurements."""
+    result = record.result("reward")
+    models = (("reward model", result, "c-sft"), ("judge", _table(result, "judge"), "c-second"))
+    lines = [Line(name, _reliability_points(model), color, dots=True) for name, model, color in models]
+    lines = [line for line in lines if line.points]
+    if not lines:
+        return None
+    ideal = Line("calibrated", [(50.0, 0.5), (100.0, 1.0)], "c-baseline")
+    words = ("Calibration", "share of pairs ordered rightly, by the confidence in that order (%)")
+    look = "dots on the grey line. Below it the model is surer than it may be; bins of a few pairs scatter."
+    chart = line_chart(
+        [ideal, *lines], title="Right orders by confidence", x_label="%", y_min=0.0, y_max=1.0, y_format=_short_percent
+    )
+    return LabFigure("calibration", *words, look, [*lines, ideal], chart)
+
+
+def _reliability_points(model: Mapping[str, Any]) -> list[tuple[float, float | None]]:
+    """(mean confidence in percent, share of right orders) of every bin of at least five pairs."""
+    rows = _table(model, "heldout").get("reliability")
+    points: list[tuple[float, float | None]] = []
+    for row in rows if isinstance(rows, list) else []:
+        if isinstance(row, Mapping) and isinstance(row.get("num_pairs"), int) and row["num_pairs"] >= _MIN_PAIRS:
+            right, confidence = _table(row, "accuracy").get("value"), row.get("confidence")
+            if isinstance(right, int | float) and isinstance(confidence, int | float):
+                points.append((100 * float(confidence), float(right)))
+    return points
+
+
+def _short_percent(value: float) -> str:
+    return percent(value, 0)
 
 
 def guard_sentences(record: RunRecord) -> list[str]:

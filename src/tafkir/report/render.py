@@ -18,6 +18,7 @@ from tafkir.report.page import frame_page
 from tafkir.report.preference import (
     QUALITY_HEAD,
     RELIABILITY_HEAD,
+    calibration_figure,
     guard_sentences,
     quality_rows,
     reliability_rows,
@@ -409,7 +410,11 @@ def _reward(record: RunRecord) -> str:
         "On pairs that were held out, with 95 % intervals. A model that only likes length is right where the chosen "
         "side is longer and wrong where it is shorter; confidence and right answers agree in a calibrated one."
     )
-    return curves + _lead(lead) + _table(QUALITY_HEAD, quality) + _table(RELIABILITY_HEAD, reliability)
+    figure = calibration_figure(record)
+    drawn = f'<div class="cards pairs spaced">{_figure(figure, figure.lines, figure.chart)}</div>' if figure else ""
+    table = _table(RELIABILITY_HEAD, reliability)
+    more = f"<details><summary>Confidence in numbers</summary>{table}</details>" if reliability else ""
+    return curves + _lead(lead) + _table(QUALITY_HEAD, quality) + drawn + more
 
 
 def _rlhf(record: RunRecord) -> str:
