@@ -154,6 +154,16 @@ def least_bytes() -> int:
     return n + (n + 1) + (n + 1 + n) + (3 * n + 2) + (3 * n + 1)
 
 
+def compiled_bytes() -> int:
+    """The same by the compiled kernels, which hold a block of tokens in the cache from one writing to the next reading.
+
+    Forward: X and y are read, the new streams and u written. Backward: three times the streams (their gradient, the new
+    ones and X), du and y are read, two gradients written.
+    """
+    n = STREAMS
+    return (n + 1) + (n + 1) + (3 * n + 2) + (n + 1)
+
+
 def measure(step: Callable[[], float], device: torch.device) -> float:
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     start = clock()
@@ -211,6 +221,7 @@ def render(result: dict[str, Any]) -> str:
         )
     least = result["least_bytes_in_hidden_states"]
     lines.append(f"bytes moved by the mixing, in hidden states per token and sublayer; the least is {least}:")
+    lines.append(f"  {'compiled':10} {result['compiled_bytes_in_hidden_states']:6.1f}, as it is written")
     lines += [f"  {name:10} {moved:6.1f} = {moved / least:.1f}x" for name, moved in result["bytes"].items()]
     return "\n".join(lines)
 
@@ -253,6 +264,7 @@ def main() -> None:
         "memory": "keep" if kept else "system",
         "note": args.note,
         "least_bytes_in_hidden_states": least_bytes(),
+        "compiled_bytes_in_hidden_states": compiled_bytes(),
         "bytes": moved,
         "kernels": native.select_kernels(args.kernels),
         "rows": [compare(hidden, args) for hidden in args.hidden],
