@@ -117,7 +117,7 @@ def picture(figures: Sequence[LabFigure], columns: int = 2) -> str:
         for line in figure.lines:
             parts.append(f'<path class="line {line.color}" d="M{left} {low - 4}h14"/>')
             parts.append(f'<text x="{left + 18}" y="{low}">{escape(line.name)}</text>')
-            left += 28 + round(5.6 * len(line.name))
+            left += 32 + round(5.4 * len(line.name))
     return "".join(parts) + "</svg>\n"
 
 

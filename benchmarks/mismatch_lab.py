@@ -41,6 +41,7 @@ MEANS = {
     "expert_agreement": "mismatch/expert_agreement",
 }
 WINDOW = 10
+PICTURED = ("nvfp4", "nvfp4_w4a4", "noise")
 BEGIN, END = "<!-- measured: written by benchmarks/mismatch_lab.py -->", "<!-- end -->"
 # What 4-bit rollouts are asked to reach.
 WANTED = 0.98
@@ -179,12 +180,13 @@ def write_docs(page: Path, record: RunRecord, run: dict[str, Any]) -> None:
 
 
 def write_pictures(record: RunRecord, folder: Path) -> None:
-    """`mismatch-lab-<rollout>.svg`, with `-replay` where experts were replayed."""
+    """`mismatch-lab-<rollout>.svg` for 4-bit and noisy rollouts without replay."""
     folder.mkdir(parents=True, exist_ok=True)
     groups: dict[str, list[Any]] = {}
     for figure in mismatch_figures(record.mismatch_variants):
         _, rollout, replay = figure.name.rsplit("-", 2)
-        groups.setdefault(rollout + ("-replay" if replay == "replay" else ""), []).append(figure)
+        if replay == "own" and rollout in PICTURED:
+            groups.setdefault(rollout, []).append(figure)
     for name, figures in groups.items():
         (folder / f"mismatch-lab-{name}.svg").write_text(picture(figures), encoding="utf-8")
 
