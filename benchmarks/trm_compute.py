@@ -118,29 +118,27 @@ def measure(run: RunDir, *, puzzles: int, runs: int, noise: Sequence[float], see
 
 
 def curves(rows: Sequence[Row], pick: str) -> list[Line]:
-    """One line for each variant."""
-    names = [name for name in dict.fromkeys(r["variant"] for r in rows) if name != "longer" or pick in ("q", "rules")]
-    wanted = {name: "last" if name == "longer" and pick == "q" else pick for name in names}
-    return [
-        Line(
-            "one longer run" if name == "longer" else name,
-            [(r["compute"], r["value"]) for r in rows if (r["variant"], r["pick"]) == (name, wanted[name])],
-            colour,
-            dots=True,
-        )
-        for name, colour in zip(names, COLOURS, strict=False)
-    ]
+    """One line for each variant, in the same colour in every panel; without rules a longer run has its last answer."""
+    lines = []
+    for name, colour in zip(dict.fromkeys(r["variant"] for r in rows), COLOURS, strict=False):
+        wanted = "last" if name == "longer" and pick != "rules" else pick
+        points = [(r["compute"], r["value"]) for r in rows if (r["variant"], r["pick"]) == (name, wanted)]
+        lines.append(Line("one longer run" if name == "longer" else name, points, colour, dots=True))
+    return [line for line in lines if line.points]
 
 
 def figures(result: dict[str, Any]) -> list[LabFigure]:
-    """Accuracy by compute, a panel for each way to pick."""
+    """Accuracy by compute on one scale, a panel for each way to pick."""
     panels = []
     titles = {"q": "Picked by confidence", "vote": "Picked by vote", "rules": "Picked by the rules"}
+    lowest = min(r["value"] for r in result["rows"])
     for pick, title in titles.items():
-        lines = [line for line in curves(result["rows"], pick) if line.points]
-        if lines:
+        lines = curves(result["rows"], pick)
+        if any(r["pick"] == pick for r in result["rows"]):
             unit = f"share of {result['puzzles']} unseen puzzles solved, by runs' worth of compute"
-            chart = line_chart(lines, title=title, x_label="runs", y_format=lambda v: percent(v, 0))
+            chart = line_chart(
+                lines, title=title, x_label="runs", y_format=lambda v: percent(v, 0), y_min=lowest, y_max=1.0
+            )
             panels.append(LabFigure(pick, title, unit, "", lines, chart))
     return panels
 
@@ -157,7 +155,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="run directory of a trm recipe")
+    parser.add_argument("run", type=Path, help="run directory of a trm recipe, or the JSON of an earlier measurement")
     parser.add_argument("--puzzles", type=int, default=500, help="test puzzles, at most")
     parser.add_argument("--runs", type=int, default=16, help="runs, at most")
     parser.add_argument("--noise", type=float, nargs="*", default=[0.1, 0.3, 1.0], help="standard deviations")
@@ -165,14 +163,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="write the JSON to this file")
     parser.add_argument("--picture", type=Path, help="write the picture to this file")
     args = parser.parse_args(arguments)
-    result = measure(RunDir.open(args.run), puzzles=args.puzzles, runs=args.runs, noise=args.noise, seed=args.seed)
+    if args.run.suffix == ".json":
+        result = json.loads(args.run.read_text(encoding="utf-8"))
+    else:
+        result = measure(RunDir.open(args.run), puzzles=args.puzzles, runs=args.runs, noise=args.noise, seed=args.seed)
     print(table(result["rows"]))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if args.picture:
         args.picture.parent.mkdir(parents=True, exist_ok=True)
-        args.picture.write_text(picture(figures(result)), encoding="utf-8")
+        args.picture.write_text(picture(figures(result), columns=3), encoding="utf-8")
 
 
 if __name__ == "__main__":
