@@ -55,10 +55,11 @@ REPEATS = 25
 
 
 def test_puzzles(checkpoint: TrmCheckpoint) -> PuzzleSet:
-    """The puzzles that the checkpoint's recipe tests on, as its lineage names them."""
+    """The puzzles that the checkpoint's recipe tests on: the recipe beside it, or of its run directory."""
     assert checkpoint.manifest is not None
-    lineage = checkpoint.manifest.lineage
-    recipe = load_recipe([lineage["recipe"]]).recipe
+    lineage, folder = checkpoint.manifest.lineage, checkpoint.path
+    beside = folder / "recipe.toml"
+    recipe = load_recipe([beside if beside.exists() else folder.parents[2] / "recipe.resolved.toml"]).recipe
     assert recipe.trm is not None
     return build_puzzles(recipe.trm.puzzles, derive_seed(lineage["seed"], "trm", "puzzles")).test
 

@@ -1,4 +1,4 @@
-"""Puts a trained recursive model into the package: its checkpoint, and a note on how it was made.
+"""Puts a trained recursive model into the package: its checkpoint, its recipe, and a note on how it was made.
 
 Run as `python tools/bundle_solver.py runs/trm-sudoku4 sudoku4`; `tafkir solve` then finds it by the size of the grid.
 """
@@ -17,20 +17,22 @@ _NOTE = """# {name}
 
 A tiny recursive model (arXiv 2510.04871) that solves {kind} of {rows} x {columns} cells: {parameters:,} parameters.
 
-Made by `tafkir run {recipe}`, seed {seed}, {steps:,} steps, {cpu:,.0f} CPU-seconds. Of {puzzles:,} test puzzles, which
-training saw in none of their forms, every cell is right in {exact:.1%} ({low:.1%} to {high:.1%}).
+Made by `tafkir run recipe.toml` with the recipe in this folder (`{recipe}`), seed {seed}, in {steps:,} steps and
+{cpu:,.0f} CPU-seconds. Of {puzzles:,} test puzzles, which training saw in none of their forms, every cell is right in
+{exact:.1%} (95 % interval {low:.1%} to {high:.1%}).
 
     sha256 of model.safetensors: {sha256}
 """
 
 
 def bundle(run: Path, name: str, target: Path = SOLVERS) -> None:
-    """Copy the checkpoint of a finished run's stage `trm`, and write README.md beside it."""
+    """Copy the checkpoint of a finished run's stage `trm`, and write recipe.toml and README.md beside it."""
     (stage,) = run.glob("stages/*-trm")
     result = json.loads((stage / "result.json").read_text(encoding="utf-8"))
     folder = target / name
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(stage / "checkpoint", folder)
+    (folder / "recipe.toml").write_text(chosen(run / "recipe.resolved.toml"), encoding="utf-8")
     puzzles = json.loads((folder / "config.json").read_text(encoding="utf-8"))["puzzles"]
     lineage = json.loads((folder / "tafkir.json").read_text(encoding="utf-8"))["lineage"]
     exact = result["test"]["exact"]
@@ -51,6 +53,19 @@ def bundle(run: Path, name: str, target: Path = SOLVERS) -> None:
         sha256=hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
     )
     (folder / "README.md").write_text(note, encoding="utf-8")
+
+
+def chosen(resolved: Path) -> str:
+    """What a resolved recipe says of the stage `trm` and of the whole run, without what is default anyway."""
+    kept: list[str] = []
+    head = ""
+    for line in resolved.read_text(encoding="utf-8").splitlines():
+        value, _, origin = line.partition("  # ")
+        if line.startswith("["):
+            head = line
+        elif "=" in value and origin.strip() != "default" and (not head or head.startswith("[trm")):
+            kept += [*(["", head] if head and head not in kept else []), value.rstrip()]
+    return "\n".join(kept) + "\n"
 
 
 if __name__ == "__main__":

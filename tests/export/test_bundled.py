@@ -17,6 +17,7 @@ from tafkir.engine.puzzles import find_solver
 from tafkir.export.check import draw_questions
 from tafkir.export.page import build_page
 from tafkir.recipe.bundled import bundled_recipes, bundled_solvers
+from tafkir.recipe.load import load_recipe
 from tests.export.browser import Browser
 from tests.export.conftest import small_checkpoint
 
@@ -30,7 +31,9 @@ def test_a_solver_is_what_its_note_says(name: str) -> None:
     weights = (folder / "model.safetensors").read_bytes()
     assert hashlib.sha256(weights).hexdigest() in note and len(weights) < MAX_SOLVER_BYTES
     lineage = json.loads((folder / "tafkir.json").read_text(encoding="utf-8"))["lineage"]
-    assert f"tafkir run {lineage['recipe']}`, seed {lineage['seed']}" in note and lineage["recipe"] in bundled_recipes()
+    assert f"(`{lineage['recipe']}`), seed {lineage['seed']}" in note and lineage["recipe"] in bundled_recipes()
+    recipe = load_recipe([folder / "recipe.toml"]).recipe
+    assert recipe.trm is not None and (recipe.name, recipe.trm.steps) == (lineage["recipe"], lineage["steps"])
     assert f"{load_trm(name).model.shape.num_parameters():,} parameters" in note
 
 
