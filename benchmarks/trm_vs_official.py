@@ -332,9 +332,17 @@ def render(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def show(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """The table, then the JSON line; the table into the page, too."""
+    text = render(result["rows"])
+    print(json.dumps(result) if args.json else text)
+    if args.page:
+        write_between(args.page, "trm_vs_official", text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", type=Path, help="checkout of the official code")
+    parser.add_argument("path", type=Path, nargs="?", help="checkout of the official code")
     parser.add_argument("--cases", nargs="+", choices=list(cases()), default=list(cases()))
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--kernels", choices=("auto", "native", "torch"), default="auto", help="ours")
@@ -344,8 +352,14 @@ def main() -> None:
     parser.add_argument("--only", choices=("neither", "ours", "official"), help="print one side's peak memory alone")
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")
+    parser.add_argument("--render", type=Path, metavar="JSON", help="measure nothing, show what is there")
     parser.add_argument("--page", type=Path, help="write the table into this page, too: docs/trm.md")
     args = parser.parse_args()
+    if args.render:
+        show(args, json.loads(args.render.read_text(encoding="utf-8")))
+        return
+    if args.path is None:
+        parser.error("the path of a checkout of the official code is missing")
     torch.set_num_threads(args.threads)
     kernels = select_kernels(args.kernels)
     official(args.path)
@@ -362,14 +376,10 @@ def main() -> None:
         "torch": torch.__version__,
         "rows": rows,
     }
-    if not args.json:
-        print(render(rows))
-    print(json.dumps(result))
+    show(args, result)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    if args.page:
-        write_between(args.page, "trm_vs_official", render(rows))
 
 
 if __name__ == "__main__":
