@@ -121,6 +121,28 @@ inline float e4m3_value(int code) {
   return out;
 }
 
+// The E4M3 number nearest to a positive one, between the smallest (2^-9) and 448; ties to the even code.
+inline uint8_t e4m3_code(float x) {
+  x = x < 0.001953125f ? 0.001953125f : x;
+  x = x > 448.0f ? 448.0f : x;
+  if (x < 0.015625f) return (uint8_t)(int)((x * 512.0f + 12582912.0f) - 12582912.0f);
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  bits += 0x7ffffu + (bits >> 20 & 1);
+  return (uint8_t)((bits >> 20) - (120 << 3));
+}
+
+inline void encode(Floats x, float step, uint8_t* packed) {
+  const Floats ratio = x / step;
+  Ints code = codes_of(magnitude(ratio));
+  code |= -(ratio < 0.0f) << 3;
+  const Bytes bytes = __builtin_convertvector(code, Bytes);
+  uint64_t pair[2];
+  std::memcpy(pair, &bytes, sizeof pair);
+  const uint64_t word = squeeze(pair[0]) | squeeze(pair[1]) << 32;
+  std::memcpy(packed, &word, 8);
+}
+
 }  // namespace
 
 // Largest magnitude of each block.
@@ -134,15 +156,20 @@ EXPORT int tafkir_block_amax(int threads, const void* values, int64_t kind, int6
 EXPORT int tafkir_encode_e2m1(int threads, const void* values, int64_t kind, int64_t blocks, const float* steps,
                               uint8_t* packed) {
 #pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < blocks; i++) encode(load(values, kind, i), steps[i], packed + i * 8);
+  return 0;
+}
+
+// Block maxima, their E4M3 scales under a global scale, and the codes, in one pass.
+EXPORT int tafkir_quantize_nvfp4(int threads, const void* values, int64_t kind, int64_t blocks, float global_scale,
+                                 uint8_t* scale, uint8_t* packed) {
+  const float unit = 6.0f * global_scale;
+#pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t i = 0; i < blocks; i++) {
-    const Floats ratio = load(values, kind, i) / steps[i];
-    Ints code = codes_of(magnitude(ratio));
-    code |= -(ratio < 0.0f) << 3;
-    const Bytes bytes = __builtin_convertvector(code, Bytes);
-    uint64_t pair[2];
-    std::memcpy(pair, &bytes, sizeof pair);
-    const uint64_t word = squeeze(pair[0]) | squeeze(pair[1]) << 32;
-    std::memcpy(packed + i * 8, &word, 8);
+    const Floats x = load(values, kind, i);
+    const float wanted = largest(magnitude(x)) / unit;
+    scale[i] = e4m3_code(wanted == 0.0f ? 1.0f : wanted);
+    encode(x, e4m3_value(scale[i]) * global_scale, packed + i * 8);
   }
   return 0;
 }

@@ -65,7 +65,7 @@ def dequantize_int4(packed: Tensor, scale: Tensor, *, dtype: torch.dtype = torch
         raise CheckpointError(
             f"the scales have shape {list(scale.shape)}", expected=f"equal groups along the rows of {list(codes.shape)}"
         )
-    groups = codes.unflatten(-1, (scale.shape[-1], -1))
+    groups: Tensor = codes.unflatten(-1, (scale.shape[-1], -1))
     return (groups.float() * scale.float().unsqueeze(-1)).flatten(-2).to(dtype)
 
 

@@ -42,6 +42,7 @@ _SIGNATURES = {
     "tafkir_sinkhorn_backward": "ipplllp",
     "tafkir_block_amax": "ipllp",
     "tafkir_encode_e2m1": "ipllpp",
+    "tafkir_quantize_nvfp4": "ipllfpp",
     "tafkir_pick_step": "ipllppp",
     "tafkir_sweep_scales": "ipllfp",
     "tafkir_wide_swiglu": "iipllp",

@@ -127,6 +127,12 @@ def quantize_nvfp4(values: Tensor, *, amax: Tensor | float | None = None, lead: 
     largest = block_amax(values)
     total = checked_amax(largest, amax, lead)
     scale_G = nvfp4_global_scale(total)
+    if lead == 0 and _native(values):
+        bits = torch.empty(largest.shape, dtype=torch.uint8)
+        packed = torch.empty(*values.shape[:-1], values.shape[-1] // 2, dtype=torch.uint8)
+        kind, factor = _KINDS[values.dtype], float(scale_G)
+        native.call("tafkir_quantize_nvfp4", values.contiguous(), kind, bits.numel(), factor, bits, packed)
+        return Nvfp4(packed, bits.view(torch.float8_e4m3fn), scale_G)
     scale = nvfp4_block_scale(largest, scale_G)
     return Nvfp4(encode_nvfp4(values, scale, scale_G), scale, scale_G)
 

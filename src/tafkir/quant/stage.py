@@ -48,7 +48,8 @@ def run_quantize(ctx: StageContext) -> dict[str, Any]:
     shutil.rmtree(out, ignore_errors=True)
     quantize_checkpoint(ctx.previous, out, config, lineage={"stage": "quantize", "recipe": ctx.recipe.name})
     summary = summarize_audit(audit_checkpoint(ctx.previous, out))
-    tokenizer, documents = Tokenizer.load(out), []
+    tokenizer = Tokenizer.load(out)
+    documents: list[list[int]] = []
     while sum(map(len, documents)) < _TOKENS:
         documents.append(encode_document(tokenizer, make_story(_FIRST_STORY + len(documents)))[0])
     return {

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tafkir.checkpoint.quantized import packed_method
 from tafkir.checkpoint.read import WeightFiles, open_weights, read_json
@@ -66,10 +67,7 @@ def check_scales(files: WeightFiles, path: Path, inputs: set[str]) -> None:
     shared: dict[str, tuple[str, float, float]] = {}
     for name, weight in files.encoded.items():
         for part in filter(None, (weight.scale, weight.global_scale)):
-            # E8M0 has no zero; its scales are powers of two.
-            scale = files.read_stored(part)
-            good = scale != 255 if scale.dtype == torch.uint8 else (scale.float() > 0) & scale.float().isfinite()
-            if not bool(good.all()):
+            if not _all_positive(files.read_stored(part)):
                 raise CheckpointError("a scale is zero or not finite", where=f"{path}: {part}", fix=_AGAIN)
         if weight.global_scale is None:
             continue
@@ -90,6 +88,17 @@ def check_scales(files: WeightFiles, path: Path, inputs: set[str]) -> None:
                 where=f"{path}: {name}",
                 fix=_AGAIN,
             )
+
+
+def _all_positive(scale: Tensor) -> bool:
+    """Whether all scales are numbers above zero, E8M0's in bytes."""
+    if scale.dtype == torch.uint8:
+        return int(scale.max()) < 255
+    if scale.dtype == torch.float8_e4m3fn:
+        # By their bits: 0 is zero, 0x7f is NaN, and what is above it is negative.
+        low, high = scale.view(torch.uint8).aminmax()
+        return int(low) > 0 and int(high) < 0x7F
+    return bool(((scale > 0) & scale.isfinite()).all())
 
 
 def _check_configs(
