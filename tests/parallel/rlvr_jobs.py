@@ -15,10 +15,10 @@ from tafkir.records import Example, Verdict
 from tafkir.runlog.metrics import read_jsonl
 from tafkir.runlog.rollouts import Keep, RolloutLog
 from tafkir.runlog.rundir import StageDir
+from tafkir.train.copies import open_copies
 from tafkir.train.long_tail import open_rollouts
 from tafkir.train.loop import StepOutput, Trainer, fit
 from tafkir.train.monitor import MismatchMonitor
-from tafkir.train.ranks import open_copies
 from tafkir.train.rlvr import RlvrStep
 from tests.parallel.jobs import MODEL
 

@@ -21,7 +21,7 @@ from tafkir.recipe.schema import ParallelConfig
 from tafkir.train.ema import WeightAverage
 from tafkir.train.state import latest_state, load_carried, load_state, load_totals, save_state
 
-__all__ = ["OneProcess", "Ranks", "open_copies", "open_ranks"]
+__all__ = ["OneProcess", "Ranks", "open_ranks"]
 
 Item = TypeVar("Item")
 
@@ -174,21 +174,6 @@ class OneProcess:
 
     def whole(self, decoder: Decoder) -> Decoder | None:
         return decoder if self.device.type == "cpu" else copy.deepcopy(decoder).cpu()
-
-
-def open_copies(config: ParallelConfig) -> Ranks:
-    """The processes that `torchrun` started for this stage, each with a whole copy of the model, or this one alone.
-
-    Raises:
-        RecipeError: their number does not fit the recipe's `[parallel]` table.
-        BackendUnavailable: the device that the recipe names is not there.
-    """
-    if resolve_sizes(config, world_size()).world == 1:
-        return OneProcess(choose_device(config.device))
-    from tafkir.train.parallel.copies import WholeCopies
-    from tafkir.train.parallel.world import join_world
-
-    return WholeCopies(join_world(config.device))
 
 
 def open_ranks(config: ParallelConfig, model: ModelConfig) -> Ranks:

@@ -37,13 +37,14 @@ from tafkir.recipe.stage import StageContext
 from tafkir.runlog.rollouts import Keep, RolloutLog
 from tafkir.tasks.math import WordProblems
 from tafkir.tasks.mixture import MixtureStream, TaskMixture, solved_texts
+from tafkir.train.copies import open_copies
 from tafkir.train.language import DocumentBatch, language_step, validation_loss
 from tafkir.train.long_tail import open_rollouts
 from tafkir.train.loop import FitResult, Trainer, fit
 from tafkir.train.monitor import MismatchMonitor
 from tafkir.train.mtp import measure_mtp
 from tafkir.train.mtp_distill import distill_step, freeze_all_but_mtp
-from tafkir.train.ranks import open_copies, open_ranks
+from tafkir.train.ranks import open_ranks
 from tafkir.train.rlvr import RlvrStep
 from tafkir.train.selection import select_checkpoint
 from tafkir.train.state import Carried

@@ -11,11 +11,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tafkir.models.decoder import Decoder
-from tafkir.recipe.parallel import ParallelSizes
+from tafkir.ops.device import choose_device
+from tafkir.recipe.parallel import ParallelSizes, resolve_sizes, world_size
+from tafkir.recipe.schema import ParallelConfig
 from tafkir.train.ema import WeightAverage
-from tafkir.train.ranks import OneProcess
+from tafkir.train.ranks import OneProcess, Ranks
 
-__all__ = ["WholeCopies"]
+__all__ = ["WholeCopies", "open_copies"]
 
 Item = TypeVar("Item")
 
@@ -78,3 +80,17 @@ class WholeCopies(OneProcess):
 
     def whole(self, decoder: Decoder) -> Decoder | None:
         return super().whole(decoder) if self.is_main else None
+
+
+def open_copies(config: ParallelConfig) -> Ranks:
+    """The processes that `torchrun` started for this stage, each with a whole copy of the model, or this one alone.
+
+    Raises:
+        RecipeError: their number does not fit the recipe's `[parallel]` table.
+        BackendUnavailable: the device that the recipe names is not there.
+    """
+    if resolve_sizes(config, world_size()).world == 1:
+        return OneProcess(choose_device(config.device))
+    from tafkir.train.parallel.world import join_world
+
+    return WholeCopies(join_world(config.device))
