@@ -1,8 +1,8 @@
 """What it does to training steps that a process keeps the memory it frees (`tafkir.native.memory`).
 
-The same steps of a recipe's pre-training, from fresh weights, in processes that keep freed memory and in processes that
-leave it to the C library, in turn: page faults and system seconds of a step (its median), CPU-seconds, peak memory, and
-whether the weights end with the same bits.
+The same steps of a recipe's first training on text, from fresh weights, in processes that keep freed memory and in
+processes that leave it to the C library, in turn: page faults and system seconds of a step (its median), CPU-seconds,
+peak memory, and whether the weights end with the same bits.
 
     python benchmarks/freed_memory.py --out benchmarks/results/freed_memory.json
 """
@@ -40,15 +40,16 @@ def steps_of(recipe: str, mode: str, steps: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     kept = mode == "keep" and keep_freed_memory()
     kernels, given = select_kernels("auto"), load_recipe([recipe]).recipe
-    assert given.pretrain is not None, "a recipe that pre-trains"
-    batch, vocab = given.pretrain.batch_problems, given.model.vocab_size
+    table = given.pretrain or given.sft
+    assert table is not None, "a recipe that trains on text"
+    batch, vocab = table.batch_problems, given.model.vocab_size
 
     def documents(step: int) -> list[Document]:
         draw = Random(step)
         return [([draw.randrange(vocab) for _ in range(draw.randrange(40, 140))], None) for _ in range(batch)]
 
     decoder = build_decoder(given.model, seed=0)
-    trainer = Trainer(decoder, given.pretrain)
+    trainer = Trainer(decoder, table)
     one_step = language_step(trainer, documents, label="pretrain")
     rows = []
     for step in range(steps):
