@@ -3,9 +3,9 @@
 The checkpoints are random, of about 0.9 GB: a dense Qwen3 and a Qwen3-MoE with 64 experts in 4 layers, as
 `transformers` names them, in shards of 200 MB. Every side starts a fresh interpreter with one thread; CPU-seconds
 count, since a busy neighbour changes the clock more than the work. "only read and write" reads every byte of the
-source and writes as many as the quantized checkpoint has. ModelOpt runs in an environment of its own (`--peer-python`), with
-eight calibration prompts of 128 tokens, and exports as its examples do; "modelopt kernel" is its tensor kernel alone in
-a loop over shards.
+source and writes as many as the quantized checkpoint has. ModelOpt runs in an environment of its own
+(`--peer-python`), with eight calibration prompts of 128 tokens, and exports as its examples do; "modelopt kernel" is
+its tensor kernel alone in a loop over shards.
 
     python -m venv peers && peers/bin/pip install torch nvidia-modelopt==0.47.0 requests transformers
     python benchmarks/quantize_vs_peers.py --peer-python peers/bin/python --out results.json
