@@ -54,7 +54,7 @@ def test_a_run_becomes_a_table_a_json_and_pictures(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.glob("*.svg")] == ["mismatch-lab-nvfp4.svg"]
     text = page.read_text()
     assert text.startswith("before <!--") and text.endswith("<!-- end --> after") and "old" not in text
-    assert "9 variants, up to 2 repeats of each, 0 CPU-minutes; 1 were not finished and are left out." in text
+    assert "9 variants, 2 repeats at most, 0 CPU-minutes; 1 were not finished and are left out." in text
     assert "| NVFP4 weights | 25.0\u202f%, 2 of 2 collapsed | 95.0\u202f% |" in text
     # Student with one degree of freedom: 12.7 standard errors.
     best = "- NVFP4 weights, best first: **IcePop [0.5, 5] 95.0 % (94.2 to 95.8)**, GRPO 25.0 % ("
