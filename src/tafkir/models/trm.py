@@ -19,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from tafkir.errors import DataError
 from tafkir.models.layers import Embedding, Linear
-from tafkir.models.trm_blocks import Angles, PuzzleTable, SolverNetwork, truncated_normal_
+from tafkir.models.trm_blocks import PuzzleTable, SolverNetwork, truncated_normal_
 from tafkir.ops.rope import rope_table
+from tafkir.ops.split_heads import Angles
 from tafkir.recipe.trm import TrmShape
 
 __all__ = ["Trm", "TrmOutput", "TrmState", "build_trm"]
