@@ -94,7 +94,7 @@ class Runs:
         Of equally frequent answers the one with the higher mean confidence, and of its runs the most confident.
         """
         ends = self.ends(halt_threshold)
-        runs, puzzles = np.indices(ends.shape)
+        runs, puzzles = np.arange(ends.shape[0])[:, None], np.arange(ends.shape[1])[None]
         q = self.q_halt[ends, runs, puzzles].astype(np.float64)
         if rule == "vote":
             answers, confidence = self.answers[ends, runs, puzzles], 1 / (1 + np.exp(-q))
@@ -103,7 +103,7 @@ class Runs:
                 for run, answer in enumerate(answers[:, puzzle]):
                     found.setdefault(answer.tobytes(), []).append(run)
                 best = max(found.values(), key=lambda own: (len(own), confidence[own, puzzle].mean()))
-                q[~np.isin(runs[:, puzzle], best), puzzle] = -np.inf
+                q[~np.isin(runs[:, 0], best), puzzle] = -np.inf
         chosen: NDArray[np.int64] = q.argmax(0)
         return chosen
 

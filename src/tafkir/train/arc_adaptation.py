@@ -83,7 +83,9 @@ def learn_tasks(
     step = deep_supervision_step(trainer, stream.take, seed=derive_seed(seed, "halting"), label="test-time training")
     for number in range(steps):
         trainer.set_step(number)
-        on_step(number + 1, float(step(number).metrics["train/loss"] or 0.0))
+        loss = step(number).metrics["train/loss"]
+        assert isinstance(loss, float)
+        on_step(number + 1, loss)
     return replace(solver, model=model.eval(), identifiers=tuple(names))
 
 
