@@ -64,7 +64,7 @@ class KvCache(StrEnum):
 
 
 def quantize(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="Checkpoint: a folder, or the name of a bundled one.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Checkpoint folder, run directory, or bundled name.")],
     out: Annotated[Path, typer.Argument(metavar="DST", help="The new folder; must not be there.")],
     scheme: Annotated[
         Scheme | None, typer.Option("--scheme", help="Format of what the preset quantizes (nvfp4).")
@@ -114,15 +114,18 @@ def quantize(
         "kv_cache": kv_cache,
     }  # fmt: skip
     config = _config(config_file, {key: _plain(value) for key, value in given.items() if value is not None}, rule or [])
+    from tafkir.cli.completer import checkpoint_of
+
+    folder = checkpoint_of(source)
     if dry_run:
-        _show_plan(source, config, shard_size, as_json)
+        _show_plan(folder, config, shard_size, as_json)
         return
     from tafkir.quant.convert import quantize_checkpoint
 
     workers = workers or min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
     if not as_json:
-        _show_plan(source, config, shard_size, False)
-    result = quantize_checkpoint(source, out, config, max_shard_bytes=int(shard_size * 1e9), workers=workers)
+        _show_plan(folder, config, shard_size, False)
+    result = quantize_checkpoint(folder, out, config, max_shard_bytes=int(shard_size * 1e9), workers=workers)
     if as_json:
         keys = ("source_bytes", "output_bytes", "resumed_bytes", "rows")
         print(json.dumps({"path": str(result.path), **{key: getattr(result, key) for key in keys}}, indent=2))
@@ -172,7 +175,7 @@ def _config(file: Path | None, given: dict[str, Any], rules: list[str]) -> Quant
         raise RecipeError(first["msg"].removeprefix("Value error, "), where=where) from error
 
 
-def _show_plan(source: str, config: QuantizeConfig, shard_size: float, as_json: bool) -> None:
+def _show_plan(source: Path, config: QuantizeConfig, shard_size: float, as_json: bool) -> None:
     from tafkir.quant.convert import open_source
     from tafkir.quant.plan import plan_quantization
 

@@ -37,27 +37,28 @@ def verify(
     underflow    share of weights that were not zero and are now
     KL           of the next token's distribution, in nats; perplexity on the same text beside it
     """
+    from tafkir.cli.completer import checkpoint_of
     from tafkir.quant.verify import audit_checkpoint, compare_logits, summarize_audit
 
-    audits = audit_checkpoint(source, quantized)
+    before, after = checkpoint_of(source), checkpoint_of(quantized)
+    audits = audit_checkpoint(before, after)
     summary: dict[str, Any] = summarize_audit(audits)
     if logits:
-        summary["logits"] = dict(compare_logits(source, quantized, _documents(source, text, max_tokens)))
+        summary["logits"] = dict(compare_logits(before, after, _documents(before, text, max_tokens)))
     if as_json:
         print(json.dumps({**summary, "tensors": [asdict(audit) for audit in audits]}, indent=2))
         return
     _show(summary)
 
 
-def _documents(source: str, text: Path | None, max_tokens: int) -> list[list[int]]:
+def _documents(source: Path, text: Path | None, max_tokens: int) -> list[list[int]]:
     """Token ids of a file's text in windows of 512, or of made-up word problems."""
     from tafkir.data.chat import encode_document
     from tafkir.data.stories import make_story
     from tafkir.data.tokenizer import Tokenizer
     from tafkir.errors import DataError
-    from tafkir.recipe.bundled import find_checkpoint
 
-    tokenizer = Tokenizer.load(find_checkpoint(source))
+    tokenizer = Tokenizer.load(source)
     if text is not None:
         try:
             ids = tokenizer.encode(text.read_text(encoding="utf-8"), allow_special=False)[:max_tokens]
