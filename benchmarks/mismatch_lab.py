@@ -170,7 +170,8 @@ def write_docs(page: Path, record: RunRecord, run: dict[str, Any]) -> None:
     head, rest = text.split(BEGIN, 1)
     _, tail = rest.split(END, 1)
     repeats = max(row["repeats"] for row in run["rows"])
-    count = f"{run['variants']} variants, {repeats} repeat{'s' * (repeats > 1)} at most, {run['cpu_s'] / 60:.0f} CPU-minutes"
+    minutes = f"{run['cpu_s'] / 60:.0f} CPU-minutes"
+    count = f"{run['variants']} variants, {repeats} repeat{'s' * (repeats > 1)} at most, {minutes}"
     left = f"; {run['not_finished']} were not finished and are left out" if run["not_finished"] else ""
     variants = [variant for variant in record.mismatch_variants if "heldout_reward" in variant.result]
     points = "\n".join(f"- {line}" for line in (*mismatch_beside(variants), *findings(run)))

@@ -30,8 +30,8 @@ OVERRIDES = (
     "trm.save_every=2", "trm.log_every=1", "trm.validate_every=5", "trm.precision=float32", "trm.optimizer=adamw",
     "trm.learning_rate=1e-5", "trm.model.hidden_size=16", "trm.model.intermediate_multiple=8",
     "trm.model.mixer=attention", "trm.model.position_encoding=rope", "trm.model.num_attention_heads=2",
-    "trm.model.num_latent_steps=2", "trm.model.max_supervision_steps=3", "trm.puzzles.num_train=12", "trm.puzzles.num_validation=5",
-    "trm.puzzles.num_test=6",
+    "trm.model.num_latent_steps=2", "trm.model.max_supervision_steps=3", "trm.puzzles.num_train=12",
+    "trm.puzzles.num_validation=5", "trm.puzzles.num_test=6",
 )  # fmt: skip
 
 
