@@ -90,8 +90,8 @@ def errors(
 ) -> None:
     """Show which puzzles are failed.
 
-    Accuracy by number of givens, or by length of the way, with 95 % intervals. The puzzles are those that the run's recipe
-    tests on; none of them was seen in training in any symmetric form.
+    Accuracy by number of givens, or by length of the way, with 95 % intervals. The puzzles are those that the run's
+    recipe tests on; none of them was seen in training in any symmetric form.
     """
     from tafkir.checkpoint.trm import load_trm
     from tafkir.data.puzzles.sets import build_puzzles
@@ -158,7 +158,8 @@ def page(
     """Write a web page that solves.
 
     One file for a phone or a computer that solves Sudoku and mazes by itself, offline. It holds the models and
-    onnxruntime-web, opens from a disk or any static server, and asks nothing of the network. Needs `pip install 'tafkir[onnx]'` to write it, and nothing to use it.
+    onnxruntime-web, opens from a disk or any static server, and asks nothing of the network. Needs
+    `pip install 'tafkir[onnx]'` to write it, and nothing to use it.
 
         tafkir trm page my-page && xdg-open my-page/index.html
     """
