@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from tafkir.checkpoint import Manifest, load_checkpoint, load_config, save_checkpoint
 from tafkir.checkpoint.manifest import hash_tensor
-from tafkir.checkpoint.save import _write_error
+from tafkir.checkpoint.save import write_error
 from tafkir.errors import CheckpointError
 from tafkir.models.build import build_decoder
 from tafkir.models.decoder import Decoder
@@ -323,7 +323,7 @@ def test_a_place_that_cannot_be_written_is_named(decoder: Decoder, tmp_path: Pat
     "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("I/O error: No space left on device")]
 )
 def test_a_full_disk_is_called_one(error: Exception) -> None:
-    assert str(_write_error(Path("runs/x"), error)).startswith("runs/x: the disk is full. Fix: free space")
+    assert str(write_error(Path("runs/x"), error)).startswith("runs/x: the disk is full. Fix: free space")
 
 
 def test_a_dtype_that_is_not_for_weights_is_refused(decoder: Decoder, tmp_path: Path) -> None:
