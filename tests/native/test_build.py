@@ -28,9 +28,9 @@ from tests.conftest import ROOT
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv(compiled.OVERRIDE, raising=False)
-    compiled.library_path.cache_clear()
+    compiled.kernels_path.cache_clear()
     yield tmp_path / "cache"
-    compiled.library_path.cache_clear()
+    compiled.kernels_path.cache_clear()
 
 
 def compiler(folder: Path, script: str) -> str:
@@ -44,13 +44,13 @@ def compiler(folder: Path, script: str) -> str:
 def test_the_name_changes_with_source_flags_and_processor(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other_source = empty_cache.parent / "kernels.cpp"
     other_source.write_text("int x;")
-    names = {compiled.library_path()}
+    names = {compiled.kernels_path()}
     changes = {"SOURCES": (other_source,), "flags": lambda: ("-O1",), "_processor": lambda: "another"}
     for name, value in changes.items():
         with monkeypatch.context() as patch:
             patch.setattr(compiled, name, value)
-            compiled.library_path.cache_clear()
-            names.add(compiled.library_path())
+            compiled.kernels_path.cache_clear()
+            names.add(compiled.kernels_path())
     assert len(names) == 4 and all(path.parent == empty_cache / "tafkir" for path in names)
 
 
@@ -63,12 +63,12 @@ def test_a_build_is_whole_or_not_there(empty_cache: Path, monkeypatch: pytest.Mo
     assert building.build().read_text() == "whole\n"
     monkeypatch.setenv("CXX", "/nowhere/c++")
     assert building.build().read_text() == "whole\n"
-    assert [path.name for path in (empty_cache / "tafkir").iterdir()] == [compiled.library_path().name]
+    assert [path.name for path in (empty_cache / "tafkir").iterdir()] == [compiled.kernels_path().name]
 
 
 def test_a_file_that_is_no_library_is_refused(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled.library_path().parent.mkdir(parents=True)
-    compiled.library_path().write_text("nothing")
+    compiled.kernels_path().parent.mkdir(parents=True)
+    compiled.kernels_path().write_text("nothing")
     monkeypatch.setattr(native._State, "library", None)
     with pytest.raises(BackendUnavailable, match=compiled.BUILD_COMMAND):
         native.select_kernels("native")
@@ -91,8 +91,8 @@ def test_choices_and_the_override(empty_cache: Path, monkeypatch: pytest.MonkeyP
     assert compiled.resolve_kernels("auto") == "torch"
     with pytest.raises(BackendUnavailable, match=compiled.BUILD_COMMAND):
         compiled.resolve_kernels("native")
-    compiled.library_path().parent.mkdir(parents=True)
-    compiled.library_path().touch()
+    compiled.kernels_path().parent.mkdir(parents=True)
+    compiled.kernels_path().touch()
     assert compiled.resolve_kernels("auto") == "native"
     assert compiled.resolve_kernels("torch") == "torch"
     monkeypatch.setenv(compiled.OVERRIDE, "torch")
@@ -108,8 +108,8 @@ def test_a_recipe_says_what_auto_became_and_a_run_keeps_it(empty_cache: Path) ->
     assert (resolved.recipe.kernels, resolved.origins["kernels"]) == ("torch", "auto")
     with pytest.raises(BackendUnavailable):
         resolve_recipe(smoke, kernels="native")
-    compiled.library_path().parent.mkdir(parents=True)
-    compiled.library_path().touch()
+    compiled.kernels_path().parent.mkdir(parents=True)
+    compiled.kernels_path().touch()
     assert resolve_recipe(smoke).recipe.kernels == "native"
     assert resolve_recipe(smoke, kernels="torch").recipe.kernels == "torch"
     asked = resolve_recipe(load_recipe(["smoke"], ['kernels="torch"']), kernels="native")
@@ -129,8 +129,8 @@ def test_the_doctor_names_the_command(
     assert found["kernels"] is False
     doctor.show(found)
     assert compiled.BUILD_COMMAND in capsys.readouterr().out
-    compiled.library_path().parent.mkdir(parents=True)
-    compiled.library_path().touch()
+    compiled.kernels_path().parent.mkdir(parents=True)
+    compiled.kernels_path().touch()
     doctor.show(doctor.examine(ROOT))
     said = capsys.readouterr().out
     assert "native" in said and compiled.BUILD_COMMAND not in said

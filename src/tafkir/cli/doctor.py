@@ -45,7 +45,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
 def examine(place: Path) -> dict[str, Any]:
     """What the machine has, and `problems`: one line for each thing that keeps Tafkir from running."""
-    from tafkir.native.compiled import library_path
+    from tafkir.native.compiled import kernels_path
     from tafkir.runlog.rundir import available_cores, cpu_model, memory_bytes, physical_cores
 
     torch = _ask_torch()
@@ -63,7 +63,7 @@ def examine(place: Path) -> dict[str, Any]:
         "compiler": shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"),
         "browser": next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None),
         "torch": torch,
-        "kernels": library_path().exists(),
+        "kernels": kernels_path().exists(),
         "missing": {extra: _missing_packages(extra) for extra in _EXTRAS},
         "problems": problems,
     }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tafkir.cli.rollouts import grading_sharer, rollout_builder
 from tafkir.errors import RecipeError, RunDirError
-from tafkir.native.compiled import library_path
+from tafkir.native.compiled import kernels_path
 from tafkir.recipe.advice import advise
 from tafkir.recipe.bundled import find_checkpoint
 from tafkir.recipe.fingerprint import fingerprint_stages
@@ -201,7 +201,7 @@ def _context(recipe: Recipe, run: RunDir, kind: StageName, previous: Path | None
 
 def _describe_kernels(recipe: Recipe) -> dict[str, str | None]:
     """For `env.json`: which arithmetic the run uses, and the name of the library, which tells source and processor."""
-    return {"kernels": recipe.kernels, "library": library_path().name if recipe.kernels == "native" else None}
+    return {"kernels": recipe.kernels, "library": kernels_path().name if recipe.kernels == "native" else None}
 
 
 def _check_earlier(run: RunDir, fingerprints: dict[StageName, str], selection: Selection) -> None:

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from tafkir.errors import BackendUnavailable
-from tafkir.native.compiled import BUILD_COMMAND, SOURCES, flags, library_path
+from tafkir.native.compiled import BUILD_COMMAND, SOURCES, flags, kernels_path
 
 __all__ = ["build", "torch_blas"]
 
@@ -29,7 +29,7 @@ def build() -> Path:
         BackendUnavailable: no C++ compiler is installed, it refuses the source, the cache is not writable, or torch's
             matrix product, which the kernels call, cannot be reached.
     """
-    target = library_path()
+    target = kernels_path()
     if target.exists():
         return target
     compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("clang++") or ""]

@@ -11,7 +11,7 @@ from typing import Literal
 
 from tafkir.errors import BackendUnavailable, RecipeError
 
-__all__ = ["BUILD_COMMAND", "OVERRIDE", "SOURCES", "KernelChoice", "flags", "library_path", "resolve_kernels"]
+__all__ = ["BUILD_COMMAND", "OVERRIDE", "SOURCES", "KernelChoice", "flags", "kernels_path", "resolve_kernels"]
 
 KernelChoice = Literal["auto", "native", "torch"]
 
@@ -32,7 +32,7 @@ def flags() -> tuple[str, ...]:
 
 
 @functools.cache
-def library_path() -> Path:
+def kernels_path() -> Path:
     """Where the library lies once it is built: in the user's cache, under a name of its own for each source, flags
     and processor, so that one made for another processor is never loaded."""
     parts = [*(source.read_bytes() for source in SOURCES), " ".join(flags()).encode(), _processor().encode()]
@@ -53,12 +53,12 @@ def resolve_kernels(choice: KernelChoice) -> Literal["native", "torch"]:
         if word not in ("auto", "native", "torch"):
             raise RecipeError(f"{OVERRIDE}={word!r}", expected="auto, native or torch")
         if word == "auto":
-            return "native" if library_path().exists() else "torch"
+            return "native" if kernels_path().exists() else "torch"
         choice = "native" if word == "native" else "torch"
-    if choice == "native" and not library_path().exists():
+    if choice == "native" and not kernels_path().exists():
         raise BackendUnavailable(
             "the native kernels are not built for this processor",
-            where=str(library_path()),
+            where=str(kernels_path()),
             fix=f'{BUILD_COMMAND} (needs a C++ compiler), or set kernels = "torch"',
         )
     return choice

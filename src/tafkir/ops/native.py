@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tafkir.errors import BackendUnavailable
 from tafkir.native.build import torch_blas
-from tafkir.native.compiled import BUILD_COMMAND, KernelChoice, library_path, resolve_kernels
+from tafkir.native.compiled import BUILD_COMMAND, KernelChoice, kernels_path, resolve_kernels
 
 __all__ = ["call", "kernels_in_use", "select_kernels", "takes"]
 
@@ -118,10 +118,10 @@ def call(name: str, *args: Tensor | float | None, threads: bool = True) -> int:
 
 def _load() -> ctypes.CDLL:
     try:
-        library = ctypes.CDLL(str(library_path()))
+        library = ctypes.CDLL(str(kernels_path()))
     except OSError as error:
         fix = f"delete it and build it again: {BUILD_COMMAND}"
-        raise BackendUnavailable(str(error), where=str(library_path()), fix=fix) from error
+        raise BackendUnavailable(str(error), where=str(kernels_path()), fix=fix) from error
     for name, signature in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes = [_TYPES[letter] for letter in signature]
