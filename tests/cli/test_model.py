@@ -211,15 +211,19 @@ def test_it_answers_at_once_and_without_torch(args: list[str], cli_env: dict[str
         "except SystemExit: pass\n"
         "print(sorted({'torch', 'numpy', 'transformers', 'safetensors'} & set(sys.modules)))"
     )
-    took = []
+    took: dict[str, list[float]] = {script: [], "import pydantic, rich.console, typer": []}
     for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        command = [sys.executable, "-c", script]
-        done = subprocess.run(command, env=cli_env, cwd=tmp_path, capture_output=True, text=True, check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert done.stdout.splitlines()[-1] == "[]" and "999." in done.stdout
-    assert min(took) < 0.6  # processor time
+        for code, seconds in took.items():
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            command = [sys.executable, "-c", code]
+            done = subprocess.run(command, env=cli_env, cwd=tmp_path, capture_output=True, text=True, check=True)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+            if code is script:
+                assert done.stdout.splitlines()[-1] == "[]" and "999." in done.stdout
+    # Processor time, beside what the libraries of a command line take by themselves: a busy neighbour slows both.
+    ours, libraries = (min(seconds) for seconds in took.values())
+    assert ours < 4 * libraries
 
 
 def test_the_help_teaches(here: Cli) -> None:
