@@ -19,7 +19,7 @@ from tafkir.records import STAGES
 from tests.conftest import ROOT, Cli
 
 # The stages of the smoke recipe by the numbers of their folders.
-NOT_THERE = ("reward", "dpo", "rlhf", "lab", "trm")
+NOT_THERE = ("reward", "dpo", "rlhf", "quantize", "lab", "trm")
 NUMBERED = [(number, kind) for number, kind in enumerate(STAGES, start=1) if kind not in NOT_THERE]
 
 

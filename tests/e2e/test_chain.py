@@ -17,7 +17,7 @@ from tafkir.records import STAGES
 from tests.e2e.conftest import Tafkir, copy_of, listing
 
 # The stages of the smoke recipe by the numbers of their folders.
-NOT_THERE = ("reward", "dpo", "rlhf", "lab", "trm")
+NOT_THERE = ("reward", "dpo", "rlhf", "quantize", "lab", "trm")
 NUMBERED = [(number, kind) for number, kind in enumerate(STAGES, start=1) if kind not in NOT_THERE]
 TRAINED = {"02-pretrain": 6, "03-sft": 6, "06-rlvr": 3}
 TOKENIZER = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
