@@ -344,6 +344,10 @@ def _explain_one(detail: ErrorDetails, path: str) -> tuple[str, str | None, str 
         kinds = detail.get("ctx", {})
         tag = _tag(list(_variants(path).values()))
         return f"got {path}.{tag} = {kinds.get('tag')}", f"one of {kinds.get('expected_tags')}", None
+    if detail["type"] == "union_tag_not_found":
+        variants = _variants(path)
+        tag = _tag(list(variants.values()))
+        return "missing key", f"{path}.{tag} = {' or '.join(variants)}", f"say which {tag} of table it is"
     if detail["type"] == "value_error":
         return detail["msg"].removeprefix("Value error, "), None, None
     got = detail["input"]
