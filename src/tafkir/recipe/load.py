@@ -347,6 +347,10 @@ def _explain_one(detail: ErrorDetails, path: str) -> tuple[str, str | None, str 
     if detail["type"] == "union_tag_not_found":
         variants = _variants(path)
         tag = _tag(list(variants.values()))
+        known = {key for table in variants.values() for key in table.model_fields}
+        unknown = next((key for key in detail["input"] if key not in known), None)
+        if unknown is not None:
+            return f"unknown key {unknown}", None, _nearest(f"{path}.{unknown}")
         return "missing key", f"{path}.{tag} = {' or '.join(variants)}", f"say which {tag} of table it is"
     if detail["type"] == "value_error":
         return detail["msg"].removeprefix("Value error, "), None, None
