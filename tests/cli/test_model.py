@@ -221,7 +221,7 @@ def test_it_answers_at_once_and_without_torch(args: list[str], cli_env: dict[str
             seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
             if code is script:
                 assert done.stdout.splitlines()[-1] == "[]" and "999." in done.stdout
-    # Processor time, beside what the libraries of a command line take by themselves (0.2 s, so 0.6 s on a quiet core): a
+    # Processor time, beside what the libraries of a command line take by themselves (0.2 s, so 0.6 s when quiet): a
     # busy neighbour slows both.
     ours, libraries = (min(seconds) for seconds in took.values())
     assert ours < 3 * libraries
