@@ -33,6 +33,7 @@ __all__ = [
     "encode_nvfp4_reference",
     "fake_quantize_nvfp4",
     "fake_quantize_nvfp4_reference",
+    "nearest_e2m1",
     "nvfp4_amax",
     "nvfp4_block_scale",
     "nvfp4_global_scale",
@@ -252,12 +253,15 @@ def fake_quantize_nvfp4(values: Tensor, *, amax: Tensor | float | None = None, l
     blocks, steps = values.reshape(-1, BLOCK_SIZE), step.reshape(-1, 1)
     result = torch.empty_like(blocks)
     for rows in _chunks(len(blocks)):
-        result[rows] = _nearest(blocks[rows].float() / steps[rows]).mul_(steps[rows]).to(values.dtype)
+        result[rows] = nearest_e2m1(blocks[rows].float() / steps[rows]).mul_(steps[rows]).to(values.dtype)
     return result.view(values.shape)
 
 
-def _nearest(ratio: Tensor) -> Tensor:
-    """The nearest E2M1 value: multiples of 0.5 below 2, of 1 below 4, of 2 up to 6; `round` takes ties to even."""
+def nearest_e2m1(ratio: Tensor) -> Tensor:
+    """The nearest E2M1 value of each ratio (float32): multiples of 0.5 below 2, of 1 below 4, of 2 up to 6.
+
+    `round` takes ties to even, as codes do; negative ratios that round to zero become -0.
+    """
     size = ratio.abs().clamp_(max=E2M1_MAX)
     spacing = 0.5 + 0.5 * (size >= 2.0) + (size >= 4.0)
     rounded = torch.div(size, spacing).round_().mul_(spacing)

@@ -5,6 +5,7 @@ from tafkir.models.hf.convert import (
     drop_absent_mtp,
     read_hf_tensors,
     resolve_names,
+    split_pieces,
     table_for,
     write_hf_tensors,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "read_hf_parts",
     "read_hf_tensors",
     "resolve_names",
+    "split_pieces",
     "table_for",
     "write_hf_tensors",
 ]

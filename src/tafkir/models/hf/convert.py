@@ -28,6 +28,7 @@ __all__ = [
     "read_hf_tensors",
     "repeated_names",
     "resolve_names",
+    "split_pieces",
     "table_for",
     "write_hf_tensors",
 ]
@@ -116,7 +117,7 @@ def _place(name: str, num_layers: int) -> tuple[str, str, str]:
     return "model", "", name
 
 
-def _pieces(tensor: Tensor, names: Resolved) -> Iterator[tuple[str, Tensor]]:
+def split_pieces(tensor: Tensor, names: Resolved) -> Iterator[tuple[str, Tensor]]:
     """Views of a tensor of ours, each with the name of theirs that it is."""
     for parts, piece in zip(names.parts, tensor if names.stacked else [tensor], strict=True):
         chunks = piece.split(list(names.rows)) if names.rows else piece.chunk(len(parts))
@@ -142,7 +143,7 @@ def write_hf_tensors(
     state = decoder.state_dict()
     for names in resolve_names(decoder, table):
         tensor = state[names.name].detach().to("cpu", torch.float32 if names.float32 else dtype)
-        for theirs, piece in _pieces(tensor, names):
+        for theirs, piece in split_pieces(tensor, names):
             yield theirs, piece.clone(memory_format=torch.contiguous_format)
     for theirs, (ours, written) in repeated_names(decoder, table).items():
         if written:
@@ -175,7 +176,7 @@ def read_hf_tensors(
     check_names({name for names in resolved for parts in names.parts for name in parts}, there - copies.keys())
     state = decoder.state_dict()
     for names in resolved:
-        for theirs, place in _pieces(state[names.name], names):
+        for theirs, place in split_pieces(state[names.name], names):
             if read_into is not None:
                 read_into(theirs, place)
             else:
