@@ -1,0 +1,117 @@
+"""GPTQ for NVFP4 (arXiv 2210.17323): columns are rounded one after the other, each error fed to those still to come.
+
+Block scales are chosen before and stay (static), so the result is an ordinary NVFP4 weight.
+
+Shapes: N rows, K columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tafkir.errors import CheckpointError
+from tafkir.ops.nvfp4 import BLOCK_SIZE, Nvfp4, dequantize_nvfp4, encode_nvfp4, nearest_e2m1, nvfp4_step
+
+__all__ = ["DEFAULT_DAMPING", "gptq_nvfp4", "input_order", "inverse_factor", "output_error"]
+
+DEFAULT_DAMPING = 0.01
+_LAZY = 128  # columns between two updates of all that follow
+
+
+def inverse_factor(hessian_KK: Tensor, damping: float = DEFAULT_DAMPING) -> Tensor:
+    """U, upper triangular, with U^T U = (H + damping x mean(diag H) x I)^-1: float32 [K, K].
+
+    Columns that no input reached have H = 1 there, so that they are rounded to the nearest.
+
+    Args:
+        hessian_KK: sum or mean of x x^T.
+        damping: share of the mean diagonal that is added.
+
+    Raises:
+        CheckpointError: H is not finite, or not positive definite even with the damping.
+    """
+    hessian = hessian_KK.double()
+    diagonal = hessian.diagonal()
+    unseen = diagonal <= 0
+    shift = damping * diagonal.mean()
+    hessian = hessian + torch.diag(torch.where(unseen, torch.ones_like(diagonal), shift.expand_as(diagonal)))
+    if not hessian.isfinite().all():
+        raise CheckpointError("second moments of inputs are not finite", fix="calibrate on other text")
+    factor, failed = torch.linalg.cholesky_ex(hessian)
+    if int(failed):
+        raise CheckpointError(
+            "the second moments of inputs are not positive definite",
+            expected="more tokens, or more damping",
+            fix=f"set calibration.damping above {damping:g}",
+        )
+    inverse = torch.cholesky_inverse(factor)
+    return torch.linalg.cholesky(inverse, upper=True).float()
+
+
+def gptq_nvfp4(
+    weight: Tensor,
+    chosen: Nvfp4,
+    hessian_KK: Tensor,
+    *,
+    factor_KK: Tensor | None = None,
+    damping: float = DEFAULT_DAMPING,
+    act_order: bool = False,
+) -> Nvfp4:
+    """The codes of least output error that one pass of GPTQ finds, under given scales.
+
+    Rows do not influence each other. A row whose output error on H would be larger than that of rounding to the
+    nearest keeps the nearest codes, so that the result is never worse on what it was calibrated on.
+
+    Args:
+        weight: [N, K], any floating dtype.
+        chosen: the nearest codes under the scales that are to be used.
+        hessian_KK: sum or mean of x x^T over the inputs.
+        factor_KK: `inverse_factor` of it, permuted where `act_order`, where several weights share it.
+        damping: see `inverse_factor`.
+        act_order: round the columns with the largest inputs first.
+    """
+    order = input_order(hessian_KK) if act_order else None
+    if factor_KK is None:
+        ordered = hessian_KK if order is None else hessian_KK[order][:, order]
+        factor_KK = inverse_factor(ordered, damping)
+    original = weight.float()
+    steps = nvfp4_step(chosen.scale, chosen.global_scale).repeat_interleave(BLOCK_SIZE, dim=1)
+    if order is None:
+        adjusted = _round_columns(original.clone(), steps, factor_KK)
+    else:
+        adjusted = torch.empty_like(original)
+        adjusted[:, order] = _round_columns(original[:, order], steps[:, order].contiguous(), factor_KK)
+    packed = encode_nvfp4(adjusted, chosen.scale, chosen.global_scale)
+    errors = [
+        output_error(original, dequantize_nvfp4(codes, chosen.scale, chosen.global_scale), hessian_KK)
+        for codes in (chosen.packed, packed)
+    ]
+    better = (errors[1] < errors[0])[:, None]
+    return Nvfp4(torch.where(better, packed, chosen.packed), chosen.scale, chosen.global_scale)
+
+
+def input_order(hessian_KK: Tensor) -> Tensor:
+    """Columns by falling second moment, int64 [K]; equal ones in their own order."""
+    return torch.sort(hessian_KK.diagonal(), descending=True, stable=True).indices
+
+
+def _round_columns(weight_NK: Tensor, steps_NK: Tensor, factor_KK: Tensor) -> Tensor:
+    """What every weight was when its turn came: its nearest code is GPTQ's. Works in place."""
+    width = weight_NK.shape[1]
+    for start in range(0, width, _LAZY):
+        stop = min(start + _LAZY, width)
+        errors = torch.empty(len(weight_NK), stop - start)
+        for k in range(start, stop):
+            column, step = weight_NK[:, k], steps_NK[:, k]
+            error = (column - nearest_e2m1(column / step).mul_(step)).div_(factor_KK[k, k])
+            weight_NK[:, k + 1 : stop] -= torch.outer(error, factor_KK[k, k + 1 : stop])
+            errors[:, k - start] = error
+        weight_NK[:, stop:] -= errors @ factor_KK[start:stop, stop:]
+    return weight_NK
+
+
+def output_error(weight: Tensor, quantized: Tensor, hessian_KK: Tensor) -> Tensor:
+    """dw^T H dw of each row, float32 [N]: the summed (or mean) squared error of its output."""
+    error = weight.float() - quantized.float()
+    return ((error @ hessian_KK.float()) * error).sum(1)
