@@ -71,7 +71,7 @@ def test_sizes_that_do_not_divide_the_model_are_refused(
             {"rlvr": {}, "cluster": {}},
             "cluster: with torchrun, every process of rlvr samples with an engine of its own",
         ),
-        ({"rlhf": {}}, "rlhf runs in one process"),
+        ({"rlhf": {"prompts_per_step": 3}}, "rlhf.prompts_per_step: 3 are too few for 4 processes"),
         ({"dpo": {"batch_pairs": 3}}, "dpo.batch_pairs: 3 .*at least 4"),
         ({"reward": {"batch_pairs": 7, "micro_batches": 2}}, "reward.batch_pairs: 7 .*at least 8"),
         ({"sft": {"batch_problems": 3}}, "sft.batch_problems: 3 .*at least 4"),

@@ -40,7 +40,7 @@ _FORCED = "forced.json"
 # Stages that leave no policy to go on with: they look at what is there or copy it, or train what judges it.
 _WITHOUT_POLICY: tuple[StageName, ...] = ("reward", "quantize", "eval", "lab", "trm", "report")
 # What all processes of torchrun do together; the other stages are rank 0's.
-_SHARED: tuple[StageName, ...] = ("pretrain", "sft", "reward", "dpo", "rlvr", "trm")
+_SHARED: tuple[StageName, ...] = ("pretrain", "sft", "reward", "dpo", "rlvr", "rlhf", "trm")
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,14 +9,12 @@ from math import gcd
 
 from tafkir.errors import RecipeError
 from tafkir.recipe.model import ModelConfig
-from tafkir.recipe.rl import RlvrConfig
+from tafkir.recipe.rl import PolicyTable
 from tafkir.recipe.schema import ParallelConfig, Recipe, TrainTable
 from tafkir.recipe.trm import TrmConfig
 
 __all__ = ["ParallelSizes", "check_parallel", "check_shapes", "resolve_sizes", "world_size"]
 
-# Stages that train in one process, and those of them that sample.
-_ALONE = ("rlhf",)
 _SAMPLES = ("rlvr", "rlhf")
 # What the others share out.
 _SHARED_OUT = {
@@ -118,15 +116,10 @@ def check_parallel(recipe: Recipe, sizes: ParallelSizes) -> None:
     if recipe.trm is not None:
         _check_replicas(recipe.trm, sizes)
     check_shapes(recipe.model, sizes)
-    if recipe.rlvr is not None:
-        _check_copies(recipe, recipe.rlvr, sizes)
-    for name in _ALONE:
-        if getattr(recipe, name) is not None:
-            raise RecipeError(
-                f"{name} runs in one process",
-                where="parallel",
-                fix=f"leave out [{name}] here, then run it without torchrun from a recipe with this run as its base",
-            )
+    for name in _SAMPLES:
+        sampling: PolicyTable | None = getattr(recipe, name)
+        if sampling is not None:
+            _check_copies(recipe, name, sampling, sizes)
     for name, key in _SHARED_OUT.items():
         table: TrainTable | None = getattr(recipe, name)
         if table is None:
@@ -142,26 +135,26 @@ def check_parallel(recipe: Recipe, sizes: ParallelSizes) -> None:
             )
 
 
-def _check_copies(recipe: Recipe, table: RlvrConfig, sizes: ParallelSizes) -> None:
+def _check_copies(recipe: Recipe, stage: str, table: PolicyTable, sizes: ParallelSizes) -> None:
     """Reinforcement learning samples and trains a whole copy of the policy in every process."""
-    apart = "leave out [rlvr] here, then run it from a recipe with this run as its base"
+    apart = f"leave out [{stage}] here, then run it from a recipe with this run as its base"
     for name, size in (("expert_parallel", sizes.expert), ("tensor_parallel", sizes.tensor)):
         if size > 1:
-            raise RecipeError("rlvr holds a whole copy in every process", where=f"parallel.{name}", fix=apart)
+            raise RecipeError(f"{stage} holds a whole copy in every process", where=f"parallel.{name}", fix=apart)
     if recipe.cluster is not None or table.engine.kind != "in_process":
         raise RecipeError(
-            "with torchrun, every process of rlvr samples with an engine of its own",
-            where="cluster" if recipe.cluster is not None else "rlvr.engine",
+            f"with torchrun, every process of {stage} samples with an engine of its own",
+            where="cluster" if recipe.cluster is not None else f"{stage}.engine",
             fix="leave the table out, or start without torchrun",
         )
     if table.long_tail.token_budget:
         raise RecipeError(
-            "a pool under a token budget is one process's", where="rlvr.long_tail.token_budget", fix="set it to 0"
+            "a pool under a token budget is one process's", where=f"{stage}.long_tail.token_budget", fix="set it to 0"
         )
     if table.prompts_per_step < sizes.data:
         raise RecipeError(
             f"{table.prompts_per_step} are too few for {sizes.data} processes",
-            where="rlvr.prompts_per_step",
+            where=f"{stage}.prompts_per_step",
             expected=f"at least {sizes.data}",
             fix="ask for more problems or start fewer processes",
         )

@@ -33,11 +33,12 @@ from tafkir.runlog.rundir import StageDir
 from tafkir.tasks.arena import PairwiseJudge
 from tafkir.tasks.judge import RubricJudge
 from tafkir.tasks.math import WordProblems
+from tafkir.train.copies import open_copies
 from tafkir.train.dpo import KtoReference, dpo_step, measure_dpo, reference_logprobs
 from tafkir.train.long_tail import open_rollouts
 from tafkir.train.loop import FitResult, Trainer, fit
 from tafkir.train.monitor import MismatchMonitor
-from tafkir.train.ranks import open_ranks
+from tafkir.train.ranks import Ranks, open_ranks
 from tafkir.train.reward_guard import RewardGuard
 from tafkir.train.reward_model import ScoredPair, reward_step, score_pairs
 from tafkir.train.reward_quality import measure_reward_model, reward_scale
@@ -136,7 +137,8 @@ def run_rlhf(ctx: StageContext) -> dict[str, Any]:
     _check_rlhf(ctx, config)
     decoder, tokenizer = open_policy(ctx)
     prompts = _open_prompts(ctx, config, tokenizer)
-    trainer = Trainer(decoder, config, open_ranks(ctx.recipe.parallel, ctx.recipe.model))
+    ranks = open_copies(ctx.recipe.parallel)
+    trainer = Trainer(decoder, config, ranks)
     source = open_rollouts(
         ctx.build_completer(ctx.previous),
         tokenizer,
@@ -145,17 +147,20 @@ def run_rlhf(ctx: StageContext) -> dict[str, Any]:
         config,
         weights=lambda: trainer.decoder.state_dict().items(),
         seed=derive_seed(ctx.seed, "rlhf"),
+        ranks=ranks,
     )
     watched = bool(config.guard.kl_budget)
     reference = copy.deepcopy(decoder).requires_grad_(False) if watched or config.kl.coef > 0 else None
-    grader, judge = _graders(ctx, config, tokenizer)
-    rollouts = GradedRollouts(source, grader, config, judge=judge, reference=reference if watched else None)
+    grader, judge = _graders(ctx, config, tokenizer, ranks)
+    rollouts = GradedRollouts(
+        source, grader, config, judge=judge, reference=reference if watched else None, ranks=ranks
+    )
     guard = RewardGuard(config.guard)
-    log = RolloutLog(ctx.stage.rollouts_dir, Keep.parse(config.keep_rollouts))
+    log = RolloutLog(ctx.stage.rollouts_dir, Keep.parse(config.keep_rollouts if ranks.is_main else "none"))
     monitor = MismatchMonitor(
         config.monitor,
         config.acceptance,
-        path=ctx.stage.path / "mismatch.jsonl",
+        path=ctx.stage.path / "mismatch.jsonl" if ranks.is_main else None,
         decode=lambda ids: tokenizer.decode(list(ids)),
     )
     inner = RlvrStep(trainer, rollouts, config, reference=reference, log=log, monitor=monitor)
@@ -207,7 +212,7 @@ def _open_prompts(ctx: StageContext, config: RlhfConfig, tokenizer: Tokenizer) -
     )
 
 
-def _graders(ctx: StageContext, config: RlhfConfig, tokenizer: Tokenizer) -> tuple[Grader, Grader | None]:
+def _graders(ctx: StageContext, config: RlhfConfig, tokenizer: Tokenizer, ranks: Ranks) -> tuple[Grader, Grader | None]:
     """What grades the open prompts, and the held-out judge where the guard watches one."""
     folder = ctx.run.stage("reward").path
 
@@ -217,7 +222,7 @@ def _graders(ctx: StageContext, config: RlhfConfig, tokenizer: Tokenizer) -> tup
     judge = reward_model(folder / JUDGE / "checkpoint") if config.guard.judge else None
     if config.grader == "judge":
         assert config.judge is not None
-        cache = ctx.stage.path / "judgements.jsonl"
+        cache = ctx.stage.path / "judgements.jsonl" if ranks.is_main else None
         if config.judge.mode == "pairwise":
             return PairwiseGrader(PairwiseJudge(config.judge, cache)), judge
         return RubricGrader(RubricJudge(config.judge, cache)), judge

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from tafkir.checkpoint.load import load_checkpoint
 from tafkir.models.decoder import Decoder
 from tafkir.ops.device import choose_device
 from tafkir.recipe.model import ModelConfig
@@ -100,6 +101,10 @@ class Ranks(Protocol):
         """What the newest state was given to carry."""
         ...
 
+    def reload(self, decoder: Decoder, source: Path) -> None:
+        """Give the decoder the weights of a checkpoint of its own, every process its part."""
+        ...
+
     def whole(self, decoder: Decoder) -> Decoder | None:
         """The decoder with all of its weights, on the CPU; None for those who do not write it."""
         ...
@@ -171,6 +176,9 @@ class OneProcess:
     def load_carried(self, folder: Path) -> dict[str, Any]:
         path = latest_state(folder)
         return {} if path is None or path.is_dir() else load_carried(path)
+
+    def reload(self, decoder: Decoder, source: Path) -> None:
+        decoder.load_state_dict(load_checkpoint(source).decoder.state_dict())
 
     def whole(self, decoder: Decoder) -> Decoder | None:
         return decoder if self.device.type == "cpu" else copy.deepcopy(decoder).cpu()

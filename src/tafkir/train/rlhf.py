@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from statistics import fmean
 from typing import Any
 
@@ -29,6 +30,7 @@ from tafkir.tasks.arena import PairwiseJudge
 from tafkir.tasks.judge import RubricJudge
 from tafkir.train.batch import build_rl_batch
 from tafkir.train.loop import StepOutput, Trainer
+from tafkir.train.ranks import OneProcess, Ranks
 from tafkir.train.reward_guard import RewardGuard
 from tafkir.train.reward_model import score_answers
 from tafkir.train.rlvr import RlvrStep
@@ -194,6 +196,7 @@ class GradedRollouts:
         grader: grades the open prompts.
         judge: a held-out reward model whose rewards are only watched.
         reference: the first policy, where its KL is watched.
+        ranks: processes that have all groups of a step each, and share the work of grading them.
 
     Attributes:
         seen: of the last step.
@@ -207,9 +210,10 @@ class GradedRollouts:
         *,
         judge: Grader | None = None,
         reference: Decoder | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.source, self.grader, self.config = source, grader, config
-        self.judge, self.reference = judge, reference
+        self.judge, self.reference, self.ranks = judge, reference, ranks or OneProcess()
         self.seen = Seen(0.0, None, None, {})
 
     def numbers(self) -> Mapping[str, Metric]:
@@ -228,20 +232,31 @@ class GradedRollouts:
         groups = self.source(step)
         open_groups = [group for group in groups if _OPEN in group.example.extra]
         verifiable = [group for group in groups if _OPEN not in group.example.extra]
-        graded = _with_verdicts(open_groups, self.grader(open_groups))
+        graded = _with_verdicts(open_groups, self._grade(self.grader, open_groups))
         kept = [group for group in graded if all(r.verdict.outcome != "error" for r in group.rollouts)]
         self._check_failures(graded, step)
         rewards = [r.verdict.reward for group in kept for r in group.rollouts]
         metrics = self._describe(graded, kept, verifiable)
         judged = kl = None
         if self.judge is not None:
-            judged = fmean(verdict.reward for row in self.judge(kept) for verdict in row)
+            judged = fmean(verdict.reward for row in self._grade(self.judge, kept) for verdict in row)
             metrics["rlhf/judge_reward"] = judged
         if self.reference is not None:
             kl = self._divergence([*verifiable, *kept], self.reference)
             metrics["rlhf/kl"] = kl
         self.seen = Seen(fmean(rewards), judged, kl, metrics)
         return [*verifiable, *kept]
+
+    def _grade(self, grader: Grader, groups: Sequence[RolloutGroup]) -> list[list[Verdict]]:
+        """Verdicts of all groups: a model grades in every process, an endpoint is asked by the first one alone."""
+        numbered = list(enumerate(groups))
+        if isinstance(grader, RewardModelGrader):
+            own = self.ranks.own(numbered)
+        else:
+            own = numbered if self.ranks.is_main else []
+        verdicts = grader([group for _, group in own]) if own else []
+        rows = self.ranks.gather([(place, row) for (place, _), row in zip(own, verdicts, strict=True)])
+        return [row for _, row in sorted(rows, key=itemgetter(0))]
 
     def _check_failures(self, graded: Sequence[RolloutGroup], step: int) -> None:
         verdicts = [rollout.verdict for group in graded for rollout in group.rollouts]
@@ -280,16 +295,15 @@ class GradedRollouts:
     @torch.no_grad()
     def _divergence(self, groups: Sequence[RolloutGroup], reference: Decoder) -> float:
         """KL(policy || first policy), nats a completion: the mean of log p - log p_ref over what was sampled."""
-        total, count = 0.0, 0
-        for start in range(0, len(groups), _SCORE_BATCH):
+        total = 0.0
+        for start in self.ranks.own(range(0, len(groups), _SCORE_BATCH)):
             part = groups[start : start + _SCORE_BATCH]
             batch = build_rl_batch(part, [[0.0] * len(group.rollouts) for group in part])
             out = reference(batch.input_ids_N, batch.positions_N, batch.attention)
             hidden_TD = out.hidden_ND.index_select(0, batch.source_T)
             ref_T = linear_logprobs(hidden_TD, reference.head_weight, batch.targets_T, self.config.temperature)
             total += float((batch.sampling_logprobs_T - ref_T).double().sum())
-            count += batch.lengths_S.numel()
-        return total / count
+        return self.ranks.sum(total) / sum(len(group.rollouts) for group in groups)
 
 
 def _with_verdicts(groups: Sequence[RolloutGroup], verdicts: Sequence[Sequence[Verdict]]) -> list[RolloutGroup]:

@@ -7,19 +7,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tafkir.checkpoint.load import load_checkpoint
 from tafkir.data.chat import encode_prompt
 from tafkir.data.sources import Problem
 from tafkir.data.tokenizer import Tokenizer
 from tafkir.errors import DataError
 from tafkir.intervals import mean_interval
-from tafkir.models.decoder import Decoder
 from tafkir.protocols import Completer
 from tafkir.recipe.seeds import derive_seed
 from tafkir.recipe.selection import SelectConfig
 from tafkir.recipe.stage import BuildCompleter, StageContext
 from tafkir.records import SamplingParams
 from tafkir.tasks.math import WordProblems
+from tafkir.train.loop import Trainer
+from tafkir.train.ranks import Ranks
 from tafkir.train.rollout import collect_rollouts
 
 __all__ = ["Candidate", "choose", "measure_candidates", "select_checkpoint"]
@@ -53,8 +53,9 @@ def measure_candidates(
     *,
     build_completer: BuildCompleter,
     seed: int,
+    ranks: Ranks | None = None,
 ) -> list[Candidate]:
-    """Let every checkpoint answer the same problems from the same random streams.
+    """Let every checkpoint answer the same problems from the same random streams; `ranks` share the problems out.
 
     The entropy is -mean log p of the sampled tokens, which at temperature 1 estimates the mean entropy of the
     distributions that they were drawn from, without bias.
@@ -67,13 +68,19 @@ def measure_candidates(
             "no validation problem to choose a checkpoint by", where="sft.select", fix="add rows with split validation"
         )
     return [
-        _measure(step, build_completer(path), problems[: config.problems], tokenizer, config, seed)
+        _measure(step, build_completer(path), problems[: config.problems], tokenizer, config, seed, ranks)
         for step, path in sorted(paths.items())
     ]
 
 
 def _measure(
-    step: int, completer: Completer, problems: Sequence[Problem], tokenizer: Tokenizer, config: SelectConfig, seed: int
+    step: int,
+    completer: Completer,
+    problems: Sequence[Problem],
+    tokenizer: Tokenizer,
+    config: SelectConfig,
+    seed: int,
+    ranks: Ranks | None,
 ) -> Candidate:
     groups = collect_rollouts(
         completer,
@@ -83,6 +90,7 @@ def _measure(
         group_size=config.samples,
         params=SamplingParams(max_tokens=config.max_tokens, stop_token_ids=(tokenizer.turn_end_id,)),
         seed=derive_seed(seed, "select"),
+        ranks=ranks,
     )
     scores = [sum(r.verdict.correct for r in group.rollouts) / len(group.rollouts) for group in groups]
     logprobs = [value for group in groups for r in group.rollouts for value in r.completion.logprobs]
@@ -92,16 +100,25 @@ def _measure(
 
 
 def select_checkpoint(
-    ctx: StageContext, config: SelectConfig, decoder: Decoder, tokenizer: Tokenizer, problems: Sequence[Problem]
+    ctx: StageContext, config: SelectConfig, trainer: Trainer, tokenizer: Tokenizer, problems: Sequence[Problem]
 ) -> dict[str, Any]:
     """Measure the checkpoints that a stage has kept, and give the decoder the weights of the chosen one.
 
     Returns:
         The chosen step, why, and every candidate.
     """
+    # One process writes them, and all of them read: nobody looks before the last one is there.
+    trainer.ranks.sum(0.0)
     paths = {int(path.name.removeprefix("step-")): path for path in ctx.stage.path.glob("checkpoints/step-*")}
-    seed, build = derive_seed(ctx.seed, ctx.stage.kind), ctx.build_completer
-    candidates = measure_candidates(paths, problems, tokenizer, config, build_completer=build, seed=seed)
+    candidates = measure_candidates(
+        paths,
+        problems,
+        tokenizer,
+        config,
+        build_completer=ctx.build_completer,
+        seed=derive_seed(ctx.seed, ctx.stage.kind),
+        ranks=trainer.ranks,
+    )
     chosen, reason = choose(candidates, config.entropy_floor)
-    decoder.load_state_dict(load_checkpoint(paths[chosen.step]).decoder.state_dict())
+    trainer.ranks.reload(trainer.decoder, paths[chosen.step])
     return {"step": chosen.step, "reason": reason, "candidates": [asdict(each) for each in candidates]}

@@ -25,7 +25,7 @@ from tafkir.data.loader import (
 from tafkir.data.packing import Document
 from tafkir.data.stories import make_story
 from tafkir.data.tokenizer import Tokenizer
-from tafkir.errors import CheckpointError, RecipeError
+from tafkir.errors import CheckpointError
 from tafkir.models.build import add_mtp, build_decoder, stretch_context
 from tafkir.models.decoder import Decoder
 from tafkir.ops.native import select_kernels
@@ -291,11 +291,6 @@ def _fit_language(
     distills = isinstance(config, SftConfig) and config.method == "mtp_distill"
     trains_mtp = distills or bool(config.mtp_loss_weight or config.mtp_final_loss_weight)
 
-    if isinstance(config, SftConfig) and config.select and trainer.ranks.sizes.world > 1:
-        raise RecipeError(
-            "a checkpoint is chosen in one process only", where="sft.select", fix="start it without torchrun"
-        )
-
     def validate() -> Mapping[str, float]:
         row = {"validation/loss": validation_loss(decoder, heldout, ranks=trainer.ranks)}
         if trains_mtp:
@@ -312,7 +307,7 @@ def _fit_language(
     selected: dict[str, Any] = {}
     if isinstance(config, SftConfig) and config.select:
         keep(config.steps)
-        selected["select"] = select_checkpoint(ctx, config.select, decoder, tokenizer, corpus.validation)
+        selected["select"] = select_checkpoint(ctx, config.select, trainer, tokenizer, corpus.validation)
     finished = _finish(ctx, config, trainer, tokenizer, result, corpus) | selected
     if trains_mtp and heldout:
         with as_written(trainer, config):

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 
@@ -17,6 +16,7 @@ from tafkir.checkpoint.load import read_parts
 from tafkir.models.decoder import Decoder
 from tafkir.recipe.model import ModelConfig
 from tafkir.recipe.parallel import ParallelSizes, check_shapes
+from tafkir.train.collectives import DataShards
 from tafkir.train.ema import WeightAverage
 from tafkir.train.optim import Muon, orthogonalize
 from tafkir.train.parallel.sharding import Sharding, parts_of, shard_decoder
@@ -27,10 +27,8 @@ from tafkir.train.state import latest_state
 
 __all__ = ["ManyRanks"]
 
-Item = TypeVar("Item")
 
-
-class ManyRanks:
+class ManyRanks(DataShards):
     """The processes of a training stage; see `tafkir.train.ranks.Ranks`.
 
     Args:
@@ -41,10 +39,9 @@ class ManyRanks:
 
     def __init__(self, device: torch.device, sizes: ParallelSizes, model: ModelConfig) -> None:
         check_shapes(model, sizes)
-        self.device, self.sizes = device, sizes
+        self.sizes = sizes
         self._meshes = Meshes(sizes, device.type)
-        self._data_group = self._meshes.dense.get_group("fsdp")
-        self._data_rank = self._meshes.dense.get_local_rank("fsdp")
+        super().__init__(device, self._meshes.dense.get_group("fsdp"))
         self._sharding = Sharding({}, [])
 
     @property
@@ -58,7 +55,7 @@ class ManyRanks:
             return
         self._sharding = shard_decoder(decoder, self._meshes)
         decoder.to_empty(device=self.device)
-        read_parts(source, decoder, parts_of(decoder, self._sharding.orders))
+        self.reload(decoder, source)
 
     def adapt(self, optimizers: list[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
         # One fused step takes parameters of one mesh.
@@ -73,25 +70,6 @@ class ManyRanks:
                 groups += [{**group, "params": params} for params in by_mesh.values()]
             optimizer.param_groups = groups
         return optimizers
-
-    def own(self, pieces: Sequence[Item]) -> list[Item]:
-        return list(pieces[self._data_rank :: self.sizes.data_shards])
-
-    def gather(self, items: Sequence[Item]) -> list[Item]:
-        parts: list[list[Item] | None] = [None] * self.sizes.data_shards
-        dist.all_gather_object(parts, list(items), group=self._data_group)
-        return [item for part in parts if part is not None for item in part]
-
-    def sum(self, value: float) -> float:
-        return float(self.sum_tensor(torch.tensor(value, dtype=torch.float64)))
-
-    def sum_loads(self, loads: list[Tensor]) -> list[Tensor]:
-        return list(self.sum_tensor(torch.stack(loads))) if loads else []
-
-    def sum_tensor(self, value: Tensor) -> Tensor:
-        value = value.to(self.device)
-        dist.all_reduce(value, group=self._data_group)
-        return value
 
     def clip_gradients(self, decoder: Decoder, max_norm: float) -> float:
         self._sum_partial(decoder)
@@ -150,6 +128,10 @@ class ManyRanks:
 
     def load_carried(self, folder: Path) -> dict[str, Any]:
         return {}
+
+    def reload(self, decoder: Decoder, source: Path) -> None:
+        self._settle(decoder)
+        read_parts(source, decoder, parts_of(decoder, self._sharding.orders))
 
     def whole(self, decoder: Decoder) -> Decoder | None:
         self._settle(decoder)

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tafkir.train.collectives import sum_gradients
+
 __all__ = ["ManyReplicas"]
 
 
@@ -47,11 +49,7 @@ class ManyReplicas:
         return whole.to(own.device, own.dtype)
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        flat = torch.cat([grad.reshape(-1) for grad in grads])
-        dist.all_reduce(flat)
-        for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-            grad.copy_(summed.view_as(grad))
+        sum_gradients(parameters)
 
     def sum(self, values: Sequence[float]) -> list[float]:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
