@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from tafkir.engine.batch import Column, RunningBatch
+from tafkir.engine.cache_formats import CacheFormat
+from tafkir.engine.coded_cache import build_cache
 from tafkir.engine.expert_log import ExpertLog
-from tafkir.engine.kv_cache import KVCache
-from tafkir.engine.latent_cache import LatentCache
 from tafkir.engine.requests import check_request
 from tafkir.engine.runner import Runner
 from tafkir.engine.scheduler import PromptTable, Scheduler
@@ -33,8 +33,6 @@ __all__ = ["Engine", "PrepareWeights", "TextDecoder"]
 
 Weights = Iterable[tuple[str, Tensor]]
 PrepareWeights = Callable[[Weights, int], Weights]
-
-CACHES: dict[str, type[KVCache | LatentCache]] = {"gqa": KVCache, "mla": LatentCache}
 
 
 class TextDecoder(Protocol):
@@ -70,9 +68,11 @@ class Engine:
         prepare_weights: what every policy goes through on its way in, such as a quantization: from (name, tensor)
             pairs and their version to pairs of the same names.
         record_experts: say in each completion which experts its tokens went to (`Completion.expert_ids`).
+        kv_cache: number format of the cache; auto takes the weights' dtype.
+        kv_scales: of keys and of values in every layer, for `kv_cache` in codes; None takes the format's own.
 
     Raises:
-        CapacityError: max_context exceeds what the decoder was built for.
+        CapacityError: max_context exceeds what the decoder was built for, or its heads do not fit the cache's format.
     """
 
     def __init__(
@@ -88,6 +88,8 @@ class Engine:
         policy_version: int = 0,
         prepare_weights: PrepareWeights | None = None,
         record_experts: bool = False,
+        kv_cache: CacheFormat = "auto",
+        kv_scales: SequenceOf[tuple[float, float]] | None = None,
     ) -> None:
         config = decoder.config
         longest = config.max_position_embeddings
@@ -99,7 +101,7 @@ class Engine:
         self.decoder, self.tokenizer = decoder, tokenizer
         self.eos_ids, self.policy_version = tuple(eos_ids), policy_version
         weight = decoder.embed_tokens.weight
-        self._cache = CACHES[config.attention_type](config, weight.detach(), max_cache_bytes)
+        self._cache = build_cache(config, weight.detach(), max_cache_bytes, kv_cache, kv_scales)
         self.prepare_weights = prepare_weights
         # A dense decoder has nothing to record.
         self._expert_log = ExpertLog() if record_experts and decoder.routers else None
