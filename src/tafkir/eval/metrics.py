@@ -34,6 +34,7 @@ __all__ = [
     "mcnemar_exact",
     "mean_interval",
     "paired_difference",
+    "paired_ratio",
     "pass_at_k",
     "pooled_difference",
     "student_t_cdf",
@@ -182,6 +183,45 @@ def _summarise_differences(differences: Sequence[float], single: bool, confidenc
     exact = single or error == 0
     p_value = mcnemar_exact(wins, losses) if exact else 2 * student_t_cdf(-abs(mean / error), size - 1)
     return PairedDifference(mean, max(-1.0, low), min(1.0, high), size, wins, losses, p_value, detectable, method)
+
+
+def paired_ratio(
+    before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]], confidence: float = CONFIDENCE
+) -> Estimate | None:
+    """What is left of a mean: (mean of `after`) / (mean of `before`) on the same problems, with Fieller's interval.
+
+    The interval holds every ratio r at which a paired t-test would not refuse mean(after - r before) = 0 (Fieller
+    1954); problems are the clusters. Where `before` itself is not surely above zero it has no upper end (infinity).
+
+    Args:
+        before, after: problem id -> scores of its samples, none negative; both hold the same problems.
+
+    Returns:
+        None where every score of `before` is zero: there is nothing to keep.
+    """
+    ids = _same_problems(before, after)
+    first, second = ([fmean(side[i]) for i in ids] for side in (before, after))
+    size, mean, other = len(ids), fmean(first), fmean(second)
+    if mean <= 0:
+        return None
+    ratio = other / mean
+    differences = [b - a for a, b in zip(first, second, strict=True)]
+    if max(differences) - min(differences) < 1e-12:
+        low, high, method = _flat_bounds(other - mean, size, confidence)
+        return Estimate(ratio, max(0.0, 1 + low / mean), 1 + high / mean, size, method)
+    square = student_t_quantile(0.5 + confidence / 2, size - 1) ** 2 / size
+    a = mean**2 - square * _covariance(first, first)
+    b = mean * other - square * _covariance(first, second)
+    c = other**2 - square * _covariance(second, second)
+    if a <= 0:
+        return Estimate(ratio, 0.0, math.inf, size, "Fieller, paired; the mean before may be zero")
+    half = math.sqrt(max(0.0, b * b - a * c))
+    return Estimate(ratio, max(0.0, (b - half) / a), (b + half) / a, size, "Fieller, paired, clustered by problem")
+
+
+def _covariance(x: Sequence[float], y: Sequence[float]) -> float:
+    mean_x, mean_y = fmean(x), fmean(y)
+    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / (len(x) - 1)
 
 
 def _flat_bounds(mean: float, size: int, confidence: float) -> tuple[float, float, str]:

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from tafkir.errors import CheckpointError, RecipeError
 from tafkir.recipe.quantize import Component, FormatName, QuantizeConfig
 
-__all__ = ["Decision", "component_of", "decide", "sibling_group"]
+__all__ = ["Decision", "component_of", "decide", "layer_of", "sibling_group"]
 
 # The names of transformers' checkpoints; the first that matches counts. The rest of a name, behind `model.layers.N.`.
 _LAYER = re.compile(r"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.(.+)")
@@ -102,6 +102,12 @@ def component_of(name: str, num_layers: int) -> Component:
         )
     extra = bool(mtp) or (layer is not None and int(layer[1]) >= num_layers)
     return "mtp" if extra and part in _MATRICES else part
+
+
+def layer_of(name: str) -> int | None:
+    """The decoder layer that a tensor is in, by its name; None outside of layers."""
+    found = _LAYER.fullmatch(name)
+    return int(found[1]) if found else None
 
 
 @functools.cache

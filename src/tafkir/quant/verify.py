@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from tafkir.errors import CheckpointError
 from tafkir.models.attention import VarlenCausal
 from tafkir.models.decoder import Decoder
 from tafkir.quant.convert import open_source
-from tafkir.quant.policy import component_of
+from tafkir.quant.policy import component_of, layer_of
+from tafkir.quant.served import load_served
 from tafkir.quant.validate import check_scales
 from tafkir.runlog.progress import Progress
 
@@ -31,6 +32,7 @@ __all__ = ["TensorAudit", "audit_checkpoint", "compare_logits", "summarize_audit
 _BLOCK = 16
 _ROWS = 1 << 22  # weights looked at in one piece
 _WORST = 3
+_SMALLEST_KL, _BINS_PER_POWER = 1e-8, 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,7 @@ class TensorAudit:
     Attributes:
         name: of the weight.
         component: what it is.
+        layer: the decoder layer that it is in; None outside of layers.
         format: how it is stored now; its dtype where it is stored as it is.
         parameters: how many numbers.
         source_bytes: scales included.
@@ -53,6 +56,7 @@ class TensorAudit:
 
     name: str
     component: str
+    layer: int | None
     format: str
     parameters: int
     source_bytes: int
@@ -121,6 +125,7 @@ def _audit(name: str, before: WeightFiles, after: WeightFiles, layers: int) -> T
     return TensorAudit(
         name=name,
         component=_component(name, layers),
+        layer=layer_of(name),
         format=encoded.encoding if encoded else after.tensors[name].dtype,
         parameters=count,
         source_bytes=_bytes_of(before, name),
@@ -202,8 +207,8 @@ def summarize_audit(audits: Sequence[TensorAudit]) -> dict[str, Any]:
 
 @torch.no_grad()
 def compare_logits(
-    source: Path | str, quantized: Path | str, documents: Sequence[Sequence[int]]
-) -> Mapping[str, float]:
+    source: Path | str, quantized: Path | str, documents: Sequence[Sequence[int]], *, served: bool = False
+) -> dict[str, Any]:
     """How far the quantized model's predictions of the next token are from the source's, on text.
 
     Both compute in float32 with the weights that their checkpoints are worth; one is in memory at a time, besides the
@@ -213,18 +218,22 @@ def compare_logits(
         source: checkpoint of a family that Tafkir runs.
         quantized: made of it.
         documents: token ids, two or more each.
+        served: round the inputs of matrices that are stored in NVFP4 together with theirs.
 
     Returns:
-        tokens; kl_mean, kl_max: of the source's distribution from the quantized one's, in nats; perplexity_source,
-        perplexity_quantized; top1_agreement: share of tokens with the same likeliest successor.
+        tokens; kl_mean, kl_max: of the source's distribution from the quantized one's, in nats; kl_quantiles, by
+        share; kl_histogram: pairs of a bin's lower end (six to a power of ten) and its tokens, with those below
+        1e-8 in the first; perplexity_source, perplexity_quantized; top1_agreement: share of tokens with the same
+        likeliest successor.
     """
     texts = [list(ids) for ids in documents if len(ids) > 1]
     if not texts:
         raise CheckpointError("no text to compare on", expected="documents of two tokens or more")
-    decoder = load_checkpoint(source).decoder
+    load = load_served if served else (lambda name: load_checkpoint(name).decoder)
+    decoder = load(source)
     reference = [_log_probs(decoder, ids) for ids in texts]
     del decoder
-    decoder = load_checkpoint(quantized).decoder
+    decoder = load(quantized)
     kl, nll, same, count = [], [0.0, 0.0], 0, 0
     for ids, p in zip(texts, reference, strict=True):
         q, targets = _log_probs(decoder, ids), torch.tensor(ids[1:])
@@ -238,10 +247,19 @@ def compare_logits(
         "tokens": count,
         "kl_mean": float(divergence.mean()),
         "kl_max": float(divergence.max()),
+        "kl_quantiles": {str(q): float(divergence.quantile(q)) for q in (0.5, 0.9, 0.99)},
+        "kl_histogram": _histogram(divergence),
         "perplexity_source": math.exp(nll[0] / count),
         "perplexity_quantized": math.exp(nll[1] / count),
         "top1_agreement": same / count,
     }
+
+
+def _histogram(values: Tensor) -> list[tuple[float, int]]:
+    """Lower end and count of every bin from the first to the last that holds a value."""
+    bins = (values.clamp_min(_SMALLEST_KL).log10() * _BINS_PER_POWER).floor().long()
+    first, counts = int(bins.min()), torch.bincount(bins - bins.min()).tolist()
+    return [(10 ** ((first + i) / _BINS_PER_POWER), count) for i, count in enumerate(counts)]
 
 
 def _log_probs(decoder: Decoder, ids: Sequence[int]) -> Tensor:
