@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import _ctypes
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -71,6 +73,14 @@ def test_a_file_that_is_no_library_is_refused(empty_cache: Path, monkeypatch: py
     compiled.kernels_path().write_text("nothing")
     monkeypatch.setattr(native._State, "library", None)
     with pytest.raises(BackendUnavailable, match=compiled.BUILD_COMMAND):
+        native.select_kernels("native")
+
+
+def test_a_library_without_a_kernel_is_refused(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled.kernels_path().parent.mkdir(parents=True)
+    shutil.copy(_ctypes.__file__, compiled.kernels_path())
+    monkeypatch.setattr(native._State, "library", None)
+    with pytest.raises(BackendUnavailable, match=f"undefined symbol: tafkir_.*{compiled.BUILD_COMMAND}"):
         native.select_kernels("native")
 
 

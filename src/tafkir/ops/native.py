@@ -117,15 +117,20 @@ def call(name: str, *args: Tensor | float | None, threads: bool = True) -> int:
 
 
 def _load() -> ctypes.CDLL:
+    """The library with its functions' types.
+
+    Raises:
+        BackendUnavailable: it cannot be loaded, or lacks a kernel: it is damaged, or made from other sources.
+    """
+    fix = f"delete it and build it again: {BUILD_COMMAND}"
     try:
         library = ctypes.CDLL(str(kernels_path()))
-    except OSError as error:
-        fix = f"delete it and build it again: {BUILD_COMMAND}"
+        for name, signature in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes = [_TYPES[letter] for letter in signature]
+            function.restype = ctypes.c_int
+        library.tafkir_use_sgemm.argtypes = [ctypes.c_void_p]
+        library.tafkir_use_sgemm(torch_blas())
+    except (OSError, AttributeError) as error:
         raise BackendUnavailable(str(error), where=str(kernels_path()), fix=fix) from error
-    for name, signature in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.argtypes = [_TYPES[letter] for letter in signature]
-        function.restype = ctypes.c_int
-    library.tafkir_use_sgemm.argtypes = [ctypes.c_void_p]
-    library.tafkir_use_sgemm(torch_blas())
     return library
