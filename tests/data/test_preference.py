@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -16,9 +17,10 @@ from tafkir.data.preference import (
     make_pair,
     read_preferences,
 )
+from tafkir.data.stories import make_story
 from tafkir.data.tokenizer import Tokenizer
 from tafkir.errors import DataError
-from tafkir.recipe.rlhf import PreferencesConfig
+from tafkir.recipe.rlhf import Flaw, PreferencesConfig
 from tafkir.records import Message
 from tafkir.tasks.math import WordProblems
 
@@ -144,16 +146,25 @@ def test_the_bundled_set_is_whole_and_split_by_prompt() -> None:
     assert not trained & {pair.prompt for pair in heldout}
 
 
-def test_made_up_pairs_are_right_on_one_side_alone() -> None:
+@pytest.mark.parametrize("flaw", get_args(Flaw))
+def test_made_up_pairs_are_right_on_one_side_alone(flaw: Flaw) -> None:
     task = WordProblems()
     for seed in range(30):
-        pair = make_pair(seed)
-        assert pair == make_pair(seed) and pair.chosen != pair.rejected
-        from tafkir.data.stories import make_story
-
+        pair = make_pair(seed, flaws=[flaw])
+        assert pair == make_pair(seed, flaws=[flaw]) and pair.chosen != pair.rejected
         example = make_story(seed).as_example()
         assert task.grade(example, pair.chosen).correct
         assert not task.grade(example, pair.rejected).correct
+        right, wrong = (side.splitlines() for side in (pair.chosen, pair.rejected))
+        assert len(wrong) - len(right) == (flaw == "step")
+        changed = [a for a, b in zip(right, wrong, strict=False) if a != b]
+        assert flaw == "step" or len(changed) == (1 if flaw == "answer" else 2)
+
+
+def test_flaws_are_drawn_and_named_in_the_source() -> None:
+    pairs = [make_pair(seed, flaws=get_args(Flaw)) for seed in range(60)]
+    counts = Counter(pair.source for pair in pairs)
+    assert set(counts) == {"made_up", "made_up_answer", "made_up_step"} and min(counts.values()) > 5
 
 
 def test_a_stream_is_a_function_of_seed_and_step(tokenizer: Tokenizer) -> None:

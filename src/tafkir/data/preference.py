@@ -17,21 +17,20 @@ import hashlib
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
-from tafkir.data.arithmetic import format_number, parse_number
 from tafkir.data.chat import encode_chat, render_assistant, render_solution
+from tafkir.data.flaws import spoil
 from tafkir.data.lines import BadRowError, numbered_lines, parse_row
 from tafkir.data.loader import EpochOrder
-from tafkir.data.sources import Problem
 from tafkir.data.stories import make_story
 from tafkir.data.tokenizer import DOCUMENT_END, TURN_END, TURN_START, Tokenizer
 from tafkir.errors import DataError
-from tafkir.recipe.rlhf import PreferencesConfig
+from tafkir.recipe.rlhf import Flaw, PreferencesConfig
 from tafkir.recipe.seeds import derive_seed
 from tafkir.records import Message, Split
 
@@ -50,7 +49,7 @@ __all__ = [
 
 BUNDLED_PREFERENCES = ("dpo_en_demo",)
 MADE_UP = "made_up"
-"""The source of the pairs that `make_pair` makes."""
+"""The source of the pairs that `make_pair` makes; flaws other than a wrong result are named behind it."""
 
 _ROLES: Mapping[str, Literal["system", "user", "assistant"]] = {
     "system": "system",
@@ -138,7 +137,8 @@ def load_preferences(config: PreferencesConfig, tokenizer: Tokenizer, seed: int)
             if where:
                 message = "%s: %d of %d rows are left out as %s; the first: %s"
                 _logger.warning(message, source, len(where), report.rows, what, where[0])
-    made_up = (make_pair(derive_seed(seed, "pair", i), config.heldout_share) for i in range(config.made_up))
+    seeds = (derive_seed(seed, "pair", i) for i in range(config.made_up))
+    made_up = (make_pair(each, config.heldout_share, config.flaws) for each in seeds)
     pairs += {pair.id: pair for pair in made_up}.values()
     encoded, overlong = encode_pairs(pairs, tokenizer, config.max_length)
     if overlong:
@@ -202,27 +202,20 @@ def read_preferences(
     return pairs, PreferenceReport(str(source), rows, tuple(bad_rows), tuple(equal))
 
 
-def make_pair(seed: int, heldout_share: float = 0.2) -> PreferencePair:
-    """A made-up word problem with its worked solution, preferred to the same with one wrong result.
+def make_pair(seed: int, heldout_share: float = 0.2, flaws: Sequence[Flaw] = ("result",)) -> PreferencePair:
+    """A made-up word problem with its worked solution, preferred to the same with a flaw.
 
-    What is wrong is a function of the seed: a number of the last step is off, and the answer with it.
+    Which flaw it is and what it looks like are functions of the seed.
     """
     problem = make_story(seed)
     reasoning, content = render_solution(problem)
     chosen = render_assistant(content, reasoning)
     prompt = (Message("user", problem.question),)
     digest = hashlib.sha256(f"{problem.question}\0{chosen}".encode()).hexdigest()[:16]
-    rejected = _spoil(problem, Random(derive_seed(seed, "spoil")))
-    return PreferencePair(f"{MADE_UP}-{digest}", MADE_UP, _split(prompt, heldout_share), prompt, chosen, rejected)
-
-
-def _spoil(problem: Problem, random: Random) -> str:
-    value = parse_number(problem.answer)
-    assert value is not None
-    wrong = format_number(value + random.choice((-10, -3, -2, -1, 1, 2, 3, 10)))
-    steps = (*problem.steps[:-1], replace(problem.steps[-1], result=wrong))
-    reasoning, content = render_solution(replace(problem, steps=steps, answer=wrong))
-    return render_assistant(content, reasoning)
+    flaw = Random(derive_seed(seed, "flaw")).choice(flaws)
+    rejected = spoil(problem, flaw, Random(derive_seed(seed, "spoil")))
+    source = MADE_UP if flaw == "result" else f"{MADE_UP}_{flaw}"
+    return PreferencePair(f"{MADE_UP}-{digest}", source, _split(prompt, heldout_share), prompt, chosen, rejected)
 
 
 def encode_pairs(

@@ -9,7 +9,10 @@ from pydantic import Field, model_validator
 from tafkir.recipe.rl import Acceptance, KlConfig, NoAcceptance, PolicyTable
 from tafkir.recipe.tables import Positive, Table, TrainTable
 
-__all__ = ["DpoConfig", "GuardConfig", "JudgeConfig", "PreferencesConfig", "RewardConfig", "RlhfConfig"]
+__all__ = ["DpoConfig", "Flaw", "GuardConfig", "JudgeConfig", "PreferencesConfig", "RewardConfig", "RlhfConfig"]
+
+Flaw = Literal["result", "answer", "step"]
+"""What is wrong with the rejected side of a made-up pair."""
 
 
 class PreferencesConfig(Table):
@@ -18,8 +21,12 @@ class PreferencesConfig(Table):
     sources: tuple[str, ...] = Field(
         ("dpo_en_demo",), description="Bundled sets of pairs, or paths of JSONL files of one's own."
     )
-    made_up: int = Field(
-        0, ge=0, description="Pairs made up: a worked word problem against the same with a wrong result."
+    made_up: int = Field(0, ge=0, description="Pairs made up: a worked word problem against the same with a flaw.")
+    flaws: tuple[Flaw, ...] = Field(
+        ("result",),
+        min_length=1,
+        description="Flaws of the made-up pairs: a wrong last result with the answer after it, an answer that is not "
+        "the last result, or a step too many.",
     )
     max_length: int = Field(1024, ge=8, description="Pairs with more tokens in prompt and longer side are left out.")
     heldout_share: float = Field(0.2, ge=0, lt=1, description="Share of the prompts that are only measured on.")
