@@ -53,27 +53,31 @@ def distances_from(rows: Sequence[Sequence[str]], start: Place) -> Mapping[Place
     queue = deque([start])
     while queue:
         place = queue.popleft()
+        moves = found[place][0] + 1
         for move, (down, right) in MOVES.items():
-            there = place[0] + down, place[1] + right
-            if there in found or not (0 <= there[0] < len(rows) and 0 <= there[1] < len(rows[there[0]])):
+            row, column = place[0] + down, place[1] + right
+            if not (0 <= row < len(rows) and 0 <= column < len(rows[row])) or rows[row][column] == "#":
                 continue
-            if rows[there[0]][there[1]] != "#":
-                found[there] = found[place][0] + 1, move
-                queue.append(there)
+            if (row, column) not in found:
+                found[row, column] = moves, move
+                queue.append((row, column))
     return found
 
 
 def shortest_path(rows: Sequence[Sequence[str]], start: Place, end: Place) -> str | None:
     """The moves U, D, L, R of a shortest way; None where there is none."""
     found = distances_from(rows, start)
-    if end not in found:
-        return None
-    moves = ""
-    while end != start:
-        move = found[end][1]
-        moves = move + moves
-        end = end[0] - MOVES[move][0], end[1] - MOVES[move][1]
-    return moves
+    return _moves_to(end, found) if end in found else None
+
+
+def _moves_to(end: Place, found: Mapping[Place, tuple[int, str]]) -> str:
+    """The moves to a place from where the distances were measured."""
+    moves: list[str] = []
+    while found[end][1]:
+        moves.append(found[end][1])
+        down, right = MOVES[moves[-1]]
+        end = end[0] - down, end[1] - right
+    return "".join(reversed(moves))
 
 
 def make_maze(random: Random, height: int, width: int, min_path: int) -> tuple[str, str]:
@@ -85,12 +89,12 @@ def make_maze(random: Random, height: int, width: int, min_path: int) -> tuple[s
     for _ in range(_MAX_ATTEMPTS):
         grid = carve(random, height // 2, width // 2)
         start = 2 * random.randrange(height // 2) + 1, 2 * random.randrange(width // 2) + 1
-        ends = [p for p, (n, _) in distances_from(grid, start).items() if n >= min_path and p[0] % 2 and p[1] % 2]
+        found = distances_from(grid, start)
+        ends = [p for p, (n, _) in found.items() if n >= min_path and p[0] % 2 and p[1] % 2]
         if not ends:
             continue
         end = random.choice(sorted(ends))
-        moves = shortest_path(grid, start, end)
-        assert moves is not None
+        moves = _moves_to(end, found)
         grid[start[0]][start[1]], grid[end[0]][end[1]] = "S", "G"
         question = "".join("".join(row) for row in grid)
         place = start

@@ -222,6 +222,8 @@ def _turning_kind(format: PuzzleFormat, *, turns: bool, make: Callable[[Random],
 
 def _first_come(cells: Cells, exchangeable: Sequence[int]) -> bytes:
     """The grid with its exchangeable symbols renamed in the order in which they turn up."""
+    if not exchangeable:
+        return cells.tobytes()
     names: dict[int, int] = {}
     for token in cells.tolist():
         if token in exchangeable and token not in names:
