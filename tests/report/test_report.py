@@ -16,6 +16,7 @@ from tafkir.report.markdown import render_markdown, sparkline
 from tafkir.report.render import render_html
 from tafkir.report.stage import run_report
 from tafkir.runlog.rundir import RunDir
+from tests.conftest import Cli
 
 MakeRun = Callable[..., RunDir]
 ContextOf = Callable[[RunDir], StageContext]
@@ -159,7 +160,7 @@ def test_ten_chains_with_verdicts(finished_run: RunDir) -> None:
         ("stages/06-rlvr/metrics.jsonl", "the curves of rlvr cannot be drawn"),
         ("stages/06-rlvr/timings.jsonl", ""),
         ("stages/06-rlvr/result.json", "Stage rlvr is unfinished"),
-        ("stages/09-eval/result.json", "Stage eval is unfinished"),
+        ("stages/10-eval/result.json", "Stage eval is unfinished"),
         ("eval/word_problems-rlvr.jsonl", "its sample chains cannot be shown"),
         ("eval/word_problems-sft.jsonl", "word_problems-sft.jsonl is missing"),
     ],
@@ -181,7 +182,7 @@ def test_missing_files_are_said(make_run: MakeRun, missing: str, note: str) -> N
         ("recipe.resolved.toml", "name = ["),
         ("stages/06-rlvr/metrics.jsonl", '{"step": 1, "train/loss": 0.5}\nnot json\n{"step": 2}\n'),
         ("stages/06-rlvr/result.json", "null"),
-        ("stages/09-eval/result.json", '{"records": {"sft": "eval/none.jsonl"}, "stages": {}}'),
+        ("stages/10-eval/result.json", '{"records": {"sft": "eval/none.jsonl"}, "stages": {}}'),
         ("eval/word_problems-rlvr.jsonl", '{"example_id": "a", "repeat": 0}\n'),
         ("eval/word_problems-rlvr.jsonl", '{"example_id": "a", "repeat": 0, "outco'),
     ],
@@ -277,3 +278,17 @@ def test_sparklines_follow_the_values() -> None:
     assert len(sparkline([(float(i), float(i % 7)) for i in range(1000)])) <= 24
     assert sparkline([(0.0, None)]) == ""
     assert sparkline([(0.0, 2.0), (1.0, 2.0)]) == "▁▁"
+
+
+def test_a_run_of_another_version_has_its_report(make_run: MakeRun, here: Cli) -> None:
+    """Its recipe cannot be run any more, and is shown as it stands; the command says so."""
+    run = make_run()
+    written = run.recipe_path.read_text(encoding="utf-8")
+    run.recipe_path.write_text(written.replace("[report]\n", "[report]\ncolours = 7\n"), encoding="utf-8")
+    done = here("report", str(run.path))
+    assert done.returncode == 0 and done.stdout.strip() == str(run.report_html)
+    assert "colours" in done.stderr and "shows the recipe as it stands" in done.stderr
+    assert "colours = 7" in run.report_html.read_text(encoding="utf-8")
+    run.recipe_path.unlink()
+    assert here("report", str(run.path)).returncode == 0
+    assert "the settings of this run are not known" in run.report_md.read_text(encoding="utf-8")
