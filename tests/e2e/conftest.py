@@ -55,10 +55,13 @@ class Launcher:
         command = [sys.executable, str(HERE / "launcher.py")]
         self.process = subprocess.Popen(command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    def __call__(self, *args: object, cwd: Path | None = None, **job: Any) -> Done:
+    def __call__(self, *args: object, cwd: Path | None = None, stdin: str | None = None, **job: Any) -> Done:
         assert self.process.stdin is not None and self.process.stdout is not None
         out, err = self.place / "stdout", self.place / "stderr"
         words = [str(arg) for arg in args]
+        if stdin is not None:
+            job["stdin"] = str(self.place / "stdin")
+            (self.place / "stdin").write_text(stdin, encoding="utf-8")
         job |= {"args": words, "cwd": str(cwd or self.place), "stdout": str(out), "stderr": str(err)}
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()

@@ -3,8 +3,9 @@
 It imports everything once, on one thread. Then each line of its input is a job in JSON, and each line of its output
 says how that job's process ended. A job: {"args", "cwd", "stdout", "stderr"} and, where wanted,
 
-- "kill": {"event", "path", "count", "after_s"}: the process sends itself SIGKILL at the `count`-th audit event of that
-  name (a regular expression) on a path that matches, or `after_s` later;
+- "kill": {"event", "path", "count", "after_s"}: the process sends itself SIGKILL, or the "signal" given, at the
+  `count`-th audit event of that name (a regular expression) on a path that matches, or `after_s` later;
+- "stdin": a file with what it reads;
 - "uid": the user to run as;
 - "max_file_bytes": the largest file that it may write.
 """
@@ -27,13 +28,13 @@ Job = dict[str, Any]
 WRITES = re.compile(r"open|os\.(rename|remove|mkdir|rmdir|truncate|chmod)")
 
 
-def kill_at(event: str, path: str, count: int, after_s: float) -> None:
-    """Arm this process: it dies at the moment described, as `kill -9` would have it."""
+def kill_at(event: str, path: str, count: int, after_s: float, signal: int = signal.SIGKILL) -> None:
+    """Arm this process: the signal reaches it at the moment described."""
     left = count
 
     def die() -> None:
         time.sleep(after_s)
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal)
 
     def hook(name: str, args: tuple[Any, ...]) -> None:
         nonlocal left
@@ -56,8 +57,8 @@ def prepare(job: Job) -> None:
     """Make the forked process what the job asks for."""
     sys.argv = ["tafkir", *job["args"]]
     os.chdir(job["cwd"])
-    for number, name in ((0, os.devnull), (1, job["stdout"]), (2, job["stderr"])):
-        handle = os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+    for number, name in ((0, job.get("stdin", os.devnull)), (1, job["stdout"]), (2, job["stderr"])):
+        handle = os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC if number else os.O_RDONLY, 0o666)
         os.dup2(handle, number)
         os.close(handle)
     if limit := job.get("max_file_bytes"):
