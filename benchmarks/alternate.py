@@ -5,6 +5,7 @@ Imports no torch: a child's peak memory would start from its parent's.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -17,14 +18,36 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Spread", "describe", "in_child", "is_child", "pair_ratios", "save_tokenizer", "say", "serve_child"]
+__all__ = [
+    "ChildFailed",
+    "Spread",
+    "add_common_arguments",
+    "deliver",
+    "describe",
+    "in_child",
+    "is_child",
+    "pair_ratios",
+    "save_tokenizer",
+    "say",
+    "serve_child",
+    "trl_grpo_keys",
+    "trl_keys",
+]
 
 Spread = dict[str, Any]
 """The median of paired values, their range, and the values."""
 
 
+class ChildFailed(SystemExit):
+    """A child process ended with an error; the message is the end of what it wrote."""
+
+
 def in_child(script: str, spec: dict[str, Any], *, threads: int = 1) -> dict[str, Any]:
-    """What `serve_child` of the script makes of `spec`, JSON both ways; TRL stays off line."""
+    """What `serve_child` of the script makes of `spec`, JSON both ways; TRL stays off line.
+
+    Raises:
+        ChildFailed: it ended with an error.
+    """
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         env = os.environ | {
@@ -38,7 +61,7 @@ def in_child(script: str, spec: dict[str, Any], *, threads: int = 1) -> dict[str
             command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
         )
         if done.returncode:
-            raise SystemExit(f"{spec} failed:\n{done.stderr[-3000:]}")
+            raise ChildFailed(f"{spec} failed:\n{done.stderr[-3000:]}")
         return dict(json.loads(result.read_text()))
 
 
@@ -69,6 +92,52 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def trl_keys(output: Path, *, learning_rate: float, seed: int) -> dict[str, Any]:
+    """What every trainer of TRL is told here; comments give defaults that would slow it down or change the loss."""
+    return {
+        "output_dir": str(output),
+        "use_cpu": True,
+        "bf16": False,  # True
+        "gradient_checkpointing": False,  # True
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "constant",  # linear
+        "warmup_steps": 0,
+        "weight_decay": 0.0,
+        "adam_beta2": 0.999,
+        "max_grad_norm": 1.0,
+        "optim": "adamw_torch_fused",
+        "seed": seed,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 10_000,
+        "disable_tqdm": True,
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": False,
+    }
+
+
+def trl_grpo_keys(output: Path, *, prompts: int, group: int, max_new: int, steps: int, **shared: Any) -> dict[str, Any]:
+    """`trl_keys` and those of a GRPO step as ours computes it: every sample in one batch, one update, DAPO's loss."""
+    return {
+        **trl_keys(output, **shared),
+        "use_vllm": False,
+        "per_device_train_batch_size": prompts * group,
+        "gradient_accumulation_steps": 1,
+        "num_generations": group,
+        "max_completion_length": max_new,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "beta": 0.0,
+        "num_iterations": 1,
+        "epsilon": 0.2,
+        "loss_type": "dapo",
+        "scale_rewards": "group",
+        "max_steps": steps,
+        "shuffle_dataset": False,
+    }
+
+
 def pair_ratios(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
     """Ours over theirs, run by run."""
     pairs = [a / b for a, b in zip(ours, theirs, strict=True)]
@@ -90,3 +159,20 @@ def describe(name: str, **result: Any) -> dict[str, Any]:
 def say(line: str) -> None:
     """A line of progress."""
     print(line, file=sys.stderr, flush=True)
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--threads`, `--json` and `--out`."""
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", action="store_true", help="print the JSON line only")
+    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
+
+
+def deliver(found: dict[str, Any], table: str, args: argparse.Namespace) -> None:
+    """Print table and JSON line, and write the file, as `add_common_arguments` says."""
+    if not args.json:
+        print(table)
+    print(json.dumps(found))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(found, indent=2) + "\n")

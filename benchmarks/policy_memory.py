@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import re
 import statistics
 import tempfile
@@ -24,7 +23,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from alternate import describe, in_child, is_child, pair_ratios, save_tokenizer, say, serve_child
+from alternate import (
+    add_common_arguments,
+    deliver,
+    describe,
+    in_child,
+    is_child,
+    pair_ratios,
+    save_tokenizer,
+    say,
+    serve_child,
+    trl_grpo_keys,
+)
 
 from tafkir.recipe.model import ModelConfig
 from tafkir.records import Example, Message, Verdict
@@ -155,37 +165,10 @@ def run_trl(folder: str, steps: int) -> dict[str, Any]:
     from tafkir.data.chat import render_chat
 
     place = Path(folder) / "model"
-    config = GRPOConfig(
-        output_dir=str(Path(folder) / "trl-output"),
-        use_cpu=True,
-        bf16=False,  # True
-        gradient_checkpointing=False,  # True
-        use_vllm=False,
-        per_device_train_batch_size=GROUP,
-        gradient_accumulation_steps=1,
-        num_generations=GROUP,
-        max_completion_length=TOKENS,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-        beta=0.0,
-        num_iterations=1,
-        loss_type="dapo",
-        learning_rate=1e-6,
-        lr_scheduler_type="constant",
-        warmup_steps=0,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        optim="adamw_torch_fused",
-        max_steps=steps,
-        seed=0,
-        report_to="none",
-        save_strategy="no",
-        logging_steps=10_000,
-        disable_tqdm=True,
-        dataloader_num_workers=0,
-        dataloader_pin_memory=False,
+    keys = trl_grpo_keys(
+        Path(folder) / "trl-output", prompts=1, group=GROUP, max_new=TOKENS, steps=steps, learning_rate=1e-6, seed=0
     )
+    config = GRPOConfig(**keys)
     model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(place)
     rows = [{"prompt": render_chat([Message("user", QUESTION)], True)}] * steps
@@ -243,9 +226,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side")
     parser.add_argument("--steps", type=int, default=2, help="steps of a run: the second has moments from the start")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", action="store_true", help="print the JSON line only")
-    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
+    add_common_arguments(parser)
     return parser.parse_args()
 
 
@@ -256,12 +237,7 @@ def main() -> None:
         measured = compare(folder, args)
     shape = {"batch": GROUP, "tokens": TOKENS, "vocabulary": MODEL.vocab_size}
     found = describe("policy_memory", threads=args.threads, **shape, **prepared, **measured)
-    if not args.json:
-        print(render(found))
-    print(json.dumps(found))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(found, indent=2) + "\n")
+    deliver(found, render(found), args)
 
 
 if __name__ == "__main__":

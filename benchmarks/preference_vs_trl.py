@@ -23,7 +23,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alternate import Spread, describe, in_child, is_child, pair_ratios, save_tokenizer, say, serve_child
+from alternate import (
+    Spread,
+    add_common_arguments,
+    deliver,
+    describe,
+    in_child,
+    is_child,
+    pair_ratios,
+    save_tokenizer,
+    say,
+    serve_child,
+    trl_keys,
+)
 
 from tafkir.recipe.model import ModelConfig
 
@@ -160,29 +172,12 @@ def run_trl(folder: str, method: str, data: str, limit: int) -> dict[str, Any]:
         {"prompt": render_chat(p.pair.prompt, True), "chosen": p.pair.chosen, "rejected": p.pair.rejected}
         for p in pairs
     ]
-    keys: dict[str, Any] = {
-        "output_dir": str(Path(folder) / "trl-output"),
-        "use_cpu": True,
-        "bf16": False,  # True
-        "gradient_checkpointing": False,  # True
+    keys = trl_keys(Path(folder) / "trl-output", learning_rate=LEARNING_RATE, seed=SEED) | {
         "model_init_kwargs": {"dtype": "float32"},
         "per_device_train_batch_size": BATCH,
         "num_train_epochs": 1,
         "max_length": MODEL.max_position_embeddings,
-        "learning_rate": LEARNING_RATE,
-        "lr_scheduler_type": "constant",  # linear
-        "warmup_steps": 0,
-        "weight_decay": 0.0,
-        "adam_beta2": 0.999,
-        "max_grad_norm": 1.0,
-        "optim": "adamw_torch_fused",
-        "seed": SEED,
-        "report_to": "none",
-        "save_strategy": "no",
         "logging_steps": 1,
-        "disable_tqdm": True,
-        "dataloader_num_workers": 0,
-        "dataloader_pin_memory": False,
     }
     clock: list[float] = []
 
@@ -264,9 +259,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data", nargs="+", choices=list(DATA), default=list(DATA))
     parser.add_argument("--pairs", type=int, default=64, help="pairs of an epoch, at most")
     parser.add_argument("--repeats", type=int, default=5, help="alternating runs of each side")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", action="store_true", help="print the JSON line only")
-    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
+    add_common_arguments(parser)
     return parser.parse_args()
 
 
@@ -278,12 +271,7 @@ def main() -> None:
         measured = measure(folder, tasks, args)
     rows = [compare(method, data, measured) for method, data in tasks]
     found = describe("preference_vs_trl", threads=args.threads, repeats=args.repeats, **prepared, rows=rows)
-    if not args.json:
-        print(render(rows))
-    print(json.dumps(found))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(found, indent=2) + "\n")
+    deliver(found, render(rows), args)
 
 
 if __name__ == "__main__":

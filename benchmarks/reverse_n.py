@@ -18,7 +18,6 @@ About seven minutes. TRL needs `pip install -e '.[bench]'`.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -26,7 +25,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from alternate import describe, in_child, is_child, pair_ratios, save_tokenizer, say, serve_child
+from alternate import (
+    add_common_arguments,
+    deliver,
+    describe,
+    in_child,
+    is_child,
+    pair_ratios,
+    save_tokenizer,
+    say,
+    serve_child,
+    trl_grpo_keys,
+)
 
 from tafkir.recipe.model import ModelConfig
 from tafkir.records import Example, Message, Verdict
@@ -222,42 +232,16 @@ def run_trl(folder: str, rate: float, seed: int, steps: int) -> dict[str, Any]:
     from tafkir.data.chat import render_chat
 
     place = Path(folder) / "model"
-    config = GRPOConfig(
-        output_dir=str(Path(folder) / "trl-output"),
-        use_cpu=True,
-        bf16=False,  # True
-        gradient_checkpointing=False,  # True
-        use_vllm=False,
-        model_init_kwargs={"dtype": "float32"},
-        per_device_train_batch_size=PROMPTS * GROUP,
-        gradient_accumulation_steps=1,
-        num_generations=GROUP,
-        max_completion_length=MAX_NEW,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-        beta=0.0,
-        num_iterations=1,
-        epsilon=0.2,
-        loss_type="dapo",
-        scale_rewards="group",
+    keys = trl_grpo_keys(
+        Path(folder) / "trl-output",
+        prompts=PROMPTS,
+        group=GROUP,
+        max_new=MAX_NEW,
+        steps=steps,
         learning_rate=rate,
-        lr_scheduler_type="constant",  # linear
-        warmup_steps=0,
-        weight_decay=0.0,
-        adam_beta2=0.999,
-        max_grad_norm=1.0,
-        optim="adamw_torch_fused",
-        max_steps=steps,
-        shuffle_dataset=False,
         seed=seed,
-        report_to="none",
-        save_strategy="no",
-        logging_steps=10_000,
-        disable_tqdm=True,
-        dataloader_num_workers=0,
-        dataloader_pin_memory=False,
     )
+    config = GRPOConfig(model_init_kwargs={"dtype": "float32"}, **keys)
     race, newest = Race(), [0.0]
 
     def reward(completions: list[str], answer: list[str], **_: Any) -> list[float]:
@@ -305,7 +289,12 @@ def work(side: str, folder: str, rates: Sequence[float] = (), **spec: Any) -> di
 
 
 def tune(folder: str, side: str, args: argparse.Namespace) -> tuple[float, dict[str, Any]]:
-    """The learning rate with which a side is fastest there on a seed that does not count, and what each took."""
+    """The learning rate with which a side is fastest there on a seed that does not count, and what each took.
+
+    Where there is one rate only there is nothing to try.
+    """
+    if len(args.rates) == 1:
+        return args.rates[0], {}
     say(f"{side}: trying learning rates of {', '.join(f'{rate:g}' for rate in args.rates)}")
     spec = {"side": side, "folder": folder, "rates": args.rates, "seed": 100, "steps": args.steps}
     found = in_child(__file__, spec, threads=args.threads)
@@ -352,9 +341,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=150, help="a run that is not there by then ends")
     parser.add_argument("--rates", type=float, nargs="+", default=LEARNING_RATES, help="learning rates to tune over")
     parser.add_argument("--start", type=float, default=0.4, help="share of right samples that the warm start goes to")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", action="store_true", help="print the JSON line only")
-    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
+    add_common_arguments(parser)
     return parser.parse_args()
 
 
@@ -367,12 +354,7 @@ def main() -> None:
         say(f"warm start: {prepared}")
         measured = compare(folder, args)
     found = describe("reverse_n", digits=DIGITS, goal=GOAL, threads=args.threads, **prepared, **measured)
-    if not args.json:
-        print(render(found))
-    print(json.dumps(found))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(found, indent=2) + "\n")
+    deliver(found, render(found), args)
 
 
 if __name__ == "__main__":

@@ -20,21 +20,30 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from alternate import (
+    ChildFailed,
+    add_common_arguments,
+    deliver,
+    describe,
+    in_child,
+    is_child,
+    pair_ratios,
+    save_tokenizer,
+    say,
+    serve_child,
+    trl_grpo_keys,
+)
 
 from tafkir.recipe.model import ModelConfig
 from tafkir.recipe.rl import IcePop, NoAcceptance, RlvrConfig
@@ -49,7 +58,6 @@ if TYPE_CHECKING:
     from tafkir.engine.engine import Engine
     from tafkir.models.decoder import Decoder
 
-PROMPTS, GROUP, MAX_NEW = 16, 8, 32
 STEPS_PER_EPOCH = 10
 SIDES = ("ours", "ours+icepop", "trl")
 EXPERT_BACKENDS = ("eager", "grouped_mm", "batched_mm")
@@ -59,7 +67,7 @@ CONTINUOUS_BATCHING = {"page_size": 32, "num_blocks": 512, "max_batch_tokens": 2
 
 @dataclass(frozen=True)
 class Size:
-    """A model, the length of the numbers that it reverses, and how both phases train it."""
+    """A model, the length of the numbers that it reverses, how both phases train it, and what a step samples."""
 
     model: ModelConfig
     digits: tuple[int, int]
@@ -67,6 +75,9 @@ class Size:
     warm_start_lr: float
     learning_rate: float
     steps: int
+    prompts: int = 16
+    group: int = 8
+    max_new: int = 32
 
 
 SIZES = {
@@ -112,6 +123,27 @@ SIZES = {
         learning_rate=1e-4,
         steps=3,
     ),
+    # Says nothing of speed: whether both sides run, and do the same.
+    "trial": Size(
+        ModelConfig(
+            vocab_size=300,
+            hidden_size=32,
+            num_hidden_layers=2,
+            intermediate_size=64,
+            moe_intermediate_size=16,
+            num_experts=4,
+            n_group=2,
+            topk_group=1,
+        ),
+        digits=(2, 3),
+        warm_start_steps=2,
+        warm_start_lr=1e-3,
+        learning_rate=1e-3,
+        steps=1,
+        prompts=2,
+        group=2,
+        max_new=4,
+    ),
 }
 
 
@@ -120,8 +152,8 @@ SIZES = {
 
 def step_problems(size: Size, step: int) -> list[tuple[str, str]]:
     """The problems of a step; every epoch asks the same ones in the same order."""
-    first = step % STEPS_PER_EPOCH * PROMPTS
-    return [make_problem(size, index) for index in range(first, first + PROMPTS)]
+    first = step % STEPS_PER_EPOCH * size.prompts
+    return [make_problem(size, index) for index in range(first, first + size.prompts)]
 
 
 def make_problem(size: Size, index: int) -> tuple[str, str]:
@@ -219,20 +251,14 @@ def _logits(decoder: Decoder, ids_N: Tensor) -> Tensor:
 def save_glm(decoder: Decoder, tokenizer: Tokenizer, folder: Path) -> Any:
     """The decoder as a transformers checkpoint with its tokenizer; returns the model."""
     from moe_train_step import copy_weights, glm_config
-    from transformers import Glm4MoeForCausalLM, PreTrainedTokenizerFast
+    from transformers import Glm4MoeForCausalLM
 
     config = glm_config(decoder.config)
     config.use_cache = True
     model = Glm4MoeForCausalLM(config).eval()
     copy_weights(decoder, model)
     model.save_pretrained(folder)
-    tokenizer.save(folder / "ours")
-    PreTrainedTokenizerFast(
-        tokenizer_file=str(folder / "ours" / "tokenizer.json"),
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        padding_side="left",
-    ).save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     return model
 
 
@@ -248,7 +274,6 @@ class Run:
     folder: str
     steps: int
     warmup_steps: int
-    threads: int
     seed: int
     experts: str = "eager"
     continuous_batching: bool = False
@@ -270,13 +295,14 @@ class Meter:
     def result(self, run: Run) -> dict[str, Any]:
         """The steps after the warm-up; their median is the run's speed, which a burst of other work hardly moves."""
         timed = list(pairwise(self.ends[run.warmup_steps :]))
+        samples = SIZES[run.size].prompts * SIZES[run.size].group
         cpu_s = [after[0] - before[0] for before, after in timed]
         wall_s = [after[1] - before[1] for before, after in timed]
         return {
             "side": run.side,
             "seed": run.seed,
-            "samples_per_cpu_s": PROMPTS * GROUP / statistics.median(cpu_s),
-            "samples_per_s": PROMPTS * GROUP / statistics.median(wall_s),
+            "samples_per_cpu_s": samples / statistics.median(cpu_s),
+            "samples_per_s": samples / statistics.median(wall_s),
             "cpu_s_per_step": statistics.median(cpu_s),
             "fastest_step_cpu_s": min(cpu_s),
             "rollout_share": sum(self.rollout_cpu_s[run.warmup_steps :]) / sum(cpu_s),
@@ -290,15 +316,15 @@ class Meter:
 class MeteredEngine:
     """Our engine as a completer whose CPU time is noted."""
 
-    def __init__(self, engine: Engine, meter: Meter) -> None:
-        self.engine, self.meter = engine, meter
+    def __init__(self, engine: Engine, meter: Meter, group: int) -> None:
+        self.engine, self.meter, self.group = engine, meter, group
 
     def complete(self, requests: Sequence[Request]) -> Iterator[Completion]:
         began = time.process_time()
         done = list(self.engine.complete(requests))
         self.meter.rollout_cpu_s.append(time.process_time() - began)
         self.meter.lengths.append(statistics.mean(len(completion.token_ids) for completion in done))
-        self.meter.first_prompts = self.meter.first_prompts or [list(r.prompt_ids) for r in requests[::GROUP]]
+        self.meter.first_prompts = self.meter.first_prompts or [list(r.prompt_ids) for r in requests[:: self.group]]
         return iter(done)
 
     def score(self, token_ids: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -331,9 +357,9 @@ def run_ours(run: Run) -> dict[str, Any]:
         weight_decay=0.0,
         max_grad_norm=1.0,
         expert_bias_update_rate=0.0,
-        prompts_per_step=PROMPTS,
-        group_size=GROUP,
-        max_completion_tokens=MAX_NEW,
+        prompts_per_step=size.prompts,
+        group_size=size.group,
+        max_completion_tokens=size.max_new,
         acceptance=IcePop() if run.side == "ours+icepop" else NoAcceptance(),
         reduction="token_mean",
         drop_zero_variance=False,
@@ -345,7 +371,7 @@ def run_ours(run: Run) -> dict[str, Any]:
     trainer = Trainer(load_checkpoint(folder).decoder, config)
     engine = Engine(load_checkpoint(folder).decoder, eos_ids=(tokenizer.turn_end_id,), tokenizer=tokenizer)
     rollouts = SynchronousRollouts(
-        MeteredEngine(engine, meter),
+        MeteredEngine(engine, meter, size.group),
         tokenizer,
         Reversal(),
         prompts,
@@ -372,48 +398,26 @@ def run_ours(run: Run) -> dict[str, Any]:
 
 
 def trl_config(run: Run) -> Any:
-    """TRL's keys for the same step; comments give the defaults that would slow it down or change the loss."""
+    """TRL's keys for the same step."""
     from trl import GRPOConfig
 
+    size = SIZES[run.size]
+    keys = trl_grpo_keys(
+        Path(run.folder) / "trl-output",
+        prompts=size.prompts,
+        group=size.group,
+        max_new=size.max_new,
+        steps=run.warmup_steps + run.steps,
+        learning_rate=size.learning_rate,
+        seed=run.seed,
+    )
     return GRPOConfig(
-        output_dir=str(Path(run.folder) / "trl-output"),
-        use_cpu=True,
-        bf16=False,  # True
-        gradient_checkpointing=False,  # True
-        use_vllm=False,
         use_transformers_continuous_batching=run.continuous_batching,
         transformers_continuous_batching_config=CONTINUOUS_BATCHING if run.continuous_batching else None,
         model_init_kwargs={"experts_implementation": run.experts, "dtype": "float32"},
-        per_device_train_batch_size=PROMPTS * GROUP,
-        gradient_accumulation_steps=1,
-        num_generations=GROUP,
-        max_completion_length=MAX_NEW,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-        beta=0.0,
-        num_iterations=1,
-        epsilon=0.2,
-        loss_type="dapo",
-        scale_rewards="group",
         router_aux_loss_coef=0.0,
-        learning_rate=SIZES[run.size].learning_rate,
-        lr_scheduler_type="constant",  # linear
-        warmup_steps=0,
-        weight_decay=0.0,
-        adam_beta2=0.999,
-        max_grad_norm=1.0,
-        optim="adamw_torch_fused",
-        max_steps=run.warmup_steps + run.steps,
-        shuffle_dataset=False,
-        seed=run.seed,
-        report_to="none",
-        save_strategy="no",
-        logging_steps=10_000,
-        disable_tqdm=True,
-        dataloader_num_workers=0,
-        dataloader_pin_memory=False,
         log_completions=False,
+        **keys,
     )
 
 
@@ -456,7 +460,7 @@ def run_trl(run: Run) -> dict[str, Any]:
         began = time.process_time()
         output = generate(prompts)
         meter.rollout_cpu_s.append(time.process_time() - began)
-        meter.first_prompts = meter.first_prompts or [list(ids) for ids in output[0][::GROUP]]
+        meter.first_prompts = meter.first_prompts or [list(ids) for ids in output[0][:: size.group]]
         return output
 
     trainer._generate = metered_generate
@@ -464,45 +468,21 @@ def run_trl(run: Run) -> dict[str, Any]:
     return meter.result(run)
 
 
-def work(spec: dict[str, Any], result: Path) -> None:
+def work(**spec: Any) -> dict[str, Any]:
     """The child process: prepare a size, or do one run."""
     import torch
 
-    torch.set_num_threads(spec["threads"])
     if "prepare" in spec:
-        output: dict[str, Any] = prepare(spec["prepare"], Path(spec["folder"]), spec["warm_start_steps"])
-    else:
-        run = Run(**spec)
-        torch.manual_seed(run.seed)
-        output = run_trl(run) if run.side == "trl" else run_ours(run)
-    result.write_text(json.dumps(output))
+        return prepare(spec["prepare"], Path(spec["folder"]), spec["warm_start_steps"])
+    run = Run(**spec)
+    torch.manual_seed(run.seed)
+    return run_trl(run) if run.side == "trl" else run_ours(run)
 
 
 # --- the comparison -----------------------------------------------------------------------------------------------
 
 
-class ChildFailed(Exception):
-    """A child process ended with an error; the message is its last line."""
-
-
-def in_child(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Do `work` in a process of its own."""
-    result = folder / "result.json"
-    result.unlink(missing_ok=True)
-    env = os.environ | {
-        "OMP_NUM_THREADS": str(spec["threads"]),
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", json.dumps(spec), str(result)]
-    done = subprocess.run(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise ChildFailed((done.stderr.strip().splitlines() or ["no message"])[-1])
-    return dict(json.loads(result.read_text()))
-
-
-def fastest_trl(base: Run, backends: Sequence[str], try_batching: bool) -> tuple[Run, dict[str, str]]:
+def fastest_trl(base: Run, backends: Sequence[str], try_batching: bool, threads: int) -> tuple[Run, dict[str, str]]:
     """TRL with its fastest expert backend and way of sampling, and what each variant took."""
     notes: dict[str, str] = {}
     best: tuple[float, Run] | None = None
@@ -513,9 +493,9 @@ def fastest_trl(base: Run, backends: Sequence[str], try_batching: bool) -> tuple
         nonlocal best
         say(f"{run.size}: trying TRL with {name}")
         try:
-            cpu_s = in_child(asdict(run), Path(run.folder))["fastest_step_cpu_s"]
+            cpu_s = in_child(__file__, asdict(run), threads=threads)["fastest_step_cpu_s"]
         except ChildFailed as error:
-            notes[name] = f"does not run: {error}"
+            notes[name] = f"does not run: {str(error).splitlines()[-1]}"
             return
         notes[name] = f"{cpu_s:.2f} CPU-s a step"
         if best is None or cpu_s < best[0]:
@@ -534,22 +514,23 @@ def compare(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]
     """Prepare one size, alternate the sides, and summarise."""
     size = SIZES[name]
     folder.mkdir(parents=True)
-    spec = {"prepare": name, "folder": str(folder), "threads": args.threads, "warm_start_steps": args.warm_start_steps}
+    spec = {"prepare": name, "folder": str(folder), "warm_start_steps": args.warm_start_steps}
     say(f"{name}: warm start")
-    prepared = in_child(spec, folder)
-    base = Run("ours", name, str(folder), args.steps or size.steps, args.warmup_steps, args.threads, seed=0)
+    prepared = in_child(__file__, spec, threads=args.threads)
+    base = Run("ours", name, str(folder), args.steps or size.steps, args.warmup_steps, seed=0)
     trial = replace(base, steps=min(base.steps, 2), warmup_steps=min(base.warmup_steps, 1))
-    trl, notes = fastest_trl(trial, args.backends, not args.no_continuous_batching)
+    trl, notes = fastest_trl(trial, args.backends, not args.no_continuous_batching, args.threads)
     repeats = []
     for seed in range(args.repeats):
         order = SIDES if seed % 2 == 0 else SIDES[::-1]
         say(f"{name}: repeat {seed + 1} of {args.repeats}: {', '.join(order)}")
-        repeats.append({side: measure(side, replace(base, seed=seed), trl) for side in order})
+        repeats.append({side: measure(side, replace(base, seed=seed), trl, args.threads) for side in order})
     learnt: dict[str, tuple[float, float]] = {}
     if args.learning_steps and name == args.sizes[0]:
         for side in SIDES:
             say(f"{name}: {args.learning_steps} steps of {side}, to see it learn")
-            rewards = measure(side, replace(base, steps=args.learning_steps, seed=len(repeats)), trl)["rewards"]
+            run = replace(base, steps=args.learning_steps, seed=len(repeats))
+            rewards = measure(side, run, trl, args.threads)["rewards"]
             epochs = [rewards[i : i + STEPS_PER_EPOCH] for i in range(0, len(rewards), STEPS_PER_EPOCH)]
             whole = [epoch for epoch in epochs if len(epoch) == STEPS_PER_EPOCH]
             learnt[side] = (statistics.mean(whole[0]), statistics.mean(whole[-1]))
@@ -557,7 +538,7 @@ def compare(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]
         "size": name,
         "parameters": size.model.num_parameters(),
         "active_parameters": size.model.num_parameters(active=True),
-        "samples_per_step": PROMPTS * GROUP,
+        "samples_per_step": size.prompts * size.group,
         "steps": base.steps,
         **prepared,
         "trl_experts": trl.experts,
@@ -569,10 +550,10 @@ def compare(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]
     }
 
 
-def measure(side: str, run: Run, trl: Run) -> dict[str, Any]:
+def measure(side: str, run: Run, trl: Run, threads: int) -> dict[str, Any]:
     """One run of one side; the prompts must be those of every other run."""
     run = replace(run, side=side, experts=trl.experts, continuous_batching=trl.continuous_batching)
-    result = in_child(asdict(run), Path(run.folder))
+    result = in_child(__file__, asdict(run), threads=threads)
     prompts = json.dumps(result.pop("first_prompts"))
     seen = Path(run.folder) / "prompts.json"
     if seen.exists() and seen.read_text() != prompts:
@@ -591,11 +572,8 @@ def summarise(results: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def ratios_to_trl(repeats: Sequence[dict[str, dict[str, Any]]], side: str) -> dict[str, Any]:
     """Median and range of the pairwise ratios; above 1 we make more samples (or, for memory, take more)."""
-    ratios: dict[str, Any] = {}
-    for key in ("samples_per_cpu_s", "samples_per_s", "peak_rss_mib"):
-        pairs = [repeat[side][key] / repeat["trl"][key] for repeat in repeats]
-        ratios[key] = {"median": statistics.median(pairs), "min": min(pairs), "max": max(pairs), "pairs": pairs}
-    return ratios
+    keys = ("samples_per_cpu_s", "samples_per_s", "peak_rss_mib")
+    return {key: pair_ratios(*([repeat[of][key] for repeat in repeats] for of in (side, "trl"))) for key in keys}
 
 
 def render(rows: Sequence[dict[str, Any]]) -> str:
@@ -619,13 +597,9 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["small", "dense", "tiny"])
     parser.add_argument("--repeats", type=int, default=5, help="alternating runs of each side")
     parser.add_argument("--steps", type=int, help="timed steps of a run (default: by size)")
     parser.add_argument("--warmup-steps", type=int, default=1, help="steps before the clock starts")
@@ -633,9 +607,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--learning-steps", type=int, default=39, help="steps of the last runs, first size; 0: none")
     parser.add_argument("--backends", nargs="+", choices=EXPERT_BACKENDS, default=EXPERT_BACKENDS)
     parser.add_argument("--no-continuous-batching", action="store_true", help="do not try TRL's continuous batching")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", action="store_true", help="print the JSON line only")
-    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
+    add_common_arguments(parser)
     return parser.parse_args()
 
 
@@ -643,26 +615,12 @@ def main() -> None:
     args = parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = [compare(name, Path(folder) / name, args) for name in args.sizes]
-    result = {
-        "benchmark": "rl_vs_trl",
-        "command": " ".join(["python", *sys.argv]),
-        "threads": args.threads,
-        "repeats": args.repeats,
-        "cpu": platform.processor() or platform.machine(),
-        "cpus": os.cpu_count(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
-        "rows": rows,
-    }
-    if not args.json:
-        print(render(rows))
-    print(json.dumps(result))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+    found = describe("rl_vs_trl", threads=args.threads, repeats=args.repeats, rows=rows)
+    deliver(found, render(rows), args)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        work(json.loads(sys.argv[2]), Path(sys.argv[3]))
+    if is_child():
+        serve_child(work)
     else:
         main()

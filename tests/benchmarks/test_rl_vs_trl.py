@@ -17,8 +17,8 @@ pytest.importorskip("trl", reason="the comparison needs the bench extra")
 @pytest.mark.slow
 def test_two_steps_of_each_side(cli_env: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "result.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "rl_vs_trl.py"), "--sizes", "small", "--repeats", "1"]
-    command += ["--steps", "1", "--warm-start-steps", "2", "--learning-steps", "0", "--backends", "eager"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "rl_vs_trl.py"), "--sizes", "trial", "--repeats", "1"]
+    command += ["--learning-steps", "0", "--backends", "eager"]
     command += ["--no-continuous-batching", "--out", str(out)]
     done = subprocess.run(command, env=cli_env, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
