@@ -1,14 +1,19 @@
-"""BF16 to NVFP4 on disk, whole processes side by side: tafkir quantize, NVIDIA ModelOpt, and only reading and writing.
+"""BF16 to NVFP4 on disk, whole processes side by side: tafkir quantize, ModelOpt, llm-compressor, and bytes alone.
 
 The checkpoints are random, of about 0.9 GB: a dense Qwen3 and a Qwen3-MoE with 64 experts in 4 layers, as
-`transformers` names them, in shards of 200 MB. Every side starts a fresh interpreter with one thread; CPU-seconds
-count, since a busy neighbour changes the clock more than the work. "only read and write" reads every byte of the
-source and writes as many as the quantized checkpoint has. ModelOpt runs in an environment of its own
-(`--peer-python`), with eight calibration prompts of 128 tokens, and exports as its examples do; "modelopt kernel" is
-its tensor kernel alone in a loop over shards.
+`transformers` names them, in shards of 200 MB. Every run starts a fresh interpreter with one OpenMP thread; one run of
+each side makes a round, and the ratios are medians over rounds. Every result is kept in `--out` at once: started again,
+the script goes on where it was, and `--minutes` ends it in time.
 
-    python -m venv peers && peers/bin/pip install torch nvidia-modelopt==0.47.0 requests transformers
-    python benchmarks/quantize_vs_peers.py --peer-python peers/bin/python --out results.json
+- "read and write": a script that reads every byte of the source, writes as many as the quantized checkpoint has, and
+  flushes them, as tafkir does.
+- "tafkir without arithmetic": tafkir quantize with kernels that compute nothing.
+- ModelOpt and llm-compressor run in environments of their own, with eight calibration prompts of 128 tokens, and export
+  as their examples do; "modelopt kernel" is ModelOpt's tensor kernel alone, in a loop over the files.
+
+    python -m venv modelopt && modelopt/bin/pip install torch nvidia-modelopt==0.47.0 requests transformers
+    python -m venv llmc && llmc/bin/pip install torch llmcompressor==0.14.0.1 "transformers<5.18"
+    python benchmarks/quantize_vs_peers.py --modelopt modelopt/bin/python --llmcompressor llmc/bin/python
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import shutil
 import statistics
 import subprocess
@@ -26,6 +32,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+OUT = Path(__file__).parent / "results" / "quantize_vs_peers.json"
 MODELOPT = """
 import copy, sys, torch
 import modelopt.torch.quantization as mtq
@@ -36,6 +43,19 @@ ids = torch.randint(3, 32000, (8, 128), generator=torch.Generator().manual_seed(
 with torch.no_grad():
     mtq.quantize(model, copy.deepcopy(mtq.NVFP4_DEFAULT_CFG), lambda m: [m(input_ids=row[None]) for row in ids])
 export_hf_checkpoint(model, export_dir=sys.argv[2])
+"""
+LLMCOMPRESSOR = """
+import sys, torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization import QuantizationModifier
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16).eval()
+ids = torch.randint(3, 32000, (8, 128), generator=torch.Generator().manual_seed(0)).tolist()
+rows = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * 128] * 8})
+recipe = QuantizationModifier(targets="Linear", scheme="NVFP4", ignore=["lm_head", "re:.*mlp.gate$"])
+oneshot(model=model, recipe=recipe, dataset=rows, num_calibration_samples=8, max_seq_length=128)
+model.save_pretrained(sys.argv[2], save_compressed=True)
 """
 KERNEL = """
 import pathlib, sys, torch
@@ -54,9 +74,9 @@ for file in sorted(pathlib.Path(sys.argv[1]).glob("*.safetensors")):
     save_file(made, pathlib.Path(sys.argv[2]) / file.name)
 """
 ONLY_BYTES = """
-import pathlib, sys
+import os, pathlib, sys
 read, total = 0, int(sys.argv[3])
-buffer = memoryview(bytearray(4 << 20))
+buffer = memoryview(bytearray(1 << 20))
 files = sorted(pathlib.Path(sys.argv[1]).glob("*.safetensors"))
 size = sum(file.stat().st_size for file in files)
 with open(pathlib.Path(sys.argv[2]) / "bytes", "wb", buffering=0) as out:
@@ -66,6 +86,15 @@ with open(pathlib.Path(sys.argv[2]) / "bytes", "wb", buffering=0) as out:
                 read += count
                 while out.tell() < total * read // size:
                     out.write(buffer[: min(len(buffer), total * read // size - out.tell())])
+    os.fsync(out.fileno())
+"""
+NO_ARITHMETIC = """
+import ctypes, sys
+from tafkir.native.weights import WeightKernels
+WeightKernels.amax = lambda *rest: 1.0
+WeightKernels.quantize_nvfp4 = lambda self, a, d, blocks, r, m, scale, packed: ctypes.memset(scale, 56, blocks) and None
+from tafkir.cli.main import main
+main()
 """
 
 
@@ -125,85 +154,123 @@ def make(kind: str, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def run(command: list[str], source: Path, out: Path) -> dict[str, float]:
+def run(command: list[str], source: Path, out: Path, *, makes_folder: bool) -> dict[str, float]:
     """One fresh process: CPU-seconds, seconds by the clock, and the most memory it held."""
     shutil.rmtree(out, ignore_errors=True)
-    if "tafkir.cli.main" not in command:
+    if not makes_folder:
         out.mkdir()
     for file in source.iterdir():
         with file.open("rb", buffering=0) as content:
             while content.read(1 << 22):  # into the page cache, so that no disk decides
                 pass
+    os.sync()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # compiled modules are kept, as they are for everyone
     began = time.monotonic()
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
+        wall = time.monotonic() - began
         if process.returncode:
             said.seek(0)
             raise SystemExit(f"{command[:4]} failed: {said.read().decode()[-2000:]}")
     return {
-        "cpu_s": round(usage.ru_utime + usage.ru_stime, 2),
-        "wall_s": round(time.monotonic() - began, 2),
+        "cpu_s": round(usage.ru_utime + usage.ru_stime, 3),
+        "wall_s": round(wall, 3),
         "peak_mb": round(usage.ru_maxrss / 1024),
     }
+
+
+def sides_of(kind: str, source: Path, out: Path, args: argparse.Namespace) -> dict[str, list[str]]:
+    """The command of every side."""
+    size, linears = sizes(kind, source)
+    cli = [sys.executable, "-m", "tafkir.cli.main"]
+    ours = ["quantize", str(source), str(out), "--preset", "all-linear", "--scales"]
+    written = str(round(size - linears * (1 - 4.5 / 16)))
+    sides = {
+        "read and write": [sys.executable, "-c", ONLY_BYTES, str(source), str(out), written],
+        "tafkir without arithmetic": [sys.executable, "-c", NO_ARITHMETIC, *ours, "max"],
+        "tafkir max": [*cli, *ours, "max"],
+        "tafkir max, one worker": [*cli, *ours, "max", "--workers", "1"],
+        "tafkir four_over_six": [*cli, *ours, "four_over_six"],
+        "tafkir mse": [*cli, *ours, "mse"],
+    }
+    if args.modelopt:
+        sides["modelopt"] = [str(args.modelopt), "-c", MODELOPT, str(source), str(out)]
+        sides["modelopt kernel"] = [str(args.modelopt), "-c", KERNEL, str(source), str(out)]
+    if args.llmcompressor:
+        sides["llm-compressor"] = [str(args.llmcompressor), "-c", LLMCOMPRESSOR, str(source), str(out)]
+    return {side: command for side, command in sides.items() if not args.sides or side in args.sides}
+
+
+def sizes(kind: str, source: Path) -> tuple[int, int]:
+    """Bytes of the source, and of the matrices in it that are quantized."""
+    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    return size, sum(shape[0] * shape[1] * 2 for name, shape in shapes(kind) if name.endswith("_proj.weight"))
+
+
+def summary(rounds: list[dict[str, dict[str, float]]], linears: int) -> dict[str, Any]:
+    """For each side medians over the rounds, and ratios within a round to tafkir by block maxima."""
+    table: dict[str, Any] = {}
+    for side in dict.fromkeys(side for row in rounds for side in row):
+        runs = [row[side] for row in rounds if side in row]
+        table[side] = {key: statistics.median(run[key] for run in runs) for key in ("cpu_s", "wall_s", "peak_mb")}
+        table[side]["rounds"] = len(runs)
+        table[side]["mb_of_matrices_per_cpu_s"] = round(linears / 1e6 / table[side]["cpu_s"], 1)
+        for key in ("cpu_s", "wall_s"):
+            ratios = [row[side][key] / row["tafkir max"][key] for row in rounds if side in row and "tafkir max" in row]
+            if ratios:
+                table[side][f"{key}_over_ours"] = round(statistics.median(ratios), 3)
+                table[side][f"{key}_over_ours_range"] = [round(min(ratios), 3), round(max(ratios), 3)]
+    return table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path(tempfile.gettempdir()) / "tafkir-quantize")
-    parser.add_argument("--peer-python", type=Path, help="interpreter with nvidia-modelopt; left out, no peer runs")
+    parser.add_argument("--modelopt", type=Path, help="interpreter with nvidia-modelopt")
+    parser.add_argument("--llmcompressor", type=Path, help="interpreter with llmcompressor")
     parser.add_argument("--checkpoints", nargs="+", default=["dense", "moe"])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--peer-repeats", type=int, default=5)
-    parser.add_argument("--searches", nargs="+", default=["max", "four_over_six", "mse"])
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--sides", nargs="+", help="only these")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no run after these")
+    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--make", choices=["dense", "moe"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.make:
         make(args.make, args.root / args.make)
         return
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
+    results["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    end, out = time.monotonic() + 60 * args.minutes, args.root / "out"
     for kind in args.checkpoints:
-        source, out = args.root / kind, args.root / "out"
-        if not source.exists():
+        if not (args.root / kind).exists():
             # In a process of its own: what a child inherits from a large parent would count as its memory.
             subprocess.run([sys.executable, __file__, "--root", str(args.root), "--make", kind], check=True)
-        size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-        linears = sum(shape[0] * shape[1] * 2 for name, shape in shapes(kind) if name.endswith("_proj.weight"))
-        ours = [sys.executable, "-m", "tafkir.cli.main", "quantize", str(source), str(out), "--preset", "all-linear"]
-        written = str(round(size - linears * (1 - 4.5 / 16)))
-        sides = {"only read and write": [sys.executable, "-c", ONLY_BYTES, str(source), str(out), written]}
-        for search in args.searches:
-            sides[f"tafkir {search}"] = [*ours, "--scales", search, "--workers", "1"]
-        if args.peer_python:
-            python = str(args.peer_python)
-            sides["modelopt"] = [python, "-c", MODELOPT, str(source), str(out)]
-            sides["modelopt kernel"] = [python, "-c", KERNEL, str(source), str(out)]
-        rows: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
-        for repeat in range(args.repeats):
-            for side, command in sides.items():
-                if not side.startswith("modelopt") or repeat < args.peer_repeats:
-                    rows[side].append(run(command, source, out))
-                    print(kind, side, rows[side][-1], flush=True)
-        table = {
-            side: {key: statistics.median(row[key] for row in runs) for key in ("cpu_s", "wall_s", "peak_mb")}
-            | {"runs": runs}
-            for side, runs in rows.items()
-            if runs
-        }
-        base = table["tafkir " + args.searches[0]]["cpu_s"]
-        for row in table.values():
-            row["mb_of_linears_per_cpu_s"] = round(linears / 1e6 / row["cpu_s"], 1)
-            row["cpu_s_over_ours"] = round(row["cpu_s"] / base, 2)
-        results[kind] = {"source_mb": round(size / 1e6, 1), "linears_mb": round(linears / 1e6, 1), "sides": table}
-        shutil.rmtree(out, ignore_errors=True)
-    if args.out:
-        args.out.write_text(json.dumps(results, indent=2) + "\n")
-    print(
-        json.dumps({k: {s: {**r, "runs": len(r["runs"])} for s, r in v["sides"].items()} for k, v in results.items()})
-    )
+    for number in range(args.rounds):
+        for kind in args.checkpoints:
+            source = args.root / kind
+            size, linears = sizes(kind, source)
+            result = results.setdefault(kind, {"source_mb": round(size / 1e6, 1), "rounds": []})
+            result["matrices_mb"] = round(linears / 1e6, 1)
+            result["rounds"] += [{}] * (number + 1 - len(result["rounds"]))
+            row = dict(result["rounds"][number])
+            sides = sides_of(kind, source, out, args)
+            # Every other round the other way round: what a busy neighbour adds meets all sides alike.
+            for side in list(sides)[:: 1 if number % 2 == 0 else -1]:
+                if side in row or time.monotonic() > end:
+                    continue
+                row[side] = run(sides[side], source, out, makes_folder=side.startswith("tafkir"))
+                print(kind, number, side, row[side], flush=True)
+                result["rounds"][number] = row
+                result["sides"] = summary(result["rounds"], linears)
+                args.out.write_text(json.dumps(results, indent=2) + "\n")
+            shutil.rmtree(out, ignore_errors=True)
+    for kind in args.checkpoints:
+        for side, row in results.get(kind, {}).get("sides", {}).items():
+            print(f"{kind:6} {side:26} {row['cpu_s']:8.2f} CPU-s {row['wall_s']:8.2f} s {row['peak_mb']:6} MB", end="")
+            print(f"  x{row.get('cpu_s_over_ours')} CPU, x{row.get('wall_s_over_ours')} wall, {row['rounds']} rounds")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tafkir.checkpoint import Manifest, load_checkpoint, load_config, save_checkpoint
-from tafkir.checkpoint.manifest import hash_tensor
 from tafkir.checkpoint.save import write_error
+from tafkir.checkpoint.tensors import hash_tensor
 from tafkir.errors import CheckpointError
 from tafkir.models.build import build_decoder
 from tafkir.models.decoder import Decoder

@@ -18,8 +18,8 @@ from torch import Tensor
 import tafkir.checkpoint.read as read_module
 from tafkir.checkpoint import load_checkpoint, save_checkpoint
 from tafkir.checkpoint.finite import all_finite
-from tafkir.checkpoint.manifest import tensor_entry
 from tafkir.checkpoint.read import open_weights
+from tafkir.checkpoint.tensors import tensor_entry
 from tafkir.checkpoint.write import write_weights
 from tafkir.errors import CheckpointError
 from tafkir.models.build import build_decoder

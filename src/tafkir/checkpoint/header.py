@@ -10,26 +10,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tafkir.errors import CheckpointError
 
-__all__ = ["STORED_DTYPES", "StoredTensor", "layout", "read_header"]
+__all__ = ["DTYPE_BYTES", "MANIFEST_DTYPES", "StoredTensor", "layout", "read_header"]
 
-STORED_DTYPES: Mapping[str, torch.dtype] = {
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "F32": torch.float32,
-    "I64": torch.int64,
+DTYPE_BYTES: Mapping[str, int] = {
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E8M0": 1,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "F32": 4,
+    "I64": 8,
 }
-"""The dtypes that are read, by their names in the header; in the order in which safetensors sorts them, last first."""
+"""Bytes a number, for the dtypes that are read; in the order in which safetensors sorts them, last first."""
 
-_RANK = {code: rank for rank, code in enumerate(STORED_DTYPES)}
+MANIFEST_DTYPES: Mapping[str, str] = {
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "F32": "float32",
+    "I64": "int64",
+}
+"""What the manifest calls them: torch's names."""
+
+_RANK = {code: rank for rank, code in enumerate(DTYPE_BYTES)}
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
@@ -39,7 +50,7 @@ class StoredTensor:
 
     Attributes:
         file: the safetensors file.
-        dtype: its name in the header, such as "BF16"; may be one that is not in `STORED_DTYPES`.
+        dtype: its name in the header, such as "BF16"; may be one that is not in `DTYPE_BYTES`.
         shape: of the tensor.
         offset: of its first byte in the file.
         num_bytes: its length; row-major, little-endian.
@@ -87,8 +98,8 @@ def _stored(file: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     begin, end = (int(i) for i in entry["data_offsets"])
     shape = tuple(int(i) for i in entry["shape"])
     dtype = str(entry["dtype"])
-    known = STORED_DTYPES.get(dtype)
-    if begin < 0 or any(i < 0 for i in shape) or (known and end - begin != math.prod(shape) * known.itemsize):
+    known = DTYPE_BYTES.get(dtype)
+    if begin < 0 or any(i < 0 for i in shape) or (known and end - begin != math.prod(shape) * known):
         raise ValueError(f"{name}: {end - begin} bytes for {dtype} {list(shape)}")
     return StoredTensor(file, dtype, shape, data_start + begin, end - begin)
 
@@ -111,7 +122,7 @@ def layout(file: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> t
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, dtype, shape in sorted(tensors, key=lambda item: (-_RANK[item[1]], item[0])):
-        begin, end = end, end + math.prod(shape) * STORED_DTYPES[dtype].itemsize
+        begin, end = end, end + math.prod(shape) * DTYPE_BYTES[dtype]
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from pydantic import ValidationError
 
-from tafkir.checkpoint.manifest import MANIFEST_NAME, Manifest
+from tafkir.checkpoint.files import fp8_block_size, read_json, read_manifest
+from tafkir.checkpoint.manifest import Manifest
 from tafkir.checkpoint.quantized import packed_method
-from tafkir.checkpoint.read import WeightFiles, fp8_block_size, open_weights, read_json
+from tafkir.checkpoint.read import WeightFiles, open_weights
 from tafkir.errors import CheckpointError
 from tafkir.models.decoder import Decoder
 from tafkir.models.hf import (
@@ -248,19 +248,3 @@ def _place(files: WeightFiles, where: str | None) -> str:
     if where.startswith(str(files.listing.parent)):
         return where
     return f"{files.tensors[where].file if where in files.tensors else files.listing}: {where}"
-
-
-def read_manifest(path: Path) -> Manifest | None:
-    """The manifest of a checkpoint folder; None for a folder that Tafkir did not write."""
-    file = path / MANIFEST_NAME
-    if not file.exists():
-        return None
-    try:
-        return Manifest.model_validate(read_json(file))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise CheckpointError(
-            f"{'.'.join(map(str, first['loc']))}: {first['msg']}",
-            where=str(file),
-            fix="take the checkpoint anew, or one written by this version",
-        ) from error

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
 
-__all__ = ["DTYPE_NAMES", "MANIFEST_NAME", "Manifest", "TensorEntry", "hash_tensor", "tensor_entry"]
+__all__ = ["MANIFEST_NAME", "Manifest", "TensorEntry"]
 
 MANIFEST_NAME = "tafkir.json"
-
-DTYPE_NAMES: Mapping[torch.dtype, str] = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-}
-"""The dtypes that weights may have on disk."""
 
 
 class TensorEntry(BaseModel):
@@ -43,13 +32,3 @@ class Manifest(BaseModel):
     num_active_parameters: int
     lineage: dict[str, Any] = Field(default_factory=dict)
     tensors: dict[str, TensorEntry]
-
-
-def hash_tensor(tensor: Tensor) -> str:
-    """SHA-256 of a CPU tensor's bytes."""
-    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
-def tensor_entry(tensor: Tensor) -> TensorEntry:
-    """The manifest's entry for a tensor about to be written."""
-    return TensorEntry(dtype=DTYPE_NAMES[tensor.dtype], shape=tuple(tensor.shape), sha256=hash_tensor(tensor))

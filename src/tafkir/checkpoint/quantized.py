@@ -10,17 +10,15 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from tafkir.checkpoint.header import StoredTensor
 from tafkir.errors import CheckpointError
-from tafkir.ops.fp8 import dequantize_fp8, dequantize_fp8_blocks, fp8_scale_shape
-from tafkir.ops.integers import dequantize_int4, dequantize_int8
-from tafkir.ops.mxfp import dequantize_mxfp4, dequantize_mxfp8
-from tafkir.ops.nvfp4 import dequantize_nvfp4
+from tafkir.ops.blocks import fp8_scale_shape
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = ["AUXILIARY_SUFFIXES", "EncodedWeight", "Encoding", "decode_weight", "find_encoded", "packed_method"]
 
@@ -154,7 +152,7 @@ def decode_weight(
     weight: EncodedWeight,
     read: Callable[[str], Tensor],
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """What the codes are worth, in float32, rounded once to the wanted dtype.
@@ -162,12 +160,21 @@ def decode_weight(
     Args:
         weight: one of `find_encoded`.
         read: gives a stored tensor by name.
-        dtype: of the result where `out` is not given.
+        dtype: of the result where `out` is not given; None means float32.
         out: of the weight's shape, contiguous: filled and returned.
 
     Raises:
         CheckpointError: a scale is not finite.
     """
+    # Here and not above, because what finds the parts of weights does without torch.
+    import torch
+
+    from tafkir.ops.fp8 import dequantize_fp8, dequantize_fp8_blocks
+    from tafkir.ops.integers import dequantize_int4, dequantize_int8
+    from tafkir.ops.mxfp import dequantize_mxfp4, dequantize_mxfp8
+    from tafkir.ops.nvfp4 import dequantize_nvfp4
+
+    dtype = dtype or torch.float32
     codes, scale = read(weight.codes), read(weight.scale)
     total = read(weight.global_scale) if weight.global_scale else None
     for name, tensor in ((weight.scale, scale), (weight.global_scale, total)):

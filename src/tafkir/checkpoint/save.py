@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from tafkir.checkpoint.manifest import DTYPE_NAMES, MANIFEST_NAME, Manifest
-from tafkir.checkpoint.read import read_json
+from tafkir.checkpoint.files import read_json
+from tafkir.checkpoint.folder import MAX_SHARD_BYTES, publish_folder, write_error, write_folder
+from tafkir.checkpoint.manifest import MANIFEST_NAME, Manifest
+from tafkir.checkpoint.tensors import DTYPE_NAMES
 from tafkir.checkpoint.write import describe_tensors, write_weights
 from tafkir.errors import CheckpointError
 from tafkir.models.decoder import Decoder
@@ -44,9 +43,6 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 """What is copied from a tokenizer's folder, where it is there; tokenizer.json must be."""
-
-MAX_SHARD_BYTES = 5 * 10**9
-"""A larger checkpoint is written in shards of this size."""
 
 
 class SavesTokenizer(Protocol):
@@ -118,33 +114,6 @@ def save_checkpoint(
     return manifest
 
 
-@contextmanager
-def write_folder(path: Path) -> Iterator[Path]:
-    """A new folder to fill; it gets its name, in place of an older one, when the block ends well.
-
-    Raises:
-        CheckpointError: the place is not writable, or the disk is full; an older folder stays as it is.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging = path.parent / f".{path.name}.tmp"
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
-        try:
-            yield staging
-            publish_folder(staging, path)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    except OSError as error:
-        raise write_error(path, error) from error
-
-
-def publish_folder(staging: Path, path: Path) -> None:
-    """Give a finished folder its name, in place of an older one; what was written is on the disk by then."""
-    _sync(staging)
-    _replace(staging, path)
-
-
 def _write_tokenizer(
     staging: Path, tokenizer: SavesTokenizer | None, tokenizer_dir: Path | str | None
 ) -> dict[str, Any]:
@@ -167,39 +136,3 @@ def _write_tokenizer(
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _sync(folder: Path) -> None:
-    for path in (*folder.iterdir(), folder):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _replace(staging: Path, path: Path) -> None:
-    """Rename the new folder into place. A folder cannot replace a full one, so an old one steps aside first."""
-    old = path.parent / f".{path.name}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        os.rename(path, old)
-    try:
-        os.rename(staging, path)
-    except OSError:
-        if old.exists():
-            os.rename(old, path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def write_error(path: Path, error: Exception) -> CheckpointError:
-    """What a user is told when a folder cannot be written."""
-    code = getattr(error, "errno", None)
-    full = code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-    if full:
-        return CheckpointError("the disk is full", where=str(path), fix="free space, then run the command again")
-    reason = os.strerror(code) if code else str(error)
-    return CheckpointError(
-        f"cannot write the checkpoint ({reason})", where=str(path), fix="choose a folder that you may write to"
-    )

@@ -18,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tafkir.checkpoint.load import read_manifest
-from tafkir.checkpoint.manifest import DTYPE_NAMES, MANIFEST_NAME, Manifest
+from tafkir.checkpoint.manifest import MANIFEST_NAME, Manifest
 from tafkir.checkpoint.read import open_weights, read_json
 from tafkir.checkpoint.save import MAX_SHARD_BYTES, write_folder
+from tafkir.checkpoint.tensors import DTYPE_NAMES
 from tafkir.checkpoint.write import describe_tensors, write_weights
 from tafkir.data.puzzles.format import PuzzleFormat
 from tafkir.errors import CheckpointError

@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tafkir.checkpoint.files import INDEX_FILE, SINGLE_FILE
 from tafkir.checkpoint.finite import all_finite
-from tafkir.checkpoint.header import STORED_DTYPES, StoredTensor, layout
-from tafkir.checkpoint.manifest import TensorEntry, tensor_entry
-from tafkir.checkpoint.read import INDEX_FILE, SINGLE_FILE
+from tafkir.checkpoint.header import StoredTensor, layout
+from tafkir.checkpoint.manifest import TensorEntry
+from tafkir.checkpoint.tensors import STORED_DTYPES, tensor_entry
 from tafkir.errors import CheckpointError
 
 __all__ = ["describe_tensors", "write_weights"]

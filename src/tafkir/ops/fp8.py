@@ -5,7 +5,6 @@ Shapes: M rows, N columns, R = ceil(M / block rows), C = ceil(N / block columns)
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Literal
 
@@ -14,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tafkir.errors import CheckpointError
+from tafkir.ops.blocks import FP8_BLOCK_SIZE as BLOCK_SIZE
+from tafkir.ops.blocks import fp8_scale_shape
 
 __all__ = [
     "BLOCK_SIZE",
@@ -32,8 +33,6 @@ __all__ = [
 FP8_MAX = 448.0
 """Largest finite E4M3 value."""
 
-BLOCK_SIZE = (128, 128)
-
 Fp8Convention = Literal["modelopt", "compressed-tensors"]
 """In which dtype a peer computes.
 
@@ -46,19 +45,6 @@ _TINY = torch.finfo(torch.float32).tiny
 # Codes are widened through float16, whose exponents are 8 larger; the missing 2^8 goes into the scale.
 _FLOAT16_SHIFT = 256.0
 _SHIFTABLE = 2.0**119
-
-
-def fp8_scale_shape(shape: tuple[int, ...], block_size: tuple[int, int] = BLOCK_SIZE) -> tuple[int, ...]:
-    """[..., R, C]: the shape of the scales of a weight [..., M, N].
-
-    Raises:
-        CheckpointError: the weight has fewer than two dims, or a block is empty.
-    """
-    if len(shape) < 2:
-        raise CheckpointError(f"a tensor of shape {list(shape)} has no blocks", expected="two dims or more")
-    if min(block_size) < 1:
-        raise CheckpointError(f"the block size is {list(block_size)}", expected="two positive numbers")
-    return (*shape[:-2], math.ceil(shape[-2] / block_size[0]), math.ceil(shape[-1] / block_size[1]))
 
 
 def _scale_of(amax: Tensor, ue8m0: bool) -> Tensor:

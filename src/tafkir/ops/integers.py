@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tafkir.errors import CheckpointError
+from tafkir.ops.blocks import INT4_GROUP_SIZE
 
 __all__ = [
     "INT4_GROUP_SIZE",
@@ -23,7 +24,6 @@ __all__ = [
     "unpack_int4",
 ]
 
-INT4_GROUP_SIZE = 128
 _PER_WORD = 8
 
 

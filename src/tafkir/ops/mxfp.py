@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tafkir.errors import CheckpointError
+from tafkir.ops.blocks import MX_BLOCK_SIZE
 from tafkir.ops.fp8 import FP8_MAX
 from tafkir.ops.nvfp4 import E2M1_MAX, block_amax, decode_e2m1, encode_e2m1
 
@@ -26,8 +27,6 @@ __all__ = [
     "quantize_mxfp8",
     "quantize_mxfp8_reference",
 ]
-
-MX_BLOCK_SIZE = 32
 
 MxConvention = Literal["ocp", "modelopt"]
 """ocp: the power of two below the block's maximum, the next one from a mantissa of 1.75 on, as compressed-tensors 0.19

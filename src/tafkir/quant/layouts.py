@@ -19,6 +19,7 @@ _MODELOPT_ALGOS: Mapping[FormatName, tuple[str, int | None]] = {
     "nvfp4": ("NVFP4", 16),
     "nvfp4_w4a16": ("W4A16_NVFP4", 16),
     "mxfp8": ("MXFP8", 32),
+    "fp8": ("FP8", None),
     "fp8_channel": ("FP8_PER_CHANNEL_PER_TOKEN", None),
     "fp8_block": ("FP8_PB_WO", 128),
 }
@@ -75,7 +76,7 @@ def modelopt_configs(decisions: Sequence[Decision], config: QuantizeConfig) -> t
     """
     layers = {name: format for name, format in _modules(decisions).items() if format != "keep"}
     excluded, formats = excluded_modules(decisions), sorted(set(layers.values()))
-    cache = "FP8" if config.kv_cache == "fp8" else None
+    cache = None if config.kv_cache == "none" else config.kv_cache.upper()
     nested: dict[str, Any] = {"kv_cache_quant_algo": cache, "exclude_modules": excluded}
     flat: dict[str, Any] = {"ignore": excluded}
     if len(formats) == 1:
@@ -97,7 +98,8 @@ def modelopt_configs(decisions: Sequence[Decision], config: QuantizeConfig) -> t
     if size is not None:
         nested["group_size"] = size
     if cache:
-        flat["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
+        # An NVFP4 cache has no form of its own here, only its name; ModelOpt writes it so.
+        flat["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"} if cache == "FP8" else cache
     producer = {"name": "modelopt", "version": "0.47.0", "written_by": f"tafkir {tafkir.__version__}"}
     return {"producer": producer, "quantization": nested}, {**flat, "producer": producer, "quant_method": "modelopt"}
 
@@ -120,14 +122,21 @@ def _modelopt_group(format: FormatName) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def compressed_tensors_config(decisions: Sequence[Decision], config: QuantizeConfig) -> dict[str, Any]:
-    """`quantization_config` of config.json, with a group for each format."""
+def compressed_tensors_config(
+    decisions: Sequence[Decision], config: QuantizeConfig, *, static_inputs: bool = False
+) -> dict[str, Any]:
+    """`quantization_config` of config.json, with a group for each format.
+
+    With `static_inputs`, FP8 weights under one scale have a stored scale for their inputs, too.
+    """
     layers = {name: format for name, format in _modules(decisions).items() if format != "keep"}
     formats = sorted(set(layers.values()))
     groups = {}
     for i, format in enumerate(formats):
         weights = {**_GROUPS[format], "symmetric": True, "dynamic": False}
         inputs = _ACTIVATIONS.get(format)
+        if format == "fp8" and static_inputs:
+            inputs = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
         if format in ("nvfp4", "nvfp4_w4a16"):
             weights["scale_dtype"] = "torch.float8_e4m3fn"
         if inputs is not None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tafkir.checkpoint.header import STORED_DTYPES
-from tafkir.checkpoint.read import SINGLE_FILE, WeightFiles
+from tafkir.checkpoint.files import SINGLE_FILE, StoredFiles
+from tafkir.checkpoint.header import DTYPE_BYTES
 from tafkir.errors import CheckpointError
 from tafkir.quant.formats import Piece, pieces_of
 from tafkir.quant.policy import Decision, decide, sibling_group
@@ -53,12 +53,14 @@ class QuantizePlan:
         jobs: the work.
         shards: the files, and the tensors in each.
         dtypes: in which dtype each weight is computed, by header name.
+        not_finite: weights with NaN or infinities, which are copied as they are.
     """
 
     decisions: list[Decision]
     jobs: list[Job]
     shards: dict[str, list[Piece]]
     dtypes: dict[str, str]
+    not_finite: frozenset[str] = frozenset()
 
     @property
     def source_bytes(self) -> int:
@@ -85,9 +87,20 @@ class QuantizePlan:
 
 
 def plan_quantization(
-    files: WeightFiles, hf_config: Mapping[str, Any], config: QuantizeConfig, max_shard_bytes: int
+    files: StoredFiles,
+    hf_config: Mapping[str, Any],
+    config: QuantizeConfig,
+    max_shard_bytes: int,
+    not_finite: Collection[str] = (),
 ) -> QuantizePlan:
     """Decide on every tensor of an open checkpoint, and lay out the files; nothing is read but headers.
+
+    Args:
+        files: the source.
+        hf_config: its config.json.
+        config: formats and layout.
+        max_shard_bytes: of a file's tensors.
+        not_finite: weights with NaN or infinities; they stay as they are, with those that would share a scale.
 
     Raises:
         CheckpointError: no rule names a tensor, nothing would be quantized, or config.json has no num_hidden_layers.
@@ -98,7 +111,7 @@ def plan_quantization(
     if not isinstance(layers, int):
         raise CheckpointError("num_hidden_layers is missing", where=str(files.listing.parent / "config.json"))
     shapes = {name: files.shape(name) for name in files.names}
-    decisions = decide(shapes, config, layers)
+    decisions = _with_kept(decide(shapes, config, layers), not_finite)
     if all(decision.format == "keep" for decision in decisions):
         raise CheckpointError(
             f"the preset {config.preset!r} quantizes nothing of this checkpoint",
@@ -110,11 +123,25 @@ def plan_quantization(
     for decision in decisions:
         alone = decision.format == "keep" or not decision.name.endswith(".weight")
         groups.setdefault(decision.name if alone else f"group {sibling_group(decision.name)}", []).append(decision)
-    return _lay_out(files, groups, decisions, dtypes, config, max_shard_bytes)
+    plan = _lay_out(files, groups, decisions, dtypes, config, max_shard_bytes)
+    return replace(plan, not_finite=frozenset(not_finite))
+
+
+def _with_kept(decisions: list[Decision], not_finite: Collection[str]) -> list[Decision]:
+    groups = {sibling_group(name) for name in not_finite}
+
+    def kept(decision: Decision) -> Decision:
+        if decision.name in not_finite:
+            return replace(decision, format="keep", reason="not finite")
+        if decision.format != "keep" and sibling_group(decision.name) in groups:
+            return replace(decision, format="keep", reason="shares a scale with one that is not finite")
+        return decision
+
+    return [kept(decision) for decision in decisions] if groups else decisions
 
 
 def _lay_out(
-    files: WeightFiles,
+    files: StoredFiles,
     groups: Mapping[str, list[Decision]],
     decisions: list[Decision],
     dtypes: dict[str, str],
@@ -142,17 +169,17 @@ def _lay_out(
     return QuantizePlan(decisions, jobs, dict(zip(names, shards, strict=True)), dtypes)
 
 
-def _dtype_of(files: WeightFiles, name: str) -> str:
+def _dtype_of(files: StoredFiles, name: str) -> str:
     """In which dtype a weight is computed: its own, and BF16 where it is FP8 or codes."""
     stored = files.tensors.get(name)
     if name in files.encoded or stored is None or stored.dtype == "F8_E4M3":
         return "BF16"
-    if stored.dtype not in _SMALL or stored.dtype not in STORED_DTYPES:
+    if stored.dtype not in _SMALL or stored.dtype not in DTYPE_BYTES:
         where: Path = stored.file
         raise CheckpointError(f"dtype is {stored.dtype}", where=f"{where}: {name}", expected="F32, BF16, F16 or FP8")
     return stored.dtype
 
 
-def _stored_bytes(files: WeightFiles, name: str) -> int:
+def _stored_bytes(files: StoredFiles, name: str) -> int:
     parts = files.encoded[name].parts if name in files.encoded else (name, f"{name}_scale_inv")
     return sum(files.tensors[part].num_bytes for part in parts if part in files.tensors)

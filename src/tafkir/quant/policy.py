@@ -135,6 +135,10 @@ def decide(shapes: Mapping[str, Sequence[int]], config: QuantizeConfig, num_laye
         CheckpointError: no rule names a tensor.
         RecipeError: a rule matches nothing, or asks for a format that a tensor cannot have.
     """
+    if config.auto is not None:
+        raise RecipeError(
+            "the formats are still to be chosen", where="quantize.auto", fix="run `tafkir quantize --auto`"
+        )
     used: set[int] = set()
     decisions = []
     for name, shape in shapes.items():

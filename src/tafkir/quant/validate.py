@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from tafkir.checkpoint.files import StoredFiles, open_files, read_json
 from tafkir.checkpoint.quantized import packed_method
-from tafkir.checkpoint.read import WeightFiles, open_weights, read_json
 from tafkir.errors import CheckpointError
 from tafkir.quant.layouts import excluded_modules
 from tafkir.quant.policy import Decision, sibling_group
@@ -29,7 +27,7 @@ def validate_checkpoint(path: Path, decisions: Sequence[Decision], config: Quant
             global scales of their own, a kept module is not listed, or the two config files disagree.
     """
     hf_config = read_json(path / "config.json")
-    with open_weights(path, packed=packed_method(hf_config, path)) as files:
+    with open_files(path, packed=packed_method(hf_config, path)) as files:
         expected = {decision.name for decision in decisions}
         found = set(files.names)
         if expected != found:
@@ -53,7 +51,7 @@ def validate_checkpoint(path: Path, decisions: Sequence[Decision], config: Quant
     _check_configs(path, hf_config, decisions, config)
 
 
-def check_scales(files: WeightFiles, path: Path, inputs: set[str]) -> None:
+def check_scales(files: StoredFiles, path: Path, inputs: set[str]) -> None:
     """Every scale is finite and above zero; what engines read as one matrix shares its global scales.
 
     Args:
@@ -67,7 +65,7 @@ def check_scales(files: WeightFiles, path: Path, inputs: set[str]) -> None:
     shared: dict[str, tuple[str, float, float]] = {}
     for name, weight in files.encoded.items():
         for part in filter(None, (weight.scale, weight.global_scale)):
-            if not _all_positive(files.read_stored(part)):
+            if not _all_positive(files, part):
                 raise CheckpointError("a scale is zero or not finite", where=f"{path}: {part}", fix=_AGAIN)
         if weight.global_scale is None:
             continue
@@ -77,10 +75,10 @@ def check_scales(files: WeightFiles, path: Path, inputs: set[str]) -> None:
         )
         if name in inputs and not part:
             raise CheckpointError("the scale of its inputs is missing", where=f"{path}: {name}", fix=_AGAIN)
-        own = float(files.read_stored(part)) if part else 1.0
+        own = _number(files, part) if part else 1.0
         if not 0 < own < float("inf"):
             raise CheckpointError("a scale is zero or not finite", where=f"{path}: {part}", fix=_AGAIN)
-        key = (name, float(files.read_stored(weight.global_scale)), own)
+        key = (name, _number(files, weight.global_scale), own)
         first = shared.setdefault(sibling_group(name), key)
         if first[1:] != key[1:]:
             raise CheckpointError(
@@ -90,15 +88,23 @@ def check_scales(files: WeightFiles, path: Path, inputs: set[str]) -> None:
             )
 
 
-def _all_positive(scale: Tensor) -> bool:
-    """Whether all scales are numbers above zero, E8M0's in bytes."""
-    if scale.dtype == torch.uint8:
-        return int(scale.max()) < 255
-    if scale.dtype == torch.float8_e4m3fn:
-        # By their bits: 0 is zero, 0x7f is NaN, and what is above it is negative.
-        low, high = scale.view(torch.uint8).aminmax()
-        return int(low) > 0 and int(high) < 0x7F
-    return bool(((scale > 0) & scale.isfinite()).all())
+def _all_positive(files: StoredFiles, name: str) -> bool:
+    """Whether all scales are numbers above zero, by their bits; E8M0's are above zero always, and 255 is its NaN."""
+    dtype, content = files.tensors[name].dtype, files.read_bytes(name)
+    if dtype in ("U8", "F8_E8M0"):
+        return 0xFF not in content
+    if dtype == "F8_E4M3":
+        # 0 is zero, 0x7f is NaN, and what is above it, where ASCII ends, is negative.
+        return 0 not in content and 0x7F not in content and content.isascii()
+    infinity, letter = {"F32": (0x7F80_0000, "i"), "BF16": (0x7F80, "h"), "F16": (0x7C00, "h")}[dtype]
+    bits = memoryview(content).cast(letter)
+    return min(bits) > 0 and max(bits) < infinity
+
+
+def _number(files: StoredFiles, name: str) -> float:
+    """A float32 scale of a whole tensor."""
+    number: float = struct.unpack("<f", files.read_bytes(name))[0]
+    return number
 
 
 def _check_configs(

@@ -11,15 +11,19 @@ from typing import Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from tafkir.recipe.tables import Table
+from tafkir.recipe.auto import AutoConfig
+from tafkir.recipe.tables import Positive, Table
 
 __all__ = [
     "COMPONENTS",
     "FORMATS",
     "LAYOUT_FORMATS",
     "PRESETS",
+    "CalibrationConfig",
+    "ColdExperts",
     "Component",
     "FormatName",
+    "InputRange",
     "LayoutName",
     "PresetName",
     "QuantizeConfig",
@@ -44,17 +48,19 @@ fp8: one scale; fp8_channel: one a row; fp8_block: one for each 128x128."""
 
 SchemeName = Literal["nvfp4", "nvfp4_w4a16", "mxfp4", "mxfp8", "fp8", "fp8_channel", "fp8_block", "int8", "int4"]
 LayoutName = Literal["modelopt", "compressed-tensors"]
-ScaleChoice = Literal["max", "four_over_six", "mse"]
+ScaleChoice = Literal["max", "four_over_six", "mse", "local_hessian"]
+InputRange = Literal["max", "percentile", "headroom"]
+ColdExperts = Literal["error", "force", "balance", "data_free"]
 PresetName = Literal["tafkir", "r1-fp4", "r1-fp4-v2", "nemotron", "all-linear"]
 
 COMPONENTS: tuple[Component, ...] = get_args(Component)
 FORMATS: tuple[FormatName, ...] = get_args(FormatName)
 
 LAYOUT_FORMATS: Mapping[LayoutName, frozenset[FormatName]] = {
-    "modelopt": frozenset({"keep", "nvfp4", "nvfp4_w4a16", "mxfp8", "fp8_channel", "fp8_block"}),
+    "modelopt": frozenset({"keep", "nvfp4", "nvfp4_w4a16", "mxfp8", "fp8", "fp8_channel", "fp8_block"}),
     "compressed-tensors": frozenset(FORMATS),
 }
-"""What each layout has a place for; ModelOpt's "fp8" needs input scales from calibration, and so is left out."""
+"""What each layout has a place for."""
 
 
 def _preset(**formats: FormatName | Literal["scheme"]) -> dict[Component, FormatName | Literal["scheme"]]:
@@ -89,6 +95,28 @@ class RuleConfig(Table):
     format: FormatName = Field(description="Their format.")
 
 
+class CalibrationConfig(Table):
+    """What the model reads before it is quantized, and what is made of its activations."""
+
+    text: str = Field(
+        "task", min_length=1, description="`task` (made-up word problems), or a file: text or JSON lines."
+    )
+    tokens: Positive = Field(32_768, description="Tokens that are read at most.")
+    window: Positive = Field(512, description="Tokens of a document at most.")
+    ranges: InputRange = Field(
+        "max",
+        description="What the scale of activations covers: all, a percentile of blocks, or headroom for reasoning.",
+    )
+    percentile: float = Field(99.99, gt=0, le=100, description="Of blocks of 16 activations, for `percentile`.")
+    gptq: bool = Field(False, description="Round NVFP4 weights one column after the other, errors fed forward (GPTQ).")
+    damping: float = Field(0.01, gt=0, description="Of GPTQ: share of the mean second moment added to each.")
+    act_order: bool = Field(False, description="GPTQ rounds the columns of the largest activations first.")
+    cold_experts: ColdExperts = Field(
+        "error", description="Experts that get too few tokens: stop, give them some, give all their share, or no data."
+    )
+    min_expert_tokens: Positive = Field(16, description="Fewer tokens than these leave an expert cold.")
+
+
 class QuantizeConfig(Table):
     """Which tensor gets which number format, and what the written checkpoint looks like."""
 
@@ -100,9 +128,23 @@ class QuantizeConfig(Table):
     )
     layout: LayoutName = Field("modelopt", description="Names of tensors and config files of the written checkpoint.")
     input_scale: float = Field(
-        1.0, gt=0, description="Global scale of NVFP4 activations; 1 covers magnitudes up to 2688 without calibration."
+        1.0,
+        gt=0,
+        description="Global scale of activations; without calibration, 1 covers magnitudes up to 2688 (FP8: 448).",
     )
-    kv_cache: Literal["none", "fp8"] = Field("none", description="Number format of the cache that engines shall use.")
+    kv_cache: Literal["none", "fp8", "nvfp4"] = Field(
+        "none", description="Number format of the cache that engines shall use; nvfp4 in ModelOpt's layout alone."
+    )
+    non_finite: Literal["refuse", "keep"] = Field(
+        "refuse",
+        description="Weights with NaN or infinities: an error, or kept as they are with all that share a scale.",
+    )
+    calibration: CalibrationConfig | None = Field(
+        None, description="Run the model on text before, to choose the scales of activations, and of weights as asked."
+    )
+    auto: AutoConfig | None = Field(
+        None, description="Choose the formats of the layers' matrices under a budget, by what each one's loss does."
+    )
 
     @property
     def scale_choice(self) -> ScaleChoice:
@@ -118,6 +160,13 @@ class QuantizeConfig(Table):
     @model_validator(mode="after")
     def _check_formats(self) -> Self:
         used = {*self.component_formats.values(), *(rule.format for rule in self.rules)}
+        used |= set(self.auto.formats if self.auto else ())
+        if self.calibration is None and self.scales == "local_hessian":
+            raise ValueError("scales = 'local_hessian' needs data: add a [quantize.calibration], or --calibrate TEXT")
+        if self.calibration is not None and self.input_scale != 1.0:
+            raise ValueError("input_scale is what a calibration finds; set one or the other")
+        if self.kv_cache == "nvfp4" and self.layout != "modelopt":
+            raise ValueError(f"kv_cache = 'nvfp4': {self.layout} has no word for it; layout = 'modelopt' does")
         unknown = sorted(used - LAYOUT_FORMATS[self.layout])
         if unknown:
             places = [name for name, formats in LAYOUT_FORMATS.items() if used <= formats]

@@ -1,0 +1,84 @@
+"""A folder that is complete or not there: filled under a temporary name, then renamed. Without torch."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tafkir.errors import CheckpointError
+
+__all__ = ["MAX_SHARD_BYTES", "publish_folder", "write_error", "write_folder"]
+
+MAX_SHARD_BYTES = 5 * 10**9
+"""A larger checkpoint is written in shards of this size."""
+
+
+@contextmanager
+def write_folder(path: Path) -> Iterator[Path]:
+    """A new folder to fill; it gets its name, in place of an older one, when the block ends well.
+
+    Raises:
+        CheckpointError: the place is not writable, or the disk is full; an older folder stays as it is.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = path.parent / f".{path.name}.tmp"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        try:
+            yield staging
+            publish_folder(staging, path)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def publish_folder(staging: Path, path: Path) -> None:
+    """Give a finished folder its name, in place of an older one; what was written is on the disk by then."""
+    _sync(staging)
+    _replace(staging, path)
+
+
+def _sync(folder: Path) -> None:
+    for path in (*folder.iterdir(), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _replace(staging: Path, path: Path) -> None:
+    """Rename the new folder into place. A folder cannot replace a full one, so an old one steps aside first."""
+    old = path.parent / f".{path.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        os.rename(path, old)
+    try:
+        os.rename(staging, path)
+    except OSError:
+        if old.exists():
+            os.rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_error(path: Path, error: Exception) -> CheckpointError:
+    """What a user is told when a folder cannot be written."""
+    code = getattr(error, "errno", None)
+    full = code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    if full:
+        return CheckpointError("the disk is full", where=str(path), fix="free space, then run the command again")
+    if code == errno.EFBIG:
+        fix = "raise the limit (ulimit -f), or write smaller files; then run the command again"
+        what = "cannot write the checkpoint (a file would be larger than the system allows)"
+        return CheckpointError(what, where=str(path), fix=fix)
+    reason = os.strerror(code) if code else str(error)
+    return CheckpointError(
+        f"cannot write the checkpoint ({reason})", where=str(path), fix="choose a folder that you may write to"
+    )
