@@ -7,11 +7,13 @@ Shapes: N rows, K columns.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tafkir.errors import CheckpointError
-from tafkir.ops.nvfp4 import BLOCK_SIZE, Nvfp4, dequantize_nvfp4, encode_nvfp4, nearest_e2m1, nvfp4_step
+from tafkir.ops.nvfp4 import BLOCK_SIZE, E2M1_MAX, Nvfp4, dequantize_nvfp4, encode_nvfp4, nvfp4_step
 
 __all__ = ["DEFAULT_DAMPING", "gptq_nvfp4", "input_order", "inverse_factor", "output_error"]
 
@@ -78,10 +80,10 @@ def gptq_nvfp4(
     original = weight.float()
     steps = nvfp4_step(chosen.scale, chosen.global_scale).repeat_interleave(BLOCK_SIZE, dim=1)
     if order is None:
-        adjusted = _round_columns(original.clone(), steps, factor_KK)
+        adjusted = _round_columns(original, steps, factor_KK)
     else:
         adjusted = torch.empty_like(original)
-        adjusted[:, order] = _round_columns(original[:, order], steps[:, order].contiguous(), factor_KK)
+        adjusted[:, order] = _round_columns(original[:, order], steps[:, order], factor_KK)
     packed = encode_nvfp4(adjusted, chosen.scale, chosen.global_scale)
     errors = [
         output_error(original, dequantize_nvfp4(codes, chosen.scale, chosen.global_scale), hessian_KK)
@@ -97,18 +99,28 @@ def input_order(hessian_KK: Tensor) -> Tensor:
 
 
 def _round_columns(weight_NK: Tensor, steps_NK: Tensor, factor_KK: Tensor) -> Tensor:
-    """What every weight was when its turn came: its nearest code is GPTQ's. Works in place."""
-    width = weight_NK.shape[1]
-    for start in range(0, width, _LAZY):
-        stop = min(start + _LAZY, width)
-        errors = torch.empty(len(weight_NK), stop - start)
-        for k in range(start, stop):
-            column, step = weight_NK[:, k], steps_NK[:, k]
-            error = (column - nearest_e2m1(column / step).mul_(step)).div_(factor_KK[k, k])
-            weight_NK[:, k + 1 : stop] -= torch.outer(error, factor_KK[k, k + 1 : stop])
-            errors[:, k - start] = error
-        weight_NK[:, stop:] -= errors @ factor_KK[start:stop, stop:]
-    return weight_NK
+    """What every weight was when its turn came: its nearest code is GPTQ's.
+
+    In numpy, whose calls cost less on single columns, and with columns as rows, so that each lies in one piece.
+    """
+    weight_KN = weight_NK.T.contiguous()
+    rows, steps, factor = weight_KN.numpy(), steps_NK.T.contiguous().numpy(), factor_KK.numpy()
+    for start in range(0, len(rows), _LAZY):
+        stop = min(start + _LAZY, len(rows))
+        block, errors = rows[start:stop], np.empty_like(rows[start:stop])
+        for j, k in enumerate(range(start, stop)):
+            error = block[j] - _nearest(block[j] / steps[k]) * steps[k]
+            np.divide(error, factor[k, k], out=errors[j])
+            block[j + 1 :] -= factor[k, k + 1 : stop, None] * errors[j]
+        weight_KN[stop:].addmm_(factor_KK[start:stop, stop:].T, torch.from_numpy(errors), alpha=-1.0)
+    return weight_KN.T.contiguous()
+
+
+def _nearest(ratio: NDArray[np.float32]) -> NDArray[np.float32]:
+    """`nearest_e2m1` on numbers of numpy."""
+    size = np.minimum(np.abs(ratio), np.float32(E2M1_MAX))
+    spacing = np.float32(0.5) + np.float32(0.5) * (size >= 2.0) + (size >= 4.0)
+    return np.copysign(np.rint(size / spacing) * spacing, ratio)
 
 
 def output_error(weight: Tensor, quantized: Tensor, hessian_KK: Tensor) -> Tensor:
