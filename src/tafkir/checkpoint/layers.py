@@ -20,6 +20,7 @@ from tafkir.models.decoder import Decoder, DecoderLayer
 from tafkir.models.experts import MoE
 from tafkir.models.hf import Resolved, architecture_of, config_from_hf, drop_absent_mtp, resolve_names, split_pieces
 from tafkir.models.hf.convert import check_names, repeated_names
+from tafkir.models.residual import build_residual
 from tafkir.models.router import Router
 from tafkir.recipe.bundled import find_checkpoint
 
@@ -79,7 +80,7 @@ class LayerReader:
     def ends(self) -> nn.Module:
         """The ends of the residual stream."""
         with torch.device("meta"):
-            module = Decoder(self.config).residual
+            module = build_residual(self.config)
         return self._filled(module, "residual.")
 
     def embed(self, ids: Tensor) -> Tensor:
