@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tafkir.errors import RecipeError
-from tafkir.quant.budget import Option, allocate, allocate_reference
+from tafkir.quant.budget import Option, allocate, allocate_reference, best_choices
 
 OPTION = st.builds(Option, st.integers(0, 40), st.integers(0, 50).map(lambda loss: loss / 7))
 GROUPS = st.lists(st.lists(OPTION, min_size=1, max_size=4), min_size=1, max_size=5)
@@ -44,4 +44,8 @@ def test_a_large_model_is_decided_at_once() -> None:
     found = allocate(groups, budget)
     assert time.process_time() - began < 2
     assert found.cost <= budget and found.bound <= found.loss <= found.bound * 1.001
+    hull = best_choices(groups)
+    assert hull == sorted(hull) and hull[-1][1] == pytest.approx(0, abs=1e-3) and len(hull) > 366
+    below, above = max(p for p in hull if p[0] <= budget), min(p for p in hull if p[0] > budget)
+    assert above[1] - 1e-3 <= found.loss <= below[1] + 1e-3
     assert found.price > 0 and allocate(groups, 10**15).price == 0

@@ -12,7 +12,7 @@ from itertools import pairwise, product
 
 from tafkir.errors import RecipeError
 
-__all__ = ["Allocation", "Option", "allocate", "allocate_reference"]
+__all__ = ["Allocation", "Option", "allocate", "allocate_reference", "best_choices"]
 
 
 # Hundreds of groups stay far below; beyond, the answer is within what `Allocation.bound` says, if not the best.
@@ -87,10 +87,21 @@ def _undominated(options: Sequence[Option]) -> list[int]:
     return kept
 
 
-def _relax(
-    groups: Sequence[Sequence[Option]], frontiers: Sequence[Sequence[int]], budget: int
-) -> tuple[float, list[int]]:
-    """The multiplier of the linear relaxation, and what its greedy solution comes to in whole options."""
+def best_choices(groups: Sequence[Sequence[Option]]) -> list[tuple[int, float]]:
+    """(cost, loss) of the choices on the lower convex hull of all, from the cheapest to the one that loses least."""
+    frontiers = [_undominated(options) for options in groups]
+    picks = [frontier[0] for frontier in frontiers]
+    cost = sum(options[pick].cost for options, pick in zip(groups, picks, strict=True))
+    line = [(cost, _loss(groups, picks))]
+    for _, group, pick in _steps(groups, frontiers):
+        before, after = groups[group][picks[group]], groups[group][pick]
+        picks[group] = pick
+        line.append((line[-1][0] + after.cost - before.cost, line[-1][1] + after.loss - before.loss))
+    return [(cost, max(0.0, loss)) for cost, loss in line]
+
+
+def _steps(groups: Sequence[Sequence[Option]], frontiers: Sequence[Sequence[int]]) -> list[tuple[float, int, int]]:
+    """Steps along each group's convex hull, those that save most for each unit of cost first: (rate, group, option)."""
     steps = []
     for group, frontier in enumerate(frontiers):
         options, hull = groups[group], list[int]()
@@ -99,10 +110,17 @@ def _relax(
                 hull.pop()
             hull.append(i)
         steps += [(_slope(options, a, b), group, b) for a, b in pairwise(hull)]
+    return sorted(steps, key=lambda step: (-step[0], step[1]))
+
+
+def _relax(
+    groups: Sequence[Sequence[Option]], frontiers: Sequence[Sequence[int]], budget: int
+) -> tuple[float, list[int]]:
+    """The multiplier of the linear relaxation, and what its greedy solution comes to in whole options."""
     picks = [frontier[0] for frontier in frontiers]
     left = budget - sum(options[pick].cost for options, pick in zip(groups, picks, strict=True))
     price, closed = 0.0, set[int]()
-    for slope, group, pick in sorted(steps, key=lambda step: (-step[0], step[1])):
+    for slope, group, pick in _steps(groups, frontiers):
         more = groups[group][pick].cost - groups[group][picks[group]].cost
         if group not in closed and more <= left:
             picks[group], left = pick, left - more

@@ -1,0 +1,313 @@
+"""What quantizing one group of matrices does to a model's predictions: measured exactly, or estimated for all at once.
+
+A group is what engines read in one format: q/k/v, gate/up, all experts of a layer, or a matrix alone.
+Shapes: N tokens, V vocabulary, D width of a group's output.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tafkir.errors import CheckpointError
+from tafkir.models.attention import VarlenCausal
+from tafkir.models.decoder import Decoder
+from tafkir.models.experts import Experts, MoE
+from tafkir.models.hf import resolve_names
+from tafkir.models.layers import Linear
+from tafkir.quant.activations import INPUT_AMAX, QuantizedExperts, quantize_inputs
+from tafkir.quant.policy import component_of, layer_of, sibling_group
+from tafkir.recipe.quantize import FormatName
+from tafkir.runlog.progress import Progress
+
+__all__ = ["Group", "find_groups", "fisher_losses", "kl_losses", "measure_kl", "quantized_groups", "read_predictions"]
+
+_PARTS = ("attention", "attention_kv_b", "attention_out", "mlp", "experts", "shared_experts")
+_CHUNK_TOKENS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Matrices that get one format.
+
+    Attributes:
+        name: what a person calls it, `3 experts`.
+        layer: that it is in.
+        kind: what it is in the layer, `q/k/v`.
+        parameters: names in the decoder.
+        tensors: names in the checkpoint.
+        numel: weights in all.
+    """
+
+    name: str
+    layer: int
+    kind: str
+    parameters: tuple[str, ...]
+    tensors: tuple[str, ...]
+    numel: int
+
+    @property
+    def component(self) -> str:
+        """As the policy names it."""
+        return component_of(self.tensors[0], self.layer + 1)
+
+
+def find_groups(decoder: Decoder) -> list[Group]:
+    """The groups of the decoder's layers, in their order; multi-token prediction, routers and norms are none."""
+    found: dict[str, list[Any]] = {}
+    shapes = dict(decoder.named_parameters())
+    for names in resolve_names(decoder):
+        parts = [part for group in names.parts for part in group]
+        layer = layer_of(parts[0])
+        if not names.name.startswith("layers.") or layer is None or names.name not in shapes:
+            continue
+        if component_of(parts[0], decoder.config.num_hidden_layers) not in _PARTS:
+            continue
+        stem, _, rest = sibling_group(parts[0]).rpartition(".")
+        key = re.sub(r"\.experts\.\d+$", ".experts", stem) if names.stacked else f"{stem}.{rest}"
+        members = found.setdefault(key, [layer, _kind(key, names.stacked), [], [], 0])
+        members[2].append(names.name)
+        members[3] += parts
+        members[4] += shapes[names.name].numel()
+    return [
+        Group(f"{layer} {kind}", layer, kind, tuple(ours), tuple(theirs), numel)
+        for layer, kind, ours, theirs, numel in found.values()
+    ]
+
+
+def _kind(key: str, stacked: bool) -> str:
+    if stacked:
+        return "experts"
+    maps = "/".join(
+        name.removesuffix("_proj").removesuffix("_proj_with_mqa") for name in key.rpartition(".")[2].split("+")
+    )
+    return f"shared {maps}" if ".shared_expert" in key else maps
+
+
+# ---- a model with some groups quantized ------------------------------------------------------------------------------
+
+
+@contextmanager
+def quantized_groups(
+    decoder: Decoder, chosen: Sequence[tuple[Group, FormatName]], weights: Mapping[FormatName, Mapping[str, Tensor]]
+) -> Iterator[None]:
+    """The decoder with some groups in some formats, inputs included where the format has them; undone at the end.
+
+    Args:
+        chosen: groups and their formats; `keep` changes nothing.
+        weights: for each format, what the parameters become.
+    """
+    parameters, modules = dict(decoder.named_parameters()), dict(decoder.named_modules())
+    with ExitStack() as stack, torch.no_grad():
+        for group, format in chosen:
+            if format == "keep":
+                continue
+            for name in group.parameters:
+                parameter, kept = parameters[name], parameters[name].detach().clone()
+                stack.callback(parameter.data.copy_, kept)
+                parameter.data.copy_(weights[format][name])
+            if format == "nvfp4":
+                _round_inputs(group, modules, stack)
+        yield
+
+
+def _round_inputs(group: Group, modules: Mapping[str, nn.Module], stack: ExitStack) -> None:
+    for name in group.parameters:
+        path = name.rpartition(".")[0]
+        module = modules[path]
+        if isinstance(module, Experts):
+            moe = cast(MoE, modules[path.rpartition(".")[0]])
+            if moe.experts is module:
+                stack.callback(setattr, moe, "experts", module)
+                moe.experts = QuantizedExperts(module)  # type: ignore[assignment]
+        else:
+            stack.callback(module.register_forward_pre_hook(_rounded_argument).remove)
+
+
+def _rounded_argument(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (quantize_inputs(args[0], INPUT_AMAX), *args[1:])
+
+
+# ---- exact -----------------------------------------------------------------------------------------------------------
+
+
+def _chunks(documents: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, list[int]]]:
+    """Token ids of documents that fit together, and their boundaries."""
+    ids: list[int] = []
+    bounds = [0]
+    for document in documents:
+        if len(ids) and len(ids) + len(document) > _CHUNK_TOKENS:
+            yield torch.tensor(ids), bounds
+            ids, bounds = [], [0]
+        ids = ids + list(document)
+        bounds = [*bounds, len(ids)]
+    if ids:
+        yield torch.tensor(ids), bounds
+
+
+def _log_probs(decoder: Decoder, ids_N: Tensor, bounds: Sequence[int]) -> Tensor:
+    positions = torch.cat([torch.arange(end - start) for start, end in pairwise(bounds)])
+    hidden_ND = decoder(ids_N, positions, VarlenCausal(bounds)).hidden_ND
+    return F.log_softmax(decoder.logits(hidden_ND), dim=-1)
+
+
+@torch.no_grad()
+def read_predictions(decoder: Decoder, documents: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Log-probabilities [N, V] of every token's successor, for each run of documents.
+
+    Raises:
+        CheckpointError: there is no text.
+    """
+    found = [_log_probs(decoder, ids, bounds) for ids, bounds in _chunks(documents)]
+    if not found:
+        raise CheckpointError("no text to measure on", expected="documents of two tokens or more")
+    return found
+
+
+@torch.no_grad()
+def measure_kl(decoder: Decoder, documents: Sequence[Sequence[int]], reference: Sequence[Tensor]) -> float:
+    """Mean KL, in nats a token, of the reference predictions from the decoder's as it is now."""
+    total, count = 0.0, 0
+    for (ids, bounds), p in zip(_chunks(documents), reference, strict=True):
+        q = _log_probs(decoder, ids, bounds)
+        total += float((p.exp() * (p - q)).sum(-1).clamp_min(0).sum(dtype=torch.float64))
+        count += len(ids)
+    return total / count
+
+
+def kl_losses(
+    decoder: Decoder,
+    groups: Sequence[Group],
+    formats: Sequence[Mapping[FormatName, object]],
+    weights: Mapping[FormatName, Mapping[str, Tensor]],
+    documents: Sequence[Sequence[int]],
+    reference: Sequence[Tensor],
+) -> list[dict[FormatName, float]]:
+    """For each group and each of its formats, the mean KL with that group alone quantized: a forward pass each."""
+    losses: list[dict[FormatName, float]] = []
+    total, done = sum(len(own) for own in formats), 0
+    with Progress("sensitivity", total) as progress:
+        for group, own in zip(groups, formats, strict=True):
+            losses.append({})
+            for format in own:
+                with quantized_groups(decoder, [(group, format)], weights):
+                    losses[-1][format] = measure_kl(decoder, documents, reference)
+                done += 1
+                progress.update(done, kl=losses[-1][format])
+    return losses
+
+
+# ---- by one backward pass --------------------------------------------------------------------------------------------
+
+
+class _Watch:
+    """Sums, for each token, what a group's error does to the loss to first order: gradient times change of output."""
+
+    def __init__(self, groups: Sequence[Group], formats: Sequence[Mapping[FormatName, object]]) -> None:
+        self.sums: list[dict[FormatName, Tensor]] = [{} for _ in groups]
+        self.totals: list[dict[FormatName, float]] = [dict.fromkeys(own, 0.0) for own in formats]
+
+    def add(self, group: int, format: FormatName, change_N: Tensor) -> None:
+        seen = self.sums[group].get(format)
+        self.sums[group][format] = change_N if seen is None else seen + change_N
+
+    def square(self) -> None:
+        """Ends a pass: squares what each token came to."""
+        for sums, totals in zip(self.sums, self.totals, strict=True):
+            for format, change_N in sums.items():
+                totals[format] += float(change_N.square().sum(dtype=torch.float64))
+            sums.clear()
+
+
+def fisher_losses(
+    decoder: Decoder,
+    groups: Sequence[Group],
+    formats: Sequence[Mapping[FormatName, object]],
+    weights: Mapping[FormatName, Mapping[str, Tensor]],
+    documents: Sequence[Sequence[int]],
+    seed: int = 0,
+) -> list[dict[FormatName, float]]:
+    """Estimates of what `kl_losses` measures, for all groups by one forward and one backward pass.
+
+    To second order, KL is half of d^T F d for a change d of a layer's outputs, with the Fisher information F = E[g g^T]
+    of gradients g under labels that the model itself draws. A token's share is half of E[(g . d)^2], with the change
+    d = Q(x) Q(W)^T - x W^T of that token; what tokens do to one another's changes is left out.
+    """
+    watch = _Watch(groups, formats)
+    generator = torch.Generator().manual_seed(seed)
+    count = 0
+    trained = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
+    modules = dict(decoder.named_modules())
+    with ExitStack() as stack:
+        for parameter in trained:
+            stack.callback(parameter.requires_grad_, True)
+            parameter.requires_grad_(False)
+        stack.callback(decoder.embed_tokens.register_forward_hook(_start_graph).remove)
+        for index, group in enumerate(groups):
+            for path in dict.fromkeys(name.rpartition(".")[0] for name in group.parameters):
+                change = partial(_watched, watch, index, list(formats[index]), path, weights)
+                stack.callback(modules[path].register_forward_hook(change).remove)
+        with torch.enable_grad():
+            for ids, bounds in _chunks(documents):
+                logs_NV = _log_probs(decoder, ids, bounds)
+                drawn_N = torch.multinomial(logs_NV.detach().exp(), 1, generator=generator)
+                (-logs_NV.gather(1, drawn_N)).sum().backward()  # type: ignore[no-untyped-call]
+                watch.square()
+                count += len(ids)
+    return [{format: 0.5 * total / count for format, total in own.items()} for own in watch.totals]
+
+
+def _start_graph(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    """Gradients begin at the embeddings' output, so that no parameter needs one."""
+    return output.requires_grad_()
+
+
+def _watched(
+    watch: _Watch,
+    group: int,
+    formats: Sequence[FormatName],
+    path: str,
+    weights: Mapping[FormatName, Mapping[str, Tensor]],
+    module: nn.Module,
+    args: tuple[Any, ...],
+    output: Tensor,
+) -> None:
+    """Ask for the gradient of a module's output, and set the change that each format makes against it."""
+    inputs = tuple(value.detach() for value in args)
+
+    def weigh(gradient_ND: Tensor) -> None:
+        with torch.no_grad():
+            for format in formats:
+                theirs = {
+                    name.rpartition(".")[2]: weights[format][name] for name in weights[format] if _within(name, path)
+                }
+                changed_ND = _run_with(module, inputs, theirs, rounded=format == "nvfp4")
+                watch.add(group, format, ((changed_ND - output.detach()) * gradient_ND).flatten(1).sum(-1))
+
+    if output.requires_grad:
+        output.register_hook(weigh)
+
+
+def _within(name: str, path: str) -> bool:
+    return name.rpartition(".")[0] == path
+
+
+def _run_with(module: nn.Module, inputs: tuple[Any, ...], weights: Mapping[str, Tensor], *, rounded: bool) -> Tensor:
+    """What a linear map, or a stack of experts, makes of the same inputs with other weights."""
+    if isinstance(module, Linear):
+        x = quantize_inputs(inputs[0], INPUT_AMAX) if rounded else inputs[0]
+        return F.linear(x, weights["weight"], module.bias)
+    assert isinstance(module, Experts)
+    stand_in = QuantizedExperts(module, (INPUT_AMAX, INPUT_AMAX) if rounded else (None, None))
+    for name, weight in weights.items():
+        setattr(stand_in, name, nn.Parameter(weight, requires_grad=False))
+    return cast(Tensor, stand_in(*inputs))
