@@ -11,7 +11,7 @@ _BROKEN = frozenset({"sandbox", "start"})
 Outcome = Literal["correct", "wrong", "no_answer", "length", "error", "graded"]
 Split = Literal["train", "validation", "test"]
 StageName = Literal[
-    "tokenizer", "pretrain", "sft", "reward", "dpo", "rlvr", "rlhf", "quantize", "eval", "lab", "trm", "report"
+    "tokenizer", "pretrain", "sft", "reward", "dpo", "rlvr", "rlhf", "qat", "quantize", "eval", "lab", "trm", "report"
 ]
 
 STAGES: tuple[StageName, ...] = (
@@ -22,6 +22,7 @@ STAGES: tuple[StageName, ...] = (
     "dpo",
     "rlvr",
     "rlhf",
+    "qat",
     "quantize",
     "eval",
     "lab",

@@ -26,11 +26,12 @@ def test_stages_are_numbered_by_their_place(tmp_path: Path) -> None:
         "05-dpo",
         "06-rlvr",
         "07-rlhf",
-        "08-quantize",
-        "09-eval",
-        "10-lab",
-        "11-trm",
-        "12-report",
+        "08-qat",
+        "09-quantize",
+        "10-eval",
+        "11-lab",
+        "12-trm",
+        "13-report",
     ]
     assert not run.path.exists()
 

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +87,11 @@ def stage_function(kind: StageName) -> StageFunction:
         from tafkir.quant.stage import run_quantize
 
         return run_quantize
+    if kind == "qat":
+        from tafkir.quant.fake import fake_quantize
+        from tafkir.train.qat import run_qat
+
+        return partial(run_qat, build_quantizer=fake_quantize)
     if kind == "lab":
         from tafkir.train.lab_stage import run_lab
 

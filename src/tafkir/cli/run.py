@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["program_name", "run"]
 
-_TRAINING: tuple[StageName, ...] = ("pretrain", "sft", "dpo", "rlvr", "rlhf")
+_TRAINING: tuple[StageName, ...] = ("pretrain", "sft", "dpo", "rlvr", "rlhf", "qat")
 
 
 def run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -15,12 +16,13 @@ from tafkir.data.contamination import ContaminationReport
 from tafkir.data.corpus import Corpus, load_corpus
 from tafkir.data.tokenizer import Tokenizer
 from tafkir.errors import CheckpointError, DataError, RecipeError
-from tafkir.eval.metrics import accuracy
+from tafkir.eval.metrics import accuracy, paired_ratio
 from tafkir.eval.records import GREEDY, EvalRecord
 from tafkir.eval.run import checkpoint_fingerprint, evaluate
-from tafkir.eval.summary import ALL, difference_table, score_table, sources_of
+from tafkir.eval.summary import ALL, METRICS, difference_table, problem_scores, score_table, sources_of
 from tafkir.ops.native import select_kernels
 from tafkir.protocols import Task
+from tafkir.recipe.bundled import find_checkpoint
 from tafkir.recipe.schema import EvalConfig
 from tafkir.recipe.seeds import derive_seed
 from tafkir.recipe.stage import StageContext
@@ -33,6 +35,7 @@ from tafkir.train.loop import peak_rss_bytes
 __all__ = ["run_eval"]
 
 MAX_OVERLAPS_LISTED = 20
+_QUANTIZED = ("ptq", "quantize")
 NUM_GENERATED = 100
 """Problems of each level of a generated kind, where the recipe's `max_problems` names no other number."""
 
@@ -105,12 +108,15 @@ def _choose(task: Task, config: EvalConfig) -> list[Example]:
 
 def _checkpoints(ctx: StageContext, config: EvalConfig) -> dict[str, Path]:
     """Name and folder of every checkpoint to score."""
-    present = [name for name in config.stages if getattr(ctx.recipe, name) is not None]
+    owners = {name: "quantize" if name == "ptq" else name for name in config.stages}
+    present = [name for name in config.stages if getattr(ctx.recipe, owners[name]) is not None]
     for name in config.stages:
         if name not in present:
             _logger.info("eval: the recipe has no stage %s, so it is not scored", name)
     if not present:
-        trained = any(getattr(ctx.recipe, name) is not None for name in ("pretrain", "sft", "dpo", "rlvr", "rlhf"))
+        trained = any(
+            getattr(ctx.recipe, name) is not None for name in ("pretrain", "sft", "dpo", "rlvr", "rlhf", "qat")
+        )
         if trained or ctx.previous is None:
             raise RecipeError(
                 "none of these stages is in the recipe",
@@ -119,7 +125,15 @@ def _checkpoints(ctx: StageContext, config: EvalConfig) -> dict[str, Path]:
                 fix="set eval.stages",
             )
         return {"base": ctx.previous}
-    return {name: ctx.run.stage(name).checkpoint_dir for name in present}
+    return {name: _checkpoint_of(ctx, name) for name in present}
+
+
+def _checkpoint_of(ctx: StageContext, name: str) -> Path:
+    if name == "base":
+        assert ctx.recipe.base is not None
+        return find_checkpoint(ctx.recipe.base)
+    # What is quantized without having been trained for it is the quantize stage's second copy.
+    return ctx.run.stage("quantize").path / "ptq" if name == "ptq" else ctx.run.stage(name).checkpoint_dir
 
 
 def _evaluate_checkpoint(
@@ -139,7 +153,7 @@ def _evaluate_checkpoint(
         max_tokens=config.max_tokens,
         seed=derive_seed(ctx.seed, "eval"),
         path=ctx.run.path / _records_name(task, name),
-        fingerprint=checkpoint_fingerprint(checkpoint),
+        fingerprint=checkpoint_fingerprint(checkpoint) + ("" if config.activations == "exact" else " quantized"),
         label=f"eval {name}",
     )
     score = score_table(records)[ALL]
@@ -198,6 +212,7 @@ def _summarise(
     for name, records in guesses.items():
         differences += difference_table(records, last, (name, names[-1]))
     sources = sources_of(last)
+    kept = _retention(answers)
     return {
         "task": task.name,
         "split": config.split,
@@ -209,8 +224,26 @@ def _summarise(
         "stages": {name: score_table(records) for name, records in answers.items()},
         "baselines": {name: _baseline_scores(records) for name, records in guesses.items()},
         "differences": differences,
+        **({"retention": kept} if kept else {}),
         "records": {name: _records_name(task, name) for name in names},
     }
+
+
+def _retention(answers: Mapping[str, Sequence[EvalRecord]]) -> list[dict[str, Any]]:
+    """What the quantized checkpoints keep of the score of the model that they were made of, where it is scored."""
+    own = [name for name in answers if name not in _QUANTIZED]
+    rows = []
+    for name in _QUANTIZED:
+        if own and name in answers:
+            before, after = answers[own[-1]], answers[name]
+            for metric in METRICS:
+                for source in (ALL, *sources_of(after)):
+                    found = paired_ratio(*(problem_scores(side, metric, source) for side in (before, after)))
+                    if found is not None:
+                        high = found.high if math.isfinite(found.high) else None
+                        row = {"before": own[-1], "after": name, "source": source, "metric": metric}
+                        rows.append({**row, **found.to_dict(), "high": high})
+    return rows
 
 
 def _baseline_scores(records: Sequence[EvalRecord]) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-// Number formats: block maxima, E2M1 codes, and the search for block scales, over blocks of 16 values.
+// Number formats: block maxima, E2M1 codes, the search for block scales, and what values become in NVFP4, over blocks
+// of 16 values.
 //
 // One vector of 16 floats is one block. Every result is bit for bit that of the torch code in ops/, so no product may
 // be fused with a sum, whatever the other files allow.
@@ -218,4 +219,55 @@ EXPORT int tafkir_sweep_scales(int threads, const void* values, int64_t kind, in
     scale[i] = (uint8_t)chosen;
   }
   return 0;
+}
+
+namespace {
+
+// What the values of a block are worth as codes under a step.
+inline Floats rounded(Floats x, float step) {
+  Floats ratio = magnitude(x) / step;
+  ratio = ratio > 6.0f ? (Floats{} + 6.0f) : ratio;
+  const Floats per = ratio < 2.0f ? (Floats{} + 2.0f) : (ratio < 4.0f ? (Floats{} + 1.0f) : (Floats{} + 0.5f));
+  const Floats spacing = ratio < 2.0f ? (Floats{} + 0.5f) : (ratio < 4.0f ? (Floats{} + 1.0f) : (Floats{} + 2.0f));
+  const Floats magic = Floats{} + 12582912.0f;
+  const Floats size = ((ratio * per + magic) - magic) * spacing * step;
+  return as_floats(as_words(size) | (x < 0.0f ? (Words{} + 0x80000000u) : Words{}));
+}
+
+// E4M3 of "four over six", in the order of operations of the reference.
+inline float static_scale(float amax, float total) {
+  const float wanted = amax / 6.0f;
+  return e4m3_value(e4m3_code((wanted == 0.0f ? 1.0f : wanted) * 256.0f / (total / 6.0f)));
+}
+
+}  // namespace
+
+// Matrices of `blocks` blocks each, with a global scale of their own, to what they are in NVFP4. `rule` 0 scales a
+// block by its maximum; 1 is "four over six", for which `totals` are the maxima of the matrices. Returns a sum: 1 where
+// a value lies beyond the cell of its last code (more than 7 steps), 2 where one is not finite.
+EXPORT int tafkir_round_nvfp4(int threads, const void* values, int64_t kind, int64_t matrices, int64_t blocks,
+                              const float* totals, const float* globals, int64_t rule, float* out) {
+  int clipped = 0, broken = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(| : clipped, broken)
+  for (int64_t i = 0; i < matrices * blocks; i++) {
+    const float global = globals[i / blocks], total = totals[i / blocks];
+    const Floats x = load(values, kind, i);
+    const float amax = largest(magnitude(x));
+    float step;
+    if (rule == 0) {
+      const float wanted = amax / (6.0f * global);
+      step = e4m3_value(e4m3_code(wanted == 0.0f ? 1.0f : wanted)) * global;
+    } else if (total == 0.0f) {
+      step = global;
+    } else {
+      const float six = static_scale(amax, total) * global, four = static_scale(amax * 1.5f, total) * global;
+      const Floats size = magnitude(x);
+      step = error_of(size, four) < error_of(size, six) ? four : six;
+    }
+    broken |= !(amax <= std::numeric_limits<float>::max());
+    clipped |= amax > 7.0f * step;
+    const Floats y = rounded(x, step);
+    std::memcpy(out + i * kBlock, &y, sizeof y);
+  }
+  return clipped + 2 * broken;
 }

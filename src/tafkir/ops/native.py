@@ -45,6 +45,7 @@ _SIGNATURES = {
     "tafkir_quantize_nvfp4": "ipllfpp",
     "tafkir_pick_step": "ipllppp",
     "tafkir_sweep_scales": "ipllfp",
+    "tafkir_round_nvfp4": "iplllpplp",
     "tafkir_wide_swiglu": "iipllp",
     "tafkir_wide_swiglu_backward": "iippllpp",
     "tafkir_post_norm": "iiippfllpp",

@@ -180,6 +180,13 @@ def _work(kind: StageName, recipe: Recipe) -> _Work:
             steps = recipe.sft.epochs * problems / table.batch_problems
         at_once = min(batch // table.micro_batches, table.pack_tokens or batch)
         return _Work(trained=int(steps * batch), batch=at_once)
+    if kind == "qat" and recipe.qat:
+        batch = recipe.qat.batch_problems * _TOKENS_PER_PROBLEM
+        own = recipe.qat.batch_problems * recipe.qat.max_completion_tokens * _COMPLETION_SHARE
+        sampled = int(recipe.qat.steps * own) if recipe.qat.data == "answers" else 0
+        # The teacher's forward is a third of what a trained token takes.
+        trained = recipe.qat.steps * batch * (4 if recipe.qat.objective == "distill" else 3) // 3
+        return _Work(trained=trained, sampled=sampled, batch=batch // recipe.qat.micro_batches)
     if kind in ("reward", "dpo"):
         return _pair_work(recipe.reward if kind == "reward" else recipe.dpo, recipe)
     config = recipe.rlvr if kind == "rlvr" else recipe.rlhf if kind == "rlhf" else None

@@ -1,6 +1,6 @@
-"""Inputs of the quantized matrices in NVFP4, for a decoder that an engine owns. Training never sees this.
+"""Inputs of the quantized matrices in NVFP4, for an engine's own decoder, or one that trains for quantization.
 
-Shapes: N tokens, D hidden, E experts, I expert width, A active experts per token.
+Shapes: N tokens, D hidden, E experts, I expert width, A active experts per token, P = N * A pairs of both.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tafkir.models.decoder import Decoder
 from tafkir.models.experts import Experts, MoE
 from tafkir.models.layers import Linear
+from tafkir.ops.fake_quant import round_inputs
 from tafkir.ops.fp8 import FP8_MAX
 from tafkir.ops.moe import swiglu
-from tafkir.ops.nvfp4 import E2M1_MAX, fake_quantize_nvfp4
+from tafkir.ops.nvfp4 import E2M1_MAX
 
 __all__ = ["INPUT_AMAX", "QuantizedExperts", "quantize_activations", "quantize_inputs", "quantize_inputs_of"]
 
@@ -28,9 +30,9 @@ INPUT_AMAX = E2M1_MAX * FP8_MAX
 def quantize_inputs(x: Tensor, amax: float = INPUT_AMAX) -> Tensor:
     """Activations [N, K] in NVFP4, with block scales of their own and a global scale of amax / 2688.
 
-    A scale over the whole batch would make a request's tokens depend on who else runs.
+    A scale over the whole batch would make a request's tokens depend on who else runs. Gradients go straight through.
     """
-    return fake_quantize_nvfp4(x, amax=amax)
+    return round_inputs(x, amax)
 
 
 class QuantizedExperts(nn.Module):
@@ -47,13 +49,24 @@ class QuantizedExperts(nn.Module):
         self.amax = amax
 
     def forward(self, x_ND: Tensor, expert_ids_NA: Tensor, weights_NA: Tensor) -> Tensor:
-        x_ND, out_ND = _maybe(x_ND, self.amax[0]), x_ND.new_zeros(x_ND.shape)
-        for expert in expert_ids_NA.unique().tolist():
-            token, slot = (expert_ids_NA == expert).nonzero(as_tuple=True)
-            hidden = _maybe(swiglu(F.linear(x_ND[token], self.gate_up_proj[expert])), self.amax[1])
-            weight = weights_NA[token, slot].unsqueeze(1).to(x_ND.dtype)
-            out_ND.index_add_(0, token, F.linear(hidden, self.down_proj[expert]) * weight)
-        return out_ND
+        num_experts, active = len(self.down_proj), expert_ids_NA.shape[1]
+        flat_P = expert_ids_NA.reshape(-1)
+        order_P = torch.sort(flat_P, stable=True).indices
+        counts = torch.bincount(flat_P, minlength=num_experts).tolist()
+        token_P = torch.div(order_P, active, rounding_mode="floor")
+        x_PD = _maybe(x_ND, self.amax[0]).index_select(0, token_P)
+        hidden_PI = _maybe(swiglu(_apart(x_PD, self.gate_up_proj, counts)), self.amax[1])
+        weights_P1 = weights_NA.reshape(-1, 1).index_select(0, order_P)
+        y_PD = _apart(hidden_PI, self.down_proj, counts) * weights_P1.to(x_ND.dtype)
+        inverse_P = torch.empty_like(order_P)
+        inverse_P[order_P] = torch.arange(len(order_P), device=order_P.device)
+        return y_PD.index_select(0, inverse_P).unflatten(0, (-1, active)).sum(1)
+
+
+def _apart(x_PK: Tensor, weights_ERK: Tensor, counts: list[int]) -> Tensor:
+    """Each expert's matrix on its own rows, which lie one expert after the other: [P, R]."""
+    parts = zip(x_PK.split(counts), weights_ERK.unbind(0), strict=True)
+    return torch.cat([F.linear(x, weight) for x, weight in parts if len(x)])
 
 
 def _maybe(x: Tensor, amax: float | None) -> Tensor:

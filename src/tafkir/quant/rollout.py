@@ -19,6 +19,7 @@ from tafkir.models.decoder import Decoder
 from tafkir.ops.fp8 import dequantize_fp8_blocks, quantize_fp8_blocks
 from tafkir.ops.nvfp4 import BLOCK_SIZE, fake_quantize_nvfp4
 from tafkir.quant.activations import quantize_activations
+from tafkir.quant.fake import FakeQuantizer, fake_quantize
 from tafkir.recipe.model import ModelConfig
 from tafkir.recipe.rollout import RolloutConfig, RolloutPrecision
 from tafkir.recipe.seeds import derive_seed
@@ -85,10 +86,11 @@ class RolloutWeights:
     Args:
         config: which format, how much noise.
         seed: of the noise, together with the policy's version and the tensor's name.
+        quantizer: of the engine's decoder, where `config.quantize` says how.
     """
 
-    def __init__(self, config: RolloutConfig, seed: int) -> None:
-        self.config, self.seed = config, seed
+    def __init__(self, config: RolloutConfig, seed: int, quantizer: FakeQuantizer | None = None) -> None:
+        self.config, self.seed, self.quantizer = config, seed, quantizer
         self.formats: dict[str, str] = {}
 
     @torch.no_grad()
@@ -100,6 +102,11 @@ class RolloutWeights:
             CheckpointError: no rule names a tensor, or weights are not finite.
         """
         given = dict(weights)
+        if self.config.quantize is not None:
+            assert self.quantizer is not None, "who builds the engine knows its decoder"
+            self.formats = dict.fromkeys(given, "float32") | self.quantizer.formats
+            yield from (given | self.quantizer(given)).items()
+            return
         self.formats = rollout_formats({name: tuple(t.shape) for name, t in given.items()}, self.config.precision)
         for name, tensor in given.items():
             values = self._with_noise(name, tensor, version) if self.config.noise and is_quantized(name) else tensor
@@ -130,9 +137,15 @@ def describe_rollouts(model: ModelConfig, config: RolloutConfig) -> dict[str, An
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in Decoder(model).state_dict().items()}
     formats = rollout_formats(shapes, config.precision)
+    activations = "nvfp4" if config.precision == "nvfp4_w4a4" else formats["embed_tokens.weight"]
+    if config.quantize is not None:
+        with torch.device("meta"):
+            quantizer = FakeQuantizer(Decoder(model), config.quantize)
+        formats |= quantizer.formats
+        activations = "nvfp4" if quantizer.input_amax() else activations
     return {
         **config.model_dump(mode="json"),
-        "activations": "nvfp4" if config.precision == "nvfp4_w4a4" else formats["embed_tokens.weight"],
+        "activations": activations,
         "share_of_weights": {
             format: sum(math.prod(shapes[name]) for name in shapes if formats[name] == format)
             / sum(map(math.prod, shapes.values()))
@@ -145,7 +158,8 @@ def describe_rollouts(model: ModelConfig, config: RolloutConfig) -> dict[str, An
 def prepare_decoder(decoder: Decoder, config: RolloutConfig) -> Decoder:
     """Make an engine's own decoder compute as its rollouts should, in place; its weights come through `RolloutWeights`.
 
-    bfloat16 changes every parameter but the routers'; nvfp4_w4a4 quantizes the inputs of the quantized matrices.
+    bfloat16 changes every parameter but the routers'; nvfp4_w4a4 quantizes the inputs of the quantized matrices, as
+    does `config.quantize` where its formats say so.
 
     Raises:
         RecipeError: experts are to be replayed and the decoder has none.
@@ -161,4 +175,6 @@ def prepare_decoder(decoder: Decoder, config: RolloutConfig) -> Decoder:
             router.float().load_state_dict(weights)
     elif config.precision == "nvfp4_w4a4":
         quantize_activations(decoder)
+    elif config.quantize is not None:
+        fake_quantize(decoder, config.quantize)
     return decoder

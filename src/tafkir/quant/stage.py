@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +16,23 @@ from tafkir.errors import RecipeError
 from tafkir.ops.native import select_kernels
 from tafkir.quant.convert import quantize_checkpoint
 from tafkir.quant.verify import audit_checkpoint, compare_logits, summarize_audit
+from tafkir.recipe.bundled import find_checkpoint
 from tafkir.recipe.stage import StageContext
+from tafkir.records import STAGES
 
 __all__ = ["run_quantize"]
 
 # Problems that no stage draws: training counts their seeds from 0.
 _FIRST_STORY, _TOKENS = 2 * 10**9, 4096
+
+
+def _before_qat(ctx: StageContext) -> Path:
+    """The policy that `qat` began with."""
+    for kind in reversed(STAGES[: STAGES.index("qat")]):
+        if kind not in ("tokenizer", "reward") and getattr(ctx.recipe, kind) is not None:
+            return ctx.run.stage(kind).checkpoint_dir
+    assert ctx.recipe.base is not None
+    return find_checkpoint(ctx.recipe.base)
 
 
 def run_quantize(ctx: StageContext) -> dict[str, Any]:
@@ -46,7 +58,12 @@ def run_quantize(ctx: StageContext) -> dict[str, Any]:
     out = ctx.stage.checkpoint_dir
     # Finished, but killed before its result was written: made of the same inputs, and cheap to make again.
     shutil.rmtree(out, ignore_errors=True)
-    quantize_checkpoint(ctx.previous, out, config, lineage={"stage": "quantize", "recipe": ctx.recipe.name})
+    lineage = {"stage": "quantize", "recipe": ctx.recipe.name}
+    quantize_checkpoint(ctx.previous, out, config, lineage=lineage)
+    if ctx.recipe.qat is not None and ctx.recipe.qat.baseline:
+        untrained = ctx.stage.path / "ptq"
+        shutil.rmtree(untrained, ignore_errors=True)
+        quantize_checkpoint(_before_qat(ctx), untrained, config, lineage=lineage)
     summary = summarize_audit(audit_checkpoint(ctx.previous, out))
     tokenizer = Tokenizer.load(out)
     documents: list[list[int]] = []

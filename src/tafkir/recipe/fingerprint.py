@@ -66,6 +66,8 @@ def fingerprint_stages(recipe: Recipe, base: Path | None) -> dict[StageName, str
                 sources = [Path(source) for source in recipe.preferences.sources]
                 files = {str(path): _hash_file(path) for path in sources if path.is_file()}
                 previous = _hash([previous, recipe.preferences.model_dump(mode="json"), files])
+            if kind == "qat" and recipe.quantize:
+                previous = _hash([previous, recipe.quantize.model_dump(mode="json")])
             if isinstance(table, ResidualLabConfig) and Path(table.text).is_file():
                 previous = _hash([previous, _hash_file(Path(table.text))])
             if kind == "trm" and recipe.trm:

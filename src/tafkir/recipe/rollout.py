@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from tafkir.recipe.quantize import QuantizeConfig
 from tafkir.recipe.tables import Table
 
 __all__ = ["RolloutConfig", "RolloutPrecision"]
@@ -28,8 +29,21 @@ class RolloutConfig(Table):
     replay_experts: bool = Field(
         False, description="Train on the experts that the rollouts went to (Rollout Routing Replay, MoE only)."
     )
+    quantize: QuantizeConfig | None = Field(
+        None, description="In place of a precision: rollouts by the model as `tafkir quantize` would write it."
+    )
 
     @property
     def is_exact(self) -> bool:
         """Rollouts use the training weights as they are."""
-        return self.precision == "float32" and self.noise == 0
+        return self.precision == "float32" and self.noise == 0 and self.quantize is None
+
+    @model_validator(mode="after")
+    def _check_quantize(self) -> Self:
+        if self.quantize is None:
+            return self
+        if self.precision != "float32" or self.noise:
+            raise ValueError("rollout.quantize stands for itself: leave precision and noise at their defaults")
+        if self.quantize.calibration is not None or self.quantize.auto is not None:
+            raise ValueError("rollouts are quantized anew at every step, without data: leave out calibration and auto")
+        return self

@@ -14,6 +14,7 @@ from tafkir.native.compiled import KernelChoice
 from tafkir.recipe.cluster import ClusterConfig
 from tafkir.recipe.lab import LabConfig
 from tafkir.recipe.model import ModelConfig
+from tafkir.recipe.qat import QatConfig
 from tafkir.recipe.quantize import QuantizeConfig
 from tafkir.recipe.rl import RlvrConfig
 from tafkir.recipe.rlhf import DpoConfig, PreferencesConfig, RewardConfig, RlhfConfig
@@ -38,6 +39,7 @@ __all__ = [
     "ParallelConfig",
     "PreferencesConfig",
     "PretrainConfig",
+    "QatConfig",
     "QuantizeConfig",
     "Recipe",
     "ReportConfig",
@@ -156,8 +158,16 @@ class EvalConfig(Table):
     max_tokens: Positive = Field(128, description="Length limit of an answer.")
     max_problems: int = Field(0, ge=0, description="Evaluate only the first this many problems per source; 0 is all.")
     split: Literal["validation", "test"] = Field("test", description="Which held-out part is scored.")
-    stages: tuple[Literal["pretrain", "sft", "dpo", "rlvr", "rlhf", "quantize"], ...] = Field(
-        ("sft", "rlvr"), min_length=1, description="Stages whose checkpoints are scored."
+    stages: tuple[Literal["base", "pretrain", "sft", "dpo", "rlvr", "rlhf", "qat", "ptq", "quantize"], ...] = Field(
+        ("sft", "rlvr"),
+        min_length=1,
+        description="Stages whose checkpoints are scored; ptq is what qat.baseline keeps for comparison.",
+    )
+    activations: Literal["exact", "quantized"] = Field(
+        "exact", description="Inputs of matrices that a checkpoint has in NVFP4 with them: as they are, or rounded."
+    )
+    kv_cache: Literal["auto", "fp8", "nvfp4"] = Field(
+        "auto", description="Numbers of the cache: as the weights', one byte each, or 4.5 bits."
     )
     tasks: Tasks = Field((), description="Kinds of problems to score, level by level; none means the word problems.")
 
@@ -207,8 +217,21 @@ class Recipe(Table):
     dpo: DpoConfig | None = None
     rlvr: RlvrConfig | None = None
     rlhf: RlhfConfig | None = None
+    qat: QatConfig | None = None
     quantize: QuantizeConfig | None = None
     eval: EvalConfig | None = None
     lab: LabConfig | None = None
     trm: TrmConfig | None = None
     report: ReportConfig | None = None
+
+    @model_validator(mode="after")
+    def _check_qat(self) -> Self:
+        if self.qat is not None and self.quantize is None:
+            raise ValueError("[qat] trains for the formats of a [quantize], which is not there")
+        if self.qat is not None and self.quantize is not None and (self.quantize.calibration or self.quantize.auto):
+            raise ValueError(
+                "[qat] needs formats and scales made of weights alone: leave out quantize.calibration and auto"
+            )
+        if self.eval is not None and "ptq" in self.eval.stages and not (self.qat and self.qat.baseline):
+            raise ValueError("eval.stages has ptq, which only qat.baseline = true makes")
+        return self

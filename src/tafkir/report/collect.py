@@ -162,7 +162,7 @@ def _expected_stages(run: RunDir, recipe: Mapping[str, Any]) -> list[StageName]:
 
 def _read_stage(stage: StageDir, notes: list[str]) -> StageRecord:
     run = RunDir(stage.path.parent.parent)
-    trains = stage.kind in ("pretrain", "sft", "reward", "dpo", "rlvr", "rlhf", "trm")
+    trains = stage.kind in ("pretrain", "sft", "reward", "dpo", "rlvr", "rlhf", "qat", "trm")
     result = _read_object(stage.result_path, run, notes)
     metrics = _read_rows(stage.metrics_path, run, notes)
     timings = _read_rows(stage.timings_path, run, notes)

@@ -141,12 +141,25 @@ _RLHF_CURVES = (
     ),
 )
 
+_QAT_CURVES = (
+    Curve(
+        "Divergence from the model before",
+        "a fall: what quantization had cost is won back. Dots are held-out problems.",
+        {"train/kl": "training", "validation/kl": "validation"},
+        unit="nats a token",
+        y_min=0.0,
+    ),
+    _LOSS,
+    _GRAD_NORM,
+)
+
 CURVES: Mapping[str, Sequence[Curve]] = {
     "pretrain": (_LOSS, _ACCEPTANCE, _GRAD_NORM, _ROUTER),
     "sft": (_LOSS, _ACCEPTANCE, _GRAD_NORM, _ROUTER),
     "reward": _REWARD_CURVES,
     "dpo": _DPO_CURVES,
     "rlhf": _RLHF_CURVES,
+    "qat": _QAT_CURVES,
     "trm": (
         Curve(
             "Loss of the cells",

@@ -31,6 +31,7 @@ __all__ = [
     "format_seconds",
     "headline",
     "key_facts",
+    "retention_rows",
     "skipped_steps",
     "source_names",
 ]
@@ -45,6 +46,8 @@ STAGE_TITLES: Mapping[str, str] = {
     "dpo": "DPO",
     "rlvr": "RLVR",
     "rlhf": "RLHF",
+    "qat": "Trained for quantization",
+    "ptq": "Quantized untrained",
     "quantize": "Quantized",
     "eval": "Evaluation",
     "lab": "Laboratory",
@@ -59,6 +62,7 @@ STAGE_WORDS: Mapping[str, str] = {
     "reward": "a model of which answers are preferred, learnt from pairs",
     "dpo": "learns from the preferred and the other answer of each pair directly",
     "rlhf": "answers open prompts and is rewarded for what is preferred (reinforcement learning, GRPO, under a guard)",
+    "qat": "learns again with its weights and inputs as they will be once they are quantized",
     "quantize": "the last model's weights in fewer bits",
     "eval": "answers problems that no stage was trained on",
     "lab": "trains twins that differ in one thing alone: their residual, or their rollouts and loss",
@@ -150,6 +154,8 @@ def headline(record: RunRecord) -> Headline:
     stages = list(_mapping(evaluation.get("stages")))
     if not stages:
         return _headline_without_eval(record)
+    if kept := _kept(evaluation, stages[-1]):
+        return _headline_of_kept(evaluation, kept, stages)
     change = _find_difference(evaluation, stages, "average")
     if change is None:
         return _headline_of_one(evaluation, stages[-1])
@@ -182,7 +188,9 @@ def _headline_without_eval(record: RunRecord) -> Headline:
         return Headline(measured, mismatch_beside(record.mismatch_variants), "plain")
     if solved := trm_sentence(record.result("trm")):
         return Headline(solved, trm_beside(record.result("trm")), "plain")
-    trained = [stage for stage in record.stages.values() if stage.kind in ("pretrain", "sft", "dpo", "rlvr", "rlhf")]
+    trained = [
+        stage for stage in record.stages.values() if stage.kind in ("pretrain", "sft", "dpo", "rlvr", "rlhf", "qat")
+    ]
     beside = ["This recipe has no evaluation, so nothing is said about held-out answers."]
     for name, words in (("validation/loss", "validation loss"), ("train/loss", "training loss")):
         values = [value for _, value in series(trained[-1].metrics, name) if value is not None] if trained else []
@@ -273,6 +281,53 @@ def _find_difference(evaluation: Mapping[str, Any], stages: Sequence[str], metri
     return None
 
 
+def _kept(evaluation: Mapping[str, Any], stage: str) -> Mapping[str, Any] | None:
+    """What a stage kept of all problems' score, where it is quantized."""
+    rows = evaluation.get("retention")
+    for row in rows if isinstance(rows, list) else []:
+        if (row.get("after"), row.get("source"), row.get("metric")) == (stage, "all", "average"):
+            return _mapping(row)
+    return None
+
+
+def _headline_of_kept(evaluation: Mapping[str, Any], kept: Mapping[str, Any], stages: Sequence[str]) -> Headline:
+    old, new = (_score(evaluation, kept[side], "all", "average").get("value") for side in ("before", "after"))
+    sentence = (
+        f"{_title(kept['after'])}, the model keeps {percent(kept['value'])} of its score "
+        f"(95 % interval {_interval_of(kept)}): {percent(old)} before, {percent(new)} after."
+    )
+    beside = [_what_was_measured(evaluation)]
+    if kept["after"] != "ptq" and (plain := _kept(evaluation, "ptq")):
+        beside.insert(0, f"Without training for it, it keeps {percent(plain['value'])} ({_interval_of(plain)}).")
+    beside.append(_against_baselines(evaluation, stages[-1]))
+    return Headline(sentence, [text for text in beside if text], "plain")
+
+
+def _interval_of(kept: Mapping[str, Any]) -> str:
+    return f"{percent(kept['low'])} to {percent(kept['high']) if kept['high'] is not None else 'any'}"
+
+
+# ---- retention ---------------------------------------------------------------------------------------------------
+
+
+def retention_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
+    """What each quantized checkpoint keeps of the score before, with its interval, and how many problems that is."""
+    rows = evaluation.get("retention")
+    sources = source_names(evaluation)
+    return [
+        [
+            _title(str(row["after"])),
+            str(row["source"]),
+            "sampled" if row["metric"] == "average" else "greedy",
+            percent(row["value"]),
+            _interval_of(row),
+            str(row["num_problems"]),
+        ]
+        for row in (rows if isinstance(rows, list) else [])
+        if isinstance(row, Mapping) and row.get("source") in sources
+    ]
+
+
 # ---- key facts ---------------------------------------------------------------------------------------------------
 
 
@@ -316,7 +371,7 @@ def _score_facts(evaluation: Mapping[str, Any]) -> list[Fact]:
 
 def _model_facts(record: RunRecord) -> list[Fact]:
     recursive = _number(record.result("trm"), "parameters")
-    if recursive and not {"pretrain", "sft", "dpo", "rlvr", "rlhf"} & set(record.stages):
+    if recursive and not {"pretrain", "sft", "dpo", "rlvr", "rlhf", "qat"} & set(record.stages):
         return [Fact("Parameters", _count(recursive), "used again in every pass")]
     config = model_config(record)
     if config is None:

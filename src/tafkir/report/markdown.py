@@ -21,7 +21,7 @@ from tafkir.report.preference import (
     reliability_rows,
 )
 from tafkir.report.trm import TRM_HEAD, trm_figures, trm_rows
-from tafkir.report.words import ACCURACY_HEAD, COST_HEAD, DIFFERENCE_HEAD, WORDS
+from tafkir.report.words import ACCURACY_HEAD, COST_HEAD, DIFFERENCE_HEAD, RETENTION_HEAD, WORDS
 
 __all__ = ["render_markdown"]
 
@@ -61,6 +61,7 @@ def _scores(record: RunRecord) -> list[str]:
     return [
         *_section("Accuracy by stage", _table(ACCURACY_HEAD, findings.accuracy_rows(evaluation))),
         *_section("Did a stage help?", _table(DIFFERENCE_HEAD, findings.difference_rows(evaluation))),
+        *_section("What quantization kept", _table(RETENTION_HEAD, findings.retention_rows(evaluation))),
         *_section("Time, speed and memory", _table(COST_HEAD, findings.cost_rows(record))),
     ]
 

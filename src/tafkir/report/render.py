@@ -24,11 +24,11 @@ from tafkir.report.preference import (
     reliability_rows,
 )
 from tafkir.report.trm import TRM_HEAD, trm_figures, trm_rows
-from tafkir.report.words import ACCURACY_HEAD, COST_HEAD, DIFFERENCE_HEAD, WORDS
+from tafkir.report.words import ACCURACY_HEAD, COST_HEAD, DIFFERENCE_HEAD, RETENTION_HEAD, WORDS
 
 __all__ = ["render_html"]
 
-_TRAINING: Sequence[StageName] = ("pretrain", "sft", "reward", "dpo", "rlvr", "rlhf")
+_TRAINING: Sequence[StageName] = ("pretrain", "sft", "reward", "dpo", "rlvr", "rlhf", "qat")
 
 
 def render_html(record: RunRecord) -> str:
@@ -157,6 +157,17 @@ def _differences(record: RunRecord) -> str:
     )
     figure = f'<figure class="card">{plot}{look}</figure>' if plot else ""
     return figure + _table(DIFFERENCE_HEAD, rows)
+
+
+def _retention(record: RunRecord) -> str:
+    rows = findings.retention_rows(record.evaluation)
+    if not rows:
+        return ""
+    lead = (
+        "Each figure is the score in fewer bits as a share of the score before, on the same problems and with the same "
+        "seeds; the interval holds every share that a paired test at 95 % would not refuse."
+    )
+    return _lead(lead) + _table(RETENTION_HEAD, rows, words=3)
 
 
 def _training(kind: StageName, lead: str) -> Callable[[RunRecord], str]:
@@ -427,6 +438,7 @@ _SECTIONS: Sequence[tuple[str, str, Callable[[RunRecord], str]]] = (
     ("run", "What was run", _stages),
     ("accuracy", "Accuracy by stage", _accuracy),
     ("differences", "Did a stage help?", _differences),
+    ("retention", "What quantization kept", _retention),
     ("chains", "Sample answers", _chains),
     ("pretrain", "Pre-training", _training("pretrain", "The model reads text and predicts each next token.")),
     (
@@ -446,6 +458,15 @@ _SECTIONS: Sequence[tuple[str, str, Callable[[RunRecord], str]]] = (
     ("reward", "Reward model", _reward),
     ("dpo", "Direct preference optimisation", _training("dpo", "The model learns from pairs of answers directly.")),
     ("rlhf", "Reinforcement learning from preferences", _rlhf),
+    (
+        "qat",
+        "Training for quantization",
+        _training(
+            "qat",
+            "The model learns with its weights and inputs as they will be once they are quantized, and is to predict "
+            "what it predicted before.",
+        ),
+    ),
     ("agreement", "Do the two engines agree?", _agreement),
     ("lab", "The laboratory of residuals", _lab),
     ("mismatch-lab", "The laboratory of mismatch", _mismatch_lab),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-__all__ = ["ACCURACY_HEAD", "COST_HEAD", "DIFFERENCE_HEAD", "WORDS"]
+__all__ = ["ACCURACY_HEAD", "COST_HEAD", "DIFFERENCE_HEAD", "RETENTION_HEAD", "WORDS"]
 
 ACCURACY_HEAD: Sequence[str] = ("", "Sampled, 95 %", "Greedy, 95 %", "Any of k", "Cut off", "Problems")
+RETENTION_HEAD: Sequence[str] = ("Model", "Problems", "Answers", "Kept", "95 %", "Of")
 DIFFERENCE_HEAD: Sequence[str] = ("Change", "Points, 95 %", "Up / down", "p", "Detectable")
 COST_HEAD: Sequence[str] = ("Stage", "State", "Steps", "Tokens", "Wall time", "CPU time", "Tokens/s", "Peak memory")
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from tafkir.checkpoint.load import load_checkpoint
+from tafkir.engine.cache_formats import CacheFormat
 from tafkir.engine.engine import Engine
+from tafkir.quant.served import load_served
 
 if TYPE_CHECKING:
     from tafkir.data.tokenizer import Tokenizer
@@ -24,8 +26,13 @@ def build_engine(
     max_batch: int | None = 32,
     max_context: int | None = None,
     max_cache_bytes: int | None = None,
+    served: bool = False,
+    kv_cache: CacheFormat = "auto",
 ) -> Engine:
     """Load the weights on the calling thread, which alone should run the engine afterwards.
+
+    With `served`, inputs of matrices that are stored in NVFP4 together with them are rounded, as engines do that
+    compute in four bits. `kv_cache` is the number format of the cache; auto takes the weights' dtype.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged.
@@ -34,12 +41,13 @@ def build_engine(
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     return Engine(
-        load_checkpoint(checkpoint).decoder,
+        load_served(checkpoint) if served else load_checkpoint(checkpoint).decoder,
         eos_ids=(tokenizer.turn_end_id, tokenizer.document_end_id),
         max_batch=max_batch or 32,
         max_context=max_context,
         max_cache_bytes=max_cache_bytes,
         tokenizer=tokenizer,
+        kv_cache=kv_cache,
     )
 
 
