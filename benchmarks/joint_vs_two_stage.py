@@ -59,6 +59,8 @@ COMMON = (
     "report=",
     "threads=1",
     "rlvr.max_steps=0",
+    "rlvr.steps=20",
+    "rlhf.steps=20",
     "eval.max_problems=200",
     "rlhf.guard.kl_budget=0",
     "rlhf.guard.judge=false",
@@ -198,6 +200,11 @@ def spent(run: RunDir) -> dict[str, float]:
     }
 
 
+def gain(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
+    """The mean difference of two lists of rewards of the same prompts, with its interval."""
+    return mean_interval([b - a for a, b in zip(before, after, strict=True)]).to_dict()
+
+
 def compare_quality(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train both ways for every seed; accuracies, rewards, and paired differences (joint minus two stages)."""
     result: dict[str, Any] = {"seeds": []}
@@ -216,14 +223,14 @@ def compare_quality(arguments: argparse.Namespace) -> dict[str, Any]:
                     for kind in opened[way]
                     for k, v in opened[way][kind].items()
                 },
+                **{f"{k}_gain": gain(opened[way]["sft"][k], opened[way]["rlhf"][k]) for k in opened[way]["sft"]},
                 **spent(runs[way]),
             }
         told["sft_accuracy"] = mean_interval([fmean(row) for row in scores(runs["joint"], "sft").values()]).to_dict()
         two, joint = (scores(runs[way], "rlhf") for way in ("two stages", "joint"))
         told["accuracy_difference"] = paired_difference(two, joint).to_dict()
         for name in ("reward_model", "judge"):
-            gaps = zip(opened["two stages"]["rlhf"][name], opened["joint"]["rlhf"][name], strict=True)
-            told[f"{name}_difference"] = mean_interval([b - a for a, b in gaps]).to_dict()
+            told[f"{name}_difference"] = gain(*(opened[way]["rlhf"][name] for way in WAYS))
         result["seeds"].append(told)
     return result
 
@@ -258,6 +265,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if arguments.quality:
         result["quality"] = compare_quality(arguments)
         for told in result["quality"]["seeds"]:
+            for way in WAYS:
+                for name in ("reward_model", "judge"):
+                    gap = told[way][f"{name}_gain"]
+                    print(f"seed {told['seed']}, {way}: {name} {gap['value']:+.3f}", end=" ")
+                    print(f"({gap['low']:+.3f} to {gap['high']:+.3f}) since SFT")
             for name in ("accuracy", "reward_model", "judge"):
                 gap = told[f"{name}_difference"]
                 print(f"seed {told['seed']}: {name}, joint minus two stages {gap['value']:+.3f}", end=" ")

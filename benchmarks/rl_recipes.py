@@ -150,7 +150,8 @@ def rlhf_section(told: Mapping[str, Any], dpo: Mapping[str, Any] | None) -> str:
     curves = [
         [words, f"{found['first']:.3g}", f"{found['last']:.3g}", f"{found['max']:.3g}"]
         for name, words in CURVES
-        if (found := told["curves"].get(f"rlhf: {name}"))
+        # Open prompts have no right answer: their share is 0 throughout.
+        if (found := told["curves"].get(f"rlhf: {name}")) and (name != "rollout/accuracy" or found["max"])
     ]
     head = ["RLHF", f"first {WINDOW} steps", f"last {WINDOW} steps", "largest"]
     guard = told.get("guard") or {}
