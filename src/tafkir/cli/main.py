@@ -16,6 +16,7 @@ from tafkir.cli import (
     evaluate,
     merge,
     model,
+    plan,
     quantize,
     recipes,
     report,
@@ -52,6 +53,7 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.add_typer(recipes.app, name="recipe")
 app.add_typer(model.app, name="model")
+app.add_typer(plan.app, name="plan")
 app.command("doctor")(doctor.doctor)
 app.command("serve")(serve.serve)
 app.command("chat")(serve.chat)

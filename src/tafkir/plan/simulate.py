@@ -1,0 +1,295 @@
+"""Waiting and percentiles: one replica under random arrivals, iteration by iteration, with the cost model's times.
+
+Between events nothing changes but the length of the caches, so that many iterations are one addition: a million
+requests take well under a minute of one core.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+from collections import deque
+from dataclasses import dataclass, field
+
+from tafkir.errors import RecipeError
+from tafkir.plan.advise import Option
+from tafkir.plan.load import CHUNK_TOKENS
+from tafkir.plan.serving import Deployment, decode_step, prefill, total
+from tafkir.plan.workload import Workload
+
+__all__ = ["Percentiles", "SimulatedLoad", "load_curve", "percentiles", "simulate_replica", "steady_state"]
+
+_EXACT_BATCH, _BATCH_GRID = 64, 8
+_SHORTEST_CHUNK = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Percentiles:
+    """Of a time in seconds."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedLoad:
+    """What users met.
+
+    Attributes:
+        rate: requests a second that arrived. requests: that were measured. tokens_per_s: of their answers.
+        batch: sequences that were decoded together in the mean. waiting: prompts in line at the end.
+    """
+
+    rate: float
+    requests: int
+    ttft: Percentiles
+    tpot: Percentiles
+    tokens_per_s: float
+    batch: float
+    waiting: int
+
+
+@dataclass(slots=True)
+class _Times:
+    """Seconds of an iteration, looked up: the cost model's terms are linear in the caches' length."""
+
+    deployment: Deployment
+    context: float
+    cached: float
+    _steps: dict[int, tuple[float, float]] = field(default_factory=dict)
+    _prefills: dict[int, float] = field(default_factory=dict)
+
+    def step(self, batch: int) -> tuple[float, float]:
+        """(seconds with empty caches, seconds more for every token in all of them) of a decoding iteration."""
+        key = batch if batch <= _EXACT_BATCH else -(-batch // _BATCH_GRID) * _BATCH_GRID
+        if key not in self._steps:
+            groups = self.deployment.layout.dp
+            each = key / groups
+            short, long = (total(decode_step(self.deployment, each, scale * self.context)) for scale in (0.5, 1.5))
+            slope = (long - short) / (self.context * key)
+            self._steps[key] = (short - 0.5 * slope * self.context * key, slope)
+        return self._steps[key]
+
+    def prompts(self, tokens: int, *, alone: bool) -> float:
+        """Seconds that prompt tokens add to an iteration, or take by themselves."""
+        key = _SHORTEST_CHUNK
+        while key < tokens:
+            key *= 2
+        if key not in self._prefills:
+            self._prefills[key] = total(prefill(self.deployment, max(1.0, key / self.deployment.layout.dp)))
+        shared = 0.0 if alone else self.deployment.shape.num_layers * self.deployment.coefficients.layer_s
+        # Between grid points a pass costs in proportion to its tokens.
+        return max(0.0, self._prefills[key] * max(tokens / key, 0.5) - shared)
+
+
+def percentiles(values: list[float]) -> Percentiles:
+    """Of at least one value, by nearest rank."""
+    ordered = sorted(values)
+
+    def at(share: float) -> float:
+        return ordered[min(len(ordered) - 1, max(0, math.ceil(share * len(ordered)) - 1))]
+
+    return Percentiles(sum(ordered) / len(ordered), at(0.5), at(0.9), at(0.99))
+
+
+# Shares of what a closed loop of patient users gets out of the replica.
+_LOADS = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
+
+
+def load_curve(option: Option, workload: Workload, requests: int) -> list[SimulatedLoad]:
+    """One replica of an option at growing load, up to and beyond what it carries.
+
+    Args:
+        option: without workers of their own for prompts.
+        workload: its mean lengths.
+        requests: of each point.
+    """
+    d, memory = option.fleet.decode, option.memory
+    most = option.point.tokens_per_s / workload.output_tokens
+    tokens = memory.free / memory.sequence * (workload.prompt_tokens + workload.output_tokens) * d.layout.dp
+    limit = min(option.batch, memory.sequences) * d.layout.dp
+    return [
+        simulate_replica(d, workload, share * most, requests=requests, max_sequences=limit, cache_tokens=tokens)
+        for share in _LOADS
+    ]
+
+
+def simulate_replica(
+    deployment: Deployment,
+    workload: Workload,
+    rate: float,
+    *,
+    requests: int = 20000,
+    max_sequences: int = 256,
+    cache_tokens: float = math.inf,
+    seed: int = 0,
+) -> SimulatedLoad:
+    """Poisson arrivals with exponential lengths, served first come first served with chunked prefill.
+
+    Args:
+        deployment: the replica. workload: its mean lengths and cached share.
+        rate: requests a second.
+        requests: that arrive; the first tenth warms up and is not measured.
+        max_sequences: decoded at once. cache_tokens: that the caches hold; a request is let in with room for all of it.
+        seed: of arrivals and lengths.
+
+    Raises:
+        RecipeError: the rate is not positive, or a typical request does not fit the cache.
+    """
+    if not rate > 0 or requests < 10:
+        raise RecipeError(f"{rate:g} requests a second, {requests} of them", where="simulation", expected="more")
+    if cache_tokens < workload.prompt_tokens + workload.output_tokens:
+        raise RecipeError("a typical request does not fit the cache", where="simulation", fix="take another layout")
+    return _Replica(deployment, workload, max_sequences, cache_tokens).run(rate, requests, seed)
+
+
+class _Replica:
+    """The state of one replica: what runs, what waits, and the clock."""
+
+    def __init__(self, deployment: Deployment, workload: Workload, max_sequences: int, cache_tokens: float) -> None:
+        self.workload, self.max_sequences, self.cache_tokens = workload, max_sequences, cache_tokens
+        self.times = _Times(deployment, workload.prompt_tokens + workload.output_tokens / 2, workload.cached)
+        self.yields = deployment.speculation.yields
+        c = deployment.coefficients
+        self.constant, self.admission = c.request_s, c.first_token_steps[deployment.engine]
+        self.clock, self.iteration, self.reserved, self.context = 0.0, 0, 0.0, 0.0
+        # (last iteration, number, arrival, first token's time, steps, prompt, tokens reserved) of what is decoded.
+        self.running: list[tuple[int, int, float, float, int, float, float]] = []
+        # [arrival, prompt tokens left, output, prompt] of what is not.
+        self.line: deque[list[float]] = deque()
+        self.pending: deque[list[float]] = deque()
+        self.ttft: list[float] = []
+        self.tpot: list[float] = []
+        self.busy_s = self.sequence_s = 0.0
+
+    def run(self, rate: float, requests: int, seed: int) -> SimulatedLoad:
+        rng = random.Random(seed)
+        w = self.workload
+        arrival, number, warm = rng.expovariate(rate), 0, requests // 10
+        tokens = 0.0
+        began = waiting = 0
+        while number < requests or self.line or self.pending or self.running:
+            while number < requests and arrival <= self.clock:
+                prompt = max(1.0, rng.expovariate(1 / w.prompt_tokens))
+                output = max(1.0, rng.expovariate(1 / w.output_tokens))
+                prompt = min(prompt, max(1.0, self.cache_tokens - output))
+                self.line.append([arrival, max(1.0, prompt * (1 - w.cached)), output, prompt])
+                arrival += rng.expovariate(rate)
+                number += 1
+                if number == requests:
+                    waiting = len(self.line)
+                if number > warm and not began:
+                    began, tokens = 1, 0.0
+                    start = self.clock
+                    self.ttft.clear()
+                    self.tpot.clear()
+                    self.busy_s = self.sequence_s = 0.0
+            self._admit()
+            if not self.running and not self.pending:
+                if number >= requests:
+                    break
+                self.clock = arrival
+                continue
+            tokens += self._advance(arrival if number < requests else math.inf)
+        elapsed = max(self.clock - start, 1e-9)
+        batch = self.sequence_s / max(self.busy_s, 1e-9)
+        measured = percentiles(self.ttft), percentiles(self.tpot)
+        return SimulatedLoad(rate, len(self.tpot), *measured, tokens / elapsed, batch, waiting)
+
+    def _admit(self) -> None:
+        """Let requests in, first come first served, as long as all of each fits."""
+        while self.line and len(self.running) + len(self.pending) < self.max_sequences:
+            _, _, output, prompt = self.line[0]
+            if self.reserved + prompt + output > self.cache_tokens and self.reserved:
+                return
+            self.reserved += prompt + output
+            self.pending.append(self.line.popleft())
+
+    def _advance(self, until: float) -> float:
+        """One iteration with prompts in it, or as many without as nothing else happens. Returns tokens finished."""
+        batch = len(self.running)
+        base, slope = self.times.step(batch) if batch else (0.0, 0.0)
+        if self.pending:
+            seconds = base + slope * self.context + self._prefill(batch, base + slope * self.context)
+            count = 1
+        else:
+            count = self.running[0][0] - self.iteration
+            first = base + slope * (self.context + batch)
+            if math.isfinite(until):
+                count = max(1, min(count, math.ceil((until - self.clock) / first)))
+            seconds = count * base + slope * (count * self.context + batch * count * (count + 1) / 2 * self.yields)
+            self.clock += seconds
+        if batch:
+            self.iteration += count
+            self.context += count * batch * self.yields
+            self.busy_s += seconds
+            self.sequence_s += seconds * batch
+        return self._finish()
+
+    def _prefill(self, batch: int, decode_s: float) -> float:
+        """Work on the prompts at the head of the line, up to a chunk, and start those that are done."""
+        room, used = float(CHUNK_TOKENS), 0.0
+        done = []
+        while self.pending and room > 0:
+            head = self.pending[0]
+            part = min(room, head[1])
+            head[1] -= part
+            room -= part
+            used += part
+            if head[1] > 0:
+                break
+            done.append(self.pending.popleft())
+        seconds = self.times.prompts(math.ceil(used), alone=batch == 0)
+        self.clock += decode_s + seconds
+        for arrival, _, output, prompt in done:
+            delay = self.constant + self.admission * decode_s
+            self.ttft.append(self.clock - arrival + delay)
+            steps = max(1, math.ceil((output - 1) / self.yields))
+            entry = (self.iteration + 1 + steps, len(self.ttft), arrival, self.clock, steps, prompt, prompt + output)
+            heapq.heappush(self.running, entry)
+            self.context += prompt
+        return seconds
+
+    def _finish(self) -> float:
+        tokens = 0.0
+        while self.running and self.running[0][0] <= self.iteration:
+            _, _, _, began, steps, prompt, reserved = heapq.heappop(self.running)
+            self.tpot.append((self.clock - began) / (steps * self.yields))
+            self.reserved -= reserved
+            self.context = max(0.0, self.context - prompt - steps * self.yields)
+            tokens += reserved - prompt
+        return tokens
+
+
+def steady_state(
+    deployment: Deployment, workload: Workload, rate: float, max_sequences: int = 4096
+) -> tuple[float, float]:
+    """Mean sequences decoded at once, and mean time per token, by a fixed point: N = rate x output x time(N).
+
+    Returns (inf, inf) where no number of sequences keeps up with the rate. Waiting is not in it.
+
+    Args:
+        deployment: the replica. workload: its mean lengths. rate: requests a second.
+        max_sequences: beyond which it does not look.
+    """
+    times = _Times(deployment, workload.prompt_tokens + workload.output_tokens / 2, workload.cached)
+    fresh = math.ceil(workload.prompt_tokens * (1 - workload.cached))
+    prompts = rate * times.prompts(fresh, alone=False)
+    if prompts >= 1:
+        return math.inf, math.inf
+    # With exponential lengths a sequence that runs has, in the mean, its whole mean output behind it.
+    context = workload.prompt_tokens + workload.output_tokens
+    number = 1.0
+    for _ in range(500):
+        base, slope = times.step(max(1, round(number)))
+        step = (base + slope * number * context) / deployment.speculation.yields / (1 - prompts)
+        after = rate * workload.output_tokens * step
+        if after > max_sequences:
+            return math.inf, math.inf
+        if abs(after - number) < 1e-3 * number:
+            return after, step
+        number = 0.5 * (number + after)
+    return number, step

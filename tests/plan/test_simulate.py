@@ -1,0 +1,91 @@
+"""The simulation against closed forms below the cliff, against itself one step at a time, and beyond the cliff."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import pytest
+
+from tafkir.errors import RecipeError
+from tafkir.plan import simulate
+from tafkir.plan.coefficients import fitted_coefficients
+from tafkir.plan.hardware import load_chips
+from tafkir.plan.layout import Layout
+from tafkir.plan.precision import PRECISIONS
+from tafkir.plan.references import find_shape
+from tafkir.plan.serving import Deployment
+from tafkir.plan.simulate import SimulatedLoad, percentiles, simulate_replica, steady_state
+from tafkir.plan.workload import WORKLOADS
+
+CHAT = WORKLOADS["chat"]
+CACHE = 250_000
+
+
+@pytest.fixture(scope="module")
+def replica() -> Deployment:
+    chip = load_chips(own_only=True)["h100"]
+    return Deployment(find_shape("qwen3-32b"), chip, PRECISIONS["bf16"], Layout(tp=2), fitted_coefficients(), "vllm")
+
+
+def loaded(replica: Deployment, rate: float, requests: int = 3000, seed: int = 0) -> SimulatedLoad:
+    return simulate_replica(replica, CHAT, rate, requests=requests, max_sequences=128, cache_tokens=CACHE, seed=seed)
+
+
+@pytest.mark.parametrize("rate", [0.5, 1.5, 2.5, 3.0])
+def test_means_agree_with_the_closed_form_below_the_cliff(replica: Deployment, rate: float) -> None:
+    found = loaded(replica, rate, requests=6000)
+    number, step = steady_state(replica, CHAT, rate)
+    assert found.tpot.mean == pytest.approx(step, rel=0.1)
+    assert found.batch == pytest.approx(number, rel=0.15)
+    # What comes in goes out.
+    assert found.tokens_per_s == pytest.approx(rate * CHAT.output_tokens, rel=0.1)
+
+
+def test_little_and_the_cliff(replica: Deployment) -> None:
+    """A mean hides it: half as much load again, and the first token takes a hundred times as long."""
+    below, above = loaded(replica, 3.0), loaded(replica, 4.5)
+    assert below.ttft.p90 < 1 < 10 < above.ttft.p50
+    assert above.waiting > 100 and steady_state(replica, CHAT, 7.0) == (math.inf, math.inf)
+    assert below.ttft.p50 <= below.ttft.p90 <= below.ttft.p99
+    # Time per token grows a little, because the batch is full.
+    assert 1 < above.tpot.mean / below.tpot.mean < 2
+    assert loaded(replica, 9.0).tokens_per_s == pytest.approx(above.tokens_per_s, rel=0.05)
+
+
+def test_jumps_change_nothing(replica: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every iteration by itself: the same requests meet the same times."""
+    jumped = loaded(replica, 2.0, requests=300)
+
+    class OneByOne(simulate._Replica):
+        def _advance(self, until: float) -> float:
+            return super()._advance(min(until, self.clock + 1e-9))
+
+    monkeypatch.setattr(simulate, "_Replica", OneByOne)
+    stepped = loaded(replica, 2.0, requests=300)
+    assert stepped.ttft.mean == pytest.approx(jumped.ttft.mean, rel=0.02)
+    assert stepped.tpot.mean == pytest.approx(jumped.tpot.mean, rel=0.02)
+    assert stepped.batch == pytest.approx(jumped.batch, rel=0.02)
+
+
+def test_a_seed_is_an_answer(replica: Deployment) -> None:
+    assert loaded(replica, 2.0, 500) == loaded(replica, 2.0, 500) != loaded(replica, 2.0, 500, seed=1)
+
+
+def test_a_million_requests_take_minutes(replica: Deployment) -> None:
+    """Five minutes of two cores are asked for; a fiftieth of them here."""
+    start = time.process_time()
+    loaded(replica, 3.0, requests=20000)
+    assert time.process_time() - start < 300 / 50
+
+
+def test_percentiles_by_nearest_rank() -> None:
+    found = percentiles([float(value) for value in range(1, 101)])
+    assert (found.p50, found.p90, found.p99, found.mean) == (50, 90, 99, 50.5)
+
+
+def test_bad_simulations(replica: Deployment) -> None:
+    with pytest.raises(RecipeError, match="0 requests a second"):
+        loaded(replica, 0.0)
+    with pytest.raises(RecipeError, match="does not fit the cache"):
+        simulate_replica(replica, CHAT, 1.0, requests=100, cache_tokens=100)
