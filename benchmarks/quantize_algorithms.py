@@ -4,8 +4,8 @@
     python benchmarks/quantize_algorithms.py --table                            the table of docs/quantization.md
 
 All matrices of the layers become NVFP4 (preset all-linear). Calibration reads 16,384 tokens of made-up word problems,
-the measure others of the same kind. W4A16: weights alone; W4A4: inputs of every matrix rounded, too, as engines do.
-Divergence is in thousandths of a nat per token, against the model that was quantized.
+the measure the solutions of others of the same kind. W4A16: weights alone; W4A4: inputs of every matrix rounded, too,
+as engines do. Divergence is in thousandths of a nat per token, against the model that was quantized.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tafkir.checkpoint.load import load_checkpoint
-from tafkir.data.chat import encode_document
+from tafkir.data.chat import encode_conversation, encode_document
 from tafkir.data.stories import make_story
 from tafkir.data.tokenizer import Tokenizer
 from tafkir.models.attention import VarlenCausal
@@ -36,7 +36,7 @@ from tafkir.recipe.bundled import find_checkpoint
 from tafkir.recipe.quantize import QuantizeConfig
 
 RESULTS = Path(__file__).parent / "results" / "quantize_algorithms.json"
-CALIBRATION_TOKENS, MEASURED_TOKENS, FIRST_STORY = 16_384, 12_288, 4 * 10**9
+CALIBRATION_TOKENS, MEASURED_TOKENS, FIRST_STORY = 16_384, 8_192, 4 * 10**9
 
 # Name: scales, GPTQ and its order, ranges of activations (None: a scale of one, without data).
 VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
@@ -56,26 +56,38 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
 }
 
 
-def documents(folder: Path) -> list[list[int]]:
-    tokenizer, found = Tokenizer.load(folder), list[list[int]]()
-    while sum(map(len, found)) < MEASURED_TOKENS:
-        found.append(encode_document(tokenizer, make_story(FIRST_STORY + len(found)))[0])
+Text = tuple[list[int], list[bool]]
+"""Token ids, and which of them are the solution's: the others are what no training of these models predicts."""
+
+
+def familiar_texts(folder: Path) -> list[Text]:
+    """Problems as plain text or as conversations, whichever the model predicts better."""
+    tokenizer, decoder = Tokenizer.load(folder), load_checkpoint(folder).decoder
+    made = {}
+    for encode in (encode_document, encode_conversation):
+        few = [encode(tokenizer, make_story(FIRST_STORY + i)) for i in range(8)]
+        made[perplexity(predictions(decoder, few), few)] = encode
+    encode, found = made[min(made)], list[Text]()
+    while sum(sum(mask) for _, mask in found) < MEASURED_TOKENS:
+        found.append(encode(tokenizer, make_story(FIRST_STORY + len(found))))
     return found
 
 
 @torch.no_grad()
-def predictions(decoder: Decoder, texts: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Log-probabilities of each next token, [tokens - 1, vocabulary]."""
+def predictions(decoder: Decoder, texts: Sequence[Text]) -> list[Tensor]:
+    """Log-probabilities of each token of the solution, [tokens, vocabulary]."""
     found = []
-    for ids in texts:
+    for ids, mask in texts:
         out = decoder(torch.tensor(ids[:-1]), torch.arange(len(ids) - 1), VarlenCausal([0, len(ids) - 1]))
-        found.append(F.log_softmax(decoder.logits(out.hidden_ND), dim=-1))
+        found.append(F.log_softmax(decoder.logits(out.hidden_ND[torch.tensor(mask[1:])]), dim=-1))
     return found
 
 
-def perplexity(logs: Sequence[Tensor], texts: Sequence[Sequence[int]]) -> float:
-    losses = [-p.gather(1, torch.tensor(ids[1:])[:, None]).sum() for p, ids in zip(logs, texts, strict=True)]
-    return math.exp(float(sum(losses)) / sum(len(ids) - 1 for ids in texts))
+def perplexity(logs: Sequence[Tensor], texts: Sequence[Text]) -> float:
+    nats = []
+    for p, (ids, mask) in zip(logs, texts, strict=True):
+        nats.append(-p.gather(1, torch.tensor(ids[1:])[torch.tensor(mask[1:])][:, None]).flatten())
+    return math.exp(float(torch.cat(nats).mean()))
 
 
 def divergence(reference: Sequence[Tensor], logs: Sequence[Tensor]) -> tuple[float, float]:
@@ -87,7 +99,7 @@ def divergence(reference: Sequence[Tensor], logs: Sequence[Tensor]) -> tuple[flo
     return 1000 * mean, 1000 * spread
 
 
-def measure(source: Path, name: str, work: Path, texts: list[list[int]], reference: list[Tensor]) -> dict[str, Any]:
+def measure(source: Path, name: str, work: Path, texts: list[Text], reference: list[Tensor]) -> dict[str, Any]:
     scales, how, ranges = VARIANTS[name]
     calibration = (
         None if ranges is None else {"tokens": CALIBRATION_TOKENS, "cold_experts": "force", "ranges": ranges, **how}
@@ -134,10 +146,10 @@ def main() -> None:
     for model in options.models:
         name, _, place = model.rpartition("=")
         source = find_checkpoint(place)
-        texts = documents(source)
+        texts = familiar_texts(source)
         reference = predictions(load_checkpoint(source).decoder, texts)
         found = results.setdefault(name or place, {"variants": {}})
-        found |= {"perplexity": perplexity(reference, texts), "tokens": sum(len(ids) - 1 for ids in texts)}
+        found |= {"perplexity": perplexity(reference, texts), "tokens": sum(sum(mask) for _, mask in texts)}
         with tempfile.TemporaryDirectory() as work:
             for variant in options.only:
                 found["variants"][variant] = measure(source, variant, Path(work), texts, reference)

@@ -137,7 +137,7 @@ class Calibration:
         found: dict[str, float] = {}
         for index, layer in enumerate(self.layers):
             file = self.folder / f"layer-{index:05d}.safetensors"
-            with safe_open(file, framework="pt") as tensors:  # type: ignore[no-untyped-call]
+            with safe_open(file, framework="pt") as tensors:
                 there = set(tensors.keys())
                 kept = {
                     key: tensors.get_tensor(f"{key}.histogram")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 
-from tafkir.data.chat import encode_document
+from tafkir.data.chat import encode_conversation, encode_document
 from tafkir.data.lines import BadRowError, numbered_lines, parse_row
 from tafkir.data.stories import make_story
 from tafkir.data.tokenizer import Tokenizer
@@ -33,7 +33,9 @@ def read_calibration_text(source: Path | str, config: CalibrationConfig) -> list
     if config.text == "task":
         tokenizer, documents, count = Tokenizer.load(folder), list[list[int]](), 0
         while count < config.tokens:
-            ids = encode_document(tokenizer, make_story(_FIRST_STORY + len(documents)))[0][: config.window]
+            # In turn as text and as a conversation, for a base model and for one that was fine-tuned.
+            encode = (encode_document, encode_conversation)[len(documents) % 2]
+            ids = encode(tokenizer, make_story(_FIRST_STORY + len(documents)))[0][: config.window]
             documents.append(ids[: config.tokens - count])
             count += len(ids)
         return documents

@@ -102,6 +102,7 @@ class FakeQuantizer:
             tensor = weights[name].detach()
             if name in self._whole:
                 stacked = tensor if names.stacked else tensor.unsqueeze(0)
+                assert self.config.scale_choice != "local_hessian"  # not among `_is_whole`'s
                 rounded = round_matrices(stacked.to(self.dtype), self.config.scale_choice)
                 out[name] = rounded.view(tensor.shape)
             elif name in self.formats or (self.dtype != torch.float32 and not names.float32):

@@ -47,8 +47,8 @@ def inverse_factor(hessian_KK: Tensor, damping: float = DEFAULT_DAMPING) -> Tens
             expected="more tokens, or more damping",
             fix=f"set calibration.damping above {damping:g}",
         )
-    inverse = torch.cholesky_inverse(factor)
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
+    return upper.float()
 
 
 def gptq_nvfp4(
@@ -120,7 +120,8 @@ def _nearest(ratio: NDArray[np.float32]) -> NDArray[np.float32]:
     """`nearest_e2m1` on numbers of numpy."""
     size = np.minimum(np.abs(ratio), np.float32(E2M1_MAX))
     spacing = np.float32(0.5) + np.float32(0.5) * (size >= 2.0) + (size >= 4.0)
-    return np.copysign(np.rint(size / spacing) * spacing, ratio)
+    rounded: NDArray[np.float32] = np.copysign(np.rint(size / spacing) * spacing, ratio)
+    return rounded
 
 
 def output_error(weight: Tensor, quantized: Tensor, hessian_KK: Tensor) -> Tensor:
