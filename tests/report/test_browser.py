@@ -18,8 +18,10 @@ from typing import Any
 import pytest
 
 from tafkir.report.collect import collect
+from tafkir.report.quantized import render_verification
 from tafkir.report.render import render_html
 from tafkir.runlog.rundir import RunDir
+from tests.report.test_quantized import verification
 
 pytestmark = pytest.mark.browser
 
@@ -155,3 +157,11 @@ def test_the_policy_stops_what_an_escape_might_miss(finished_run: RunDir, tmp_pa
     visit = _visit(render_html(collect(finished_run)).replace("</body>", bad), tmp_path)
     assert set(visit.requests) == {"/probe.html", "/report.html"}
     assert any("Content Security Policy" in line for line in visit.console)
+
+
+def test_the_page_of_a_verification(hostile: str, arabic: str, tmp_path: Path) -> None:
+    visit = _visit(render_verification(verification(hostile, arabic)), tmp_path)
+    assert set(visit.requests) == {"/probe.html", "/report.html"} and visit.console == []
+    for frame in visit.seen:
+        assert frame["charts"] == 2 and frame["scripts"] == 0 and frame["rtl"] >= 1
+        assert frame["scroll"] <= frame["width"]

@@ -18,7 +18,8 @@ def tensor(layer: int | None, part: str, error: float, **more: Any) -> dict[str,
     }  # fmt: skip
 
 
-def data(hostile: str, arabic: str) -> dict[str, Any]:
+def verification(hostile: str, arabic: str) -> dict[str, Any]:
+    """What `tafkir verify` may have measured, with all that could break a page in it."""
     tensors = [tensor(i, part, 0.009 + i / 1000) for i in range(4) for part in ("experts", "attention")]
     part = {**tensor(None, "experts", 0.009), "tensors": 8, "ratio": 3.55, "worst_relative_mse": 0.012}
     score = {"all": {"average": {"value": 0.45}, "greedy": {"value": 0.5}}}
@@ -49,7 +50,7 @@ def data(hostile: str, arabic: str) -> dict[str, Any]:
 
 @pytest.fixture
 def page(hostile: str, arabic: str) -> str:
-    return render_verification(data(hostile, arabic))
+    return render_verification(verification(hostile, arabic))
 
 
 def test_the_page_says_what_was_found(page: str, hostile: str, arabic: str) -> None:
@@ -61,7 +62,7 @@ def test_the_page_says_what_was_found(page: str, hostile: str, arabic: str) -> N
 
 
 def test_parts_that_were_not_measured_are_left_out(hostile: str, arabic: str) -> None:
-    whole = data(hostile, arabic)
+    whole = verification(hostile, arabic)
     bare = {key: value for key, value in whole.items() if key not in ("logits", "retention")}
     page = render_verification(bare)
     assert "What is kept" not in page and "KL by token" not in page and "Error by layer" in page
