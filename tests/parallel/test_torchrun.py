@@ -10,9 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tafkir.checkpoint.load import load_checkpoint
+from tafkir.checkpoint.trm import load_trm
 from tafkir.runlog.metrics import read_jsonl
+from tafkir.runlog.rundir import RunDir
 from tests.conftest import Cli
 from tests.e2e.conftest import rows_of_sums, write_jsonl
 from tests.parallel.ranks import free_port
@@ -49,6 +52,28 @@ warmup_steps = 2
 save_every = 3
 log_every = 1
 story_share = 0.0
+
+[trm]
+steps = 6
+batch_size = 6
+warmup_steps = 2
+log_every = 1
+validate_every = 5
+optimizer = "adamw"
+learning_rate = 1e-5
+
+[trm.model]
+hidden_size = 16
+intermediate_multiple = 8
+num_attention_heads = 2
+num_latent_steps = 2
+max_supervision_steps = 3
+
+[trm.puzzles]
+kind = "sudoku"
+num_train = 12
+num_validation = 5
+num_test = 6
 """
 
 
@@ -82,17 +107,19 @@ def worker_of(parent: int, rank: int) -> int | None:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the worker through /proc")
 def test_a_killed_worker_is_restarted_and_ends_with_the_same_result(
-    recipe: Path, tmp_path: Path, cli: Cli, cli_env: dict[str, str]
+    recipe: Path, tmp_path: Path, here: Cli, cli_env: dict[str, str]
 ) -> None:
-    done = cli("run", str(recipe), "--name", "alone")
+    """A language model, then a recursive one: both stages are those of all processes."""
+    done = here("run", str(recipe), "--name", "alone")
     assert done.returncode == 0, done.stderr
+    many, alone = (RunDir(tmp_path / "runs" / name) for name in ("many", "alone"))
     with (tmp_path / "out").open("w+") as out:
         command = [*torchrun(2, "--max-restarts", "1"), str(recipe)]
         process = subprocess.Popen(command, cwd=tmp_path, env=cli_env, stdout=out, stderr=subprocess.STDOUT)
         try:
-            stage = tmp_path / "runs" / "many" / "stages" / "02-pretrain"
+            states = many.stage("pretrain").state_dir
             deadline = time.monotonic() + 300
-            while not list(stage.glob("state/step-*.dcp")) and process.poll() is None and time.monotonic() < deadline:
+            while not list(states.glob("step-*.dcp")) and process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.01)
             worker = worker_of(process.pid, rank=1)
             assert worker is not None, (tmp_path / "out").read_text()
@@ -102,12 +129,18 @@ def test_a_killed_worker_is_restarted_and_ends_with_the_same_result(
             process.kill()
     said = (tmp_path / "out").read_text()
     assert process.returncode == 0, said
-    log = [row["message"] for row in read_jsonl(tmp_path / "runs" / "many" / "log.jsonl")]
-    assert "pretrain: goes on" in log, log
-    other = tmp_path / "runs" / "alone" / "stages" / "02-pretrain"
-    assert_same_rows(list(read_jsonl(stage / "metrics.jsonl")), list(read_jsonl(other / "metrics.jsonl")))
-    weights = [load_checkpoint(folder / "checkpoint").decoder.state_dict() for folder in (stage, other)]
-    assert_same_weights(*weights)
+    log = [row["message"] for row in read_jsonl(many.log_path)]
+    assert "pretrain: goes on" in log and "trm: starts" in log, log
+    ours, theirs = many.stage("pretrain"), alone.stage("pretrain")
+    assert_same_rows(list(read_jsonl(ours.metrics_path)), list(read_jsonl(theirs.metrics_path)))
+    assert_same_weights(*(load_checkpoint(stage.checkpoint_dir).decoder.state_dict() for stage in (ours, theirs)))
+    ours, theirs = many.stage("trm"), alone.stage("trm")
+    for row, wanted in zip(read_jsonl(ours.metrics_path), read_jsonl(theirs.metrics_path), strict=True):
+        assert row == pytest.approx(wanted, rel=1e-4, abs=1e-4), row["step"]
+    assert (ours.read_result() or {})["test"] == (theirs.read_result() or {})["test"]
+    found, weights = (load_trm(stage.checkpoint_dir).model.state_dict() for stage in (ours, theirs))
+    for name, value in weights.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_a_number_of_processes_that_does_not_fit_is_one_line(
