@@ -47,6 +47,7 @@ class Scales(StrEnum):
     MAX = "max"
     FOUR_OVER_SIX = "four_over_six"
     MSE = "mse"
+    LOCAL_HESSIAN = "local_hessian"
 
 
 class Layout(StrEnum):
@@ -56,11 +57,43 @@ class Layout(StrEnum):
     COMPRESSED_TENSORS = "compressed-tensors"
 
 
+class Ranges(StrEnum):
+    """`recipe.quantize.InputRange`."""
+
+    MAX = "max"
+    PERCENTILE = "percentile"
+    HEADROOM = "headroom"
+
+
+class ColdExperts(StrEnum):
+    """`recipe.quantize.ColdExperts`."""
+
+    ERROR = "error"
+    FORCE = "force"
+    BALANCE = "balance"
+    DATA_FREE = "data_free"
+
+
 class KvCache(StrEnum):
     """`recipe.quantize.QuantizeConfig.kv_cache`."""
 
     NONE = "none"
     FP8 = "fp8"
+    NVFP4 = "nvfp4"
+
+
+class Sensitivity(StrEnum):
+    """`recipe.auto.Sensitivity`."""
+
+    KL = "kl"
+    FISHER = "fisher"
+
+
+class NonFinite(StrEnum):
+    """`recipe.quantize.QuantizeConfig.non_finite`."""
+
+    REFUSE = "refuse"
+    KEEP = "keep"
 
 
 def quantize(
@@ -81,7 +114,40 @@ def quantize(
     input_scale: Annotated[
         float | None, typer.Option("--input-scale", help="Global scale of NVFP4 activations (1: up to 2688).")
     ] = None,
+    non_finite: Annotated[
+        NonFinite | None, typer.Option("--non-finite", help="Weights with NaN or infinities (refuse).")
+    ] = None,
     kv_cache: Annotated[KvCache | None, typer.Option("--kv-cache", help="Cache that engines shall use (none).")] = None,
+    calibrate: Annotated[
+        str | None, typer.Option("--calibrate", metavar="TEXT", help="Run the model on a file, or on `task`, first.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--calibration-tokens", min=1, help="Tokens that it reads (32,768).")
+    ] = None,
+    ranges: Annotated[
+        Ranges | None, typer.Option("--ranges", help="What the calibrated scale of activations covers (max).")
+    ] = None,
+    gptq: Annotated[bool, typer.Option("--gptq", help="Round NVFP4 weights by GPTQ on that text.")] = False,
+    cold_experts: Annotated[
+        ColdExperts | None, typer.Option("--cold-experts", help="What to do about experts with few tokens (error).")
+    ] = None,
+    min_expert_tokens: Annotated[
+        int | None, typer.Option("--min-expert-tokens", min=1, help="Fewer leave an expert cold (16).")
+    ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option("--calibration-record", metavar="DIR", help="Keep what was calibrated, or use it again."),
+    ] = None,
+    auto: Annotated[
+        str | None,
+        typer.Option("--auto", metavar="BUDGET", help="Choose formats by measured loss: bits=5.0, bytes=4.2GB, kl=1%."),
+    ] = None,
+    sensitivity: Annotated[
+        Sensitivity | None, typer.Option("--sensitivity", help="How --auto measures what a format loses (kl).")
+    ] = None,
+    rules_file: Annotated[
+        Path | None, typer.Option("--rules", metavar="FILE", help="Rules and settings that --auto has written.")
+    ] = None,
     config_file: Annotated[
         Path | None, typer.Option("--config", metavar="FILE", help="TOML with the same keys; options go before it.")
     ] = None,
@@ -99,11 +165,19 @@ def quantize(
     tafkir quantize ./DeepSeek-R1-0528 ./R1-NVFP4 --preset r1-fp4   as NVIDIA's DeepSeek-R1-0528-FP4
     tafkir quantize ./Qwen3-30B-A3B ./out --preset all-linear --layout compressed-tensors
     tafkir quantize ./model ./out --rule 'model.layers.0.*_proj.weight=fp8_block'
+    tafkir quantize ./model ./out --auto bits=5.0
+    tafkir quantize ./model ./out --calibrate text.txt --gptq --scales local_hessian --ranges headroom
 
     \b
     presets   tafkir: MLP and experts by the scheme, attention and MTP in FP8 blocks; r1-fp4: MLP and experts, the rest
               stays BF16; r1-fp4-v2: o_proj too; nemotron: experts, the rest FP8; all-linear: every matrix in a layer
-    scales    max: block maxima, as ModelOpt; four_over_six: -16 % squared error; mse: -27 %, a little slower
+    scales    max: block maxima, as ModelOpt; four_over_six: -16 % squared error; mse: -27 %, a little slower;
+              local_hessian: least error of the outputs on the text of --calibrate
+    ranges    max: all activations; percentile: the 99.99th of blocks; headroom: for models that reason, as NVIDIA does
+    experts   that get few tokens of the text: error; force: shown those that they would like best; balance: all get an
+              equal share; data_free: their weights are chosen without data
+    auto      the layers' matrices in nvfp4, fp8_block or as they are, under a budget: bits a weight of theirs, bytes of
+              the checkpoint, or mean KL (1 % is 0.01 nats); DST.auto.toml keeps the rules, DST.auto.svg shows why
     layouts   modelopt: vLLM, SGLang, TensorRT-LLM; compressed-tensors: vLLM, TensorRT-LLM, transformers
 
     Killed, it goes on where it was when the same command is run again. Sources are BF16, FP16, FP32 or FP8 blocks.
@@ -111,25 +185,43 @@ def quantize(
     """
     given = {
         "scheme": scheme, "preset": preset, "scales": scales, "layout": layout, "input_scale": input_scale,
-        "kv_cache": kv_cache,
+        "kv_cache": kv_cache, "non_finite": non_finite,
     }  # fmt: skip
-    config = _config(config_file, {key: _plain(value) for key, value in given.items() if value is not None}, rule or [])
+    calibration = {
+        "text": calibrate, "tokens": tokens, "ranges": ranges, "gptq": gptq or None, "cold_experts": cold_experts,
+        "min_expert_tokens": min_expert_tokens,
+    }  # fmt: skip
+    from tafkir.cli.auto import choose_formats, with_auto
     from tafkir.cli.completer import checkpoint_of
 
+    settings, rules = with_auto(_said(given), rule or [], rules_file, auto, _plain(sensitivity))
+    config = _config(config_file, settings, rules, _said(calibration))
     folder = checkpoint_of(source)
+    if config.auto is not None:
+        config = choose_formats(folder, source, out, config, quiet=as_json)
     if dry_run:
         _show_plan(folder, config, shard_size, as_json)
         return
-    from tafkir.quant.convert import quantize_checkpoint
-
     workers = workers or min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
     if not as_json:
         _show_plan(folder, config, shard_size, False)
-    result = quantize_checkpoint(folder, out, config, max_shard_bytes=int(shard_size * 1e9), workers=workers)
+    options: dict[str, Any] = {"max_shard_bytes": int(shard_size * 1e9), "workers": workers}
+    if config.calibration is None:
+        # Without data nothing runs the model, and torch need not be imported.
+        from tafkir.quant.convert import quantize_checkpoint
+
+        result, found = quantize_checkpoint(folder, out, config, **options), None
+    else:
+        from tafkir.quant.calibrated import write_quantized
+
+        result, found = write_quantized(folder, out, config, record=record, **options)
     if as_json:
         keys = ("source_bytes", "output_bytes", "resumed_bytes", "rows")
-        print(json.dumps({"path": str(result.path), **{key: getattr(result, key) for key in keys}}, indent=2))
+        said = {"path": str(result.path), **{key: getattr(result, key) for key in keys}, "calibration": found}
+        print(json.dumps(said, indent=2))
         return
+    if found:
+        _show_calibration(found)
     ratio = result.source_bytes / max(1, result.output_bytes)
     resumed = f", of which {_size(result.resumed_bytes)} were there already" if result.resumed_bytes else ""
     print(f"{out}: {_size(result.output_bytes)}{resumed}; {ratio:.2f} times smaller, checked")
@@ -139,7 +231,27 @@ def _plain(value: Any) -> Any:
     return value.value if isinstance(value, StrEnum) else value
 
 
-def _config(file: Path | None, given: dict[str, Any], rules: list[str]) -> QuantizeConfig:
+def _said(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: _plain(value) for key, value in options.items() if value is not None}
+
+
+def _show_calibration(found: dict[str, Any]) -> None:
+    print(
+        f"calibrated on {found['tokens']:,} tokens of {found['text']}: activations up to {found['smallest_range']:.3g} "
+        f"to {found['largest_range']:.3g} by {found['ranges']}"
+    )
+    if found["gptq"]:
+        error = found["gptq"]["mean_error"]
+        print(f"GPTQ: {found['gptq']['weights']:,} weights with {error:.1%} of the output error of the nearest codes")
+    head = ("layer", "experts", "fewest", "median", "most", "never", "given_tokens", "data_free")
+    rows = [head, *(tuple(f"{row[key]:,}" for key in head) for row in found["coverage"])]
+    for row in rows if found["coverage"] else ():
+        print("  ".join(f"{cell.replace('_', ' '):>12}" for cell in row))
+
+
+def _config(
+    file: Path | None, given: dict[str, Any], rules: list[str], calibration: dict[str, Any] | None = None
+) -> QuantizeConfig:
     """The settings of a file, with options before them.
 
     Raises:
@@ -167,6 +279,13 @@ def _config(file: Path | None, given: dict[str, Any], rules: list[str]) -> Quant
             )
         mine.append({"tensors": pattern, "format": format})
     table = {**table, **given, "rules": [*mine, *table.get("rules", [])]}
+    if calibration:
+        kept = table.get("calibration") or {}
+        if "text" not in {**kept, **calibration}:
+            raise RecipeError(
+                "options of a calibration, but nothing to calibrate on", where="options", fix="add --calibrate TEXT"
+            )
+        table["calibration"] = {**kept, **calibration}
     try:
         return QuantizeConfig.model_validate(table)
     except ValidationError as error:
@@ -176,10 +295,10 @@ def _config(file: Path | None, given: dict[str, Any], rules: list[str]) -> Quant
 
 
 def _show_plan(source: Path, config: QuantizeConfig, shard_size: float, as_json: bool) -> None:
-    from tafkir.quant.convert import open_source
+    from tafkir.quant.convert import open_files_of_source
     from tafkir.quant.plan import plan_quantization
 
-    with open_source(source) as (files, hf_config):
+    with open_files_of_source(source) as (files, hf_config):
         plan = plan_quantization(files, hf_config, config, int(shard_size * 1e9))
     if as_json:
         tensors = [
