@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tafkir.errors import CheckpointError
 from tafkir.ops import native
+from tafkir.ops.blocks import NVFP4_BLOCK_SIZE as BLOCK_SIZE
 from tafkir.ops.fp8 import FP8_MAX
 
 __all__ = [
@@ -46,7 +47,6 @@ E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes by the lower three bits of a code; bit 3 is the sign, so that code 8 is -0."""
 
 E2M1_MAX = 6.0
-BLOCK_SIZE = 16
 
 # What a block of zeros would need is 0; the smallest E4M3 number keeps every other block's scale above it.
 SMALLEST_SCALE = 2.0**-9

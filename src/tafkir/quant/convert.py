@@ -119,7 +119,7 @@ def quantize_checkpoint(
         plan = plan_quantization(files, hf_config, config, max_shard_bytes, _not_finite(files, config))
         try:
             with _staging(path) as staging:
-                said = {"config": hf_config, "files": before}
+                said: dict[str, Any] = {"config": hf_config, "files": before}
                 said |= {"calibration": calibration.fingerprint} if calibration else {}
                 resumed = _write_shards(staging, files, plan, config, said, workers, calibration)
                 if _identity(files) != before:
@@ -128,9 +128,10 @@ def quantize_checkpoint(
                     )
                 write_sidecars(staging, files, plan, config, hf_config, dict(lineage or {}))
                 validate_checkpoint(staging, plan.decisions, config)
-                for name in (JOURNAL, _LOCK):
-                    (staging / name).unlink(missing_ok=True)
+                # The journal goes last: a kill before the folder has its name loses nothing.
                 publish_folder(staging, path)
+                for name in (JOURNAL, _LOCK):
+                    (path / name).unlink(missing_ok=True)
         except OSError as error:
             raise write_error(path, error) from error
     return QuantizeResult(path, plan.source_bytes, plan.output_bytes, resumed, plan.rows())

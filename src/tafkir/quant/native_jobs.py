@@ -155,7 +155,8 @@ class NativeJobs:
         total = self._kernels.global_scale(weights[0].dtype, rule, amax)
         if peer and rule != "inverse":
             total = 1.0 / total
-        hashes, start = {}, 0
+        hashes: dict[str, str] = {}
+        start = 0
         for weight, pieces in zip(weights, job.pieces, strict=True):
             packed, scale = shard.tensor(pieces[0].name), shard.tensor(pieces[1].name)
             weight.rewind()

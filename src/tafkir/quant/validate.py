@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,9 +97,8 @@ def _all_positive(files: StoredFiles, name: str) -> bool:
     if dtype == "F8_E4M3":
         # 0 is zero, 0x7f is NaN, and what is above it, where ASCII ends, is negative.
         return 0 not in content and 0x7F not in content and content.isascii()
-    infinity, letter = {"F32": (0x7F80_0000, "i"), "BF16": (0x7F80, "h"), "F16": (0x7C00, "h")}[dtype]
-    bits = memoryview(content).cast(letter)
-    return min(bits) > 0 and max(bits) < infinity
+    bits = array("i" if dtype == "F32" else "h", content)
+    return min(bits) > 0 and max(bits) < {"F32": 0x7F80_0000, "BF16": 0x7F80, "F16": 0x7C00}[dtype]
 
 
 def _number(files: StoredFiles, name: str) -> float:
