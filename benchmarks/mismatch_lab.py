@@ -29,6 +29,7 @@ from tafkir.report.mismatch_lab import (
     mismatch_figures,
     mismatch_matrix,
     mismatch_rows,
+    shares_of_exact,
 )
 from tafkir.runlog.rundir import RunDir
 
@@ -62,9 +63,9 @@ def ends_of(variants: Sequence[MismatchRecord]) -> list[dict[str, float]]:
     return rows
 
 
-def share_of_exact(own: Sequence[MismatchRecord], exact: dict[int, float]) -> dict[str, Any] | None:
+def share_of_exact(own: Sequence[MismatchRecord], done: Sequence[MismatchRecord]) -> dict[str, Any] | None:
     """Held-out reward as a share of float32 rollouts' with the same seed: mean over repeats, Student's interval."""
-    shares = [float(v.result["heldout_reward"]) / exact[v.seed] for v in own if exact.get(v.seed)]
+    shares = shares_of_exact(done, own)
     if not shares:
         return None
     found = mean_interval(shares)
@@ -72,7 +73,7 @@ def share_of_exact(own: Sequence[MismatchRecord], exact: dict[int, float]) -> di
     return {"mean": found.value, "interval": interval, "repeats": shares}
 
 
-def row_of(own: Sequence[MismatchRecord], exact: dict[int, float]) -> dict[str, Any]:
+def row_of(own: Sequence[MismatchRecord], done: Sequence[MismatchRecord]) -> dict[str, Any]:
     """One kind of rollouts with one loss, over its repeats."""
     rewards = [float(v.result["heldout_reward"]) for v in own]
     peaks = {f"{name}_max": max(values_of(own, metric), default=None) for name, metric in PEAKS.items()}
@@ -87,7 +88,7 @@ def row_of(own: Sequence[MismatchRecord], exact: dict[int, float]) -> dict[str, 
         "diverged": [v.result["diverged"] for v in own if v.result["diverged"]],
         "heldout_reward": fmean(rewards),
         "heldout_reward_sd": stdev(rewards) if len(rewards) > 1 else None,
-        "share_of_float32": share_of_exact(own, exact),
+        "share_of_float32": share_of_exact(own, done),
         "reward_in_training": ends_of(own),
         **peaks,
         **means,
@@ -103,10 +104,6 @@ def run_row(record: RunRecord) -> dict[str, Any]:
     for variant in done:
         place = list(ROLLOUT_TITLES).index(variant.rollout), variant.replay, list(LOSS_TITLES).index(variant.loss)
         groups.setdefault(place, []).append(variant)
-    exact: dict[int, float] = {}
-    for seed in {variant.seed for variant in done}:
-        found = [float(v.result["heldout_reward"]) for v in done if (v.rollout, v.seed) == ("float32", seed)]
-        exact |= {seed: fmean(found)} if found else {}
     keys = ("steps", "digits", "noise", "learning_rate", "prompts_per_step", "group_size", "updates_per_rollout")
     return {
         "recipe": record.name,
@@ -119,7 +116,7 @@ def run_row(record: RunRecord) -> dict[str, Any]:
         "variants": len(done),
         "not_finished": len(record.mismatch_variants) - len(done),
         "cpu_s": sum(float(variant.result["cpu_s"]) for variant in done),
-        "rows": [row_of(groups[place], exact) for place in sorted(groups)],
+        "rows": [row_of(groups[place], done) for place in sorted(groups)],
     }
 
 

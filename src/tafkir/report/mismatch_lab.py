@@ -20,6 +20,7 @@ __all__ = [
     "mismatch_matrix",
     "mismatch_rows",
     "mismatch_sentence",
+    "shares_of_exact",
 ]
 
 ROLLOUT_TITLES: Mapping[str, str] = {
@@ -170,7 +171,7 @@ def mismatch_figures(variants: Variants) -> list[LabFigure]:
 def mismatch_matrix(variants: Variants) -> tuple[list[str], list[list[str]]]:
     """The outcome at a glance: a row for each kind of rollouts, a column for each loss; head and rows.
 
-    A cell is the held-out reward as a share of that after float32 rollouts, and below it what did not survive.
+    A cell is the held-out reward as a share of that after float32 rollouts from the same seed, and below it what did not survive.
     """
     losses = [loss for loss in LOSS_TITLES if any(variant.loss == loss for variant in variants)]
     rows = []
@@ -200,10 +201,22 @@ def _rewards(variants: Variants) -> list[float]:
     return [float(variant.result["heldout_reward"]) for variant in variants if "heldout_reward" in variant.result]
 
 
+def shares_of_exact(variants: Variants, own: Variants) -> list[float]:
+    """Held-out reward against that after float32 rollouts from the same seed, for each repeat that has both.
+
+    Repeats start from models that differ by more than any loss changes, so means over different seeds must not meet.
+    """
+    exact: dict[int, list[float]] = {}
+    for variant in variants:
+        if variant.rollout == _EXACT:
+            exact.setdefault(variant.seed, []).extend(_rewards([variant]))
+    base = {seed: fmean(rewards) for seed, rewards in exact.items() if rewards}
+    return [reward / base[v.seed] for v in own for reward in _rewards([v]) if base.get(v.seed)]
+
+
 def _share_of_exact(variants: Variants, own: Variants) -> float | None:
-    """Reward at the end against the mean over float32 rollouts, whose losses differ by rounding alone."""
-    base, mine = _rewards([v for v in variants if v.rollout == _EXACT]), _rewards(own)
-    return fmean(mine) / fmean(base) if base and mine and fmean(base) > 0 else None
+    shares = shares_of_exact(variants, own)
+    return fmean(shares) if shares else None
 
 
 def _survived(own: Variants) -> list[int]:
