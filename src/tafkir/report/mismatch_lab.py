@@ -171,7 +171,8 @@ def mismatch_figures(variants: Variants) -> list[LabFigure]:
 def mismatch_matrix(variants: Variants) -> tuple[list[str], list[list[str]]]:
     """The outcome at a glance: a row for each kind of rollouts, a column for each loss; head and rows.
 
-    A cell is the held-out reward as a share of that after float32 rollouts from the same seed, and below it what did not survive.
+    A cell is the held-out reward as a share of that after float32 rollouts from the same seed, and below it what did
+    not survive.
     """
     losses = [loss for loss in LOSS_TITLES if any(variant.loss == loss for variant in variants)]
     rows = []
