@@ -87,6 +87,21 @@ def test_training() -> None:
     assert 0.3 < best["mfu"] < 0.45
 
 
+def test_one_layout_alone() -> None:
+    args = ["deepseek-r1", "--hardware", "h200:8", "--precision", "fp8", "--layout", "tp8,ep8", "--json"]
+    (option,) = json.loads(planned(*args))["options"]
+    assert option["layout"] == {"tp": 8, "pp": 1, "dp": 1, "ep": 8, "cp": 1}
+
+
+def test_percentiles_and_scripts() -> None:
+    args = ["qwen3-32b", "--hardware", "h100:2"]
+    curve = json.loads(planned(*args, "--simulate", "500", "--json"))["simulated"]
+    assert [load["rate"] for load in curve] == sorted(load["rate"] for load in curve) and len(curve) == 8
+    assert curve[0]["ttft"]["p99"] < 2 < curve[-1]["ttft"]["p99"]
+    assert "TTFT s p50" in planned(*args, "--simulate", "100")
+    assert planned(*args, "--emit", "vllm", "--checkpoint", "Qwen/Qwen3-32B").startswith("#!/usr/bin/env bash")
+
+
 def test_tables_of_chips_and_claims(tmp_path: Path) -> None:
     mine = tmp_path / "mine.toml"
     mine.write_text("[chips.h100.price]\nlow = 1\nmid = 1.5\nhigh = 2\n")
@@ -112,6 +127,16 @@ def test_tables_of_chips_and_claims(tmp_path: Path) -> None:
         (["deepseek-r1", "--workload", "none.toml"], RecipeError, "no such workload"),
         (["deepseek-r1", "--speculate", "many"], RecipeError, "TOKENS"),
         (["deepseek-r1", "--hardware", "h100:8", "--train"], CapacityError, "training does not fit"),
+        (["qwen3-0.6b", "--train", "--precision", "int8"], RecipeError, "nothing is trained in int8"),
+        (["deepseek-r1", "--hardware", "h200:8", "--layout", "tp3"], RecipeError, "128 heads do not divide by TP 3"),
+        (
+            ["deepseek-r1", "--hardware", "h200:8", "--layout", "tp16"],
+            RecipeError,
+            "takes 16 chips; expected at most 8",
+        ),
+        (["deepseek-r1", "--layout", "8x"], RecipeError, "'8x' is no size"),
+        (["trm-arc1"], RecipeError, "recursive model .* --dry-run"),
+        (["qwen3-0.6b", "--emit", "tgi"], RecipeError, "one of vllm, sglang"),
     ],
 )
 def test_errors_say_what_to_do(args: list[str], error: type[Exception], says: str) -> None:

@@ -67,7 +67,8 @@ def test_what_is_left_out_is_not_seen() -> None:
     ("column", "value", "says"),
     [
         ("model_path", "nobody/Nothing-7B", "its shape is not known"),
-        ("system", "l40", "no such chip"),
+        ("model_path", "deepseek-ai/DeepSeek-R1-Distill-Llama-70B", "another model than its name begins with"),
+        ("system", "v100", "no such chip"),
         ("backend", "mlc", "engine 'mlc' is not known"),
         ("precision", "fp6", "precision 'fp6' is not known"),
         ("tp_size", "two", "tp_size is 'two'"),

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 if TYPE_CHECKING:
     from tafkir.plan.advise import Option, Refusal
     from tafkir.plan.hardware import Chip
+    from tafkir.plan.layout import Layout
     from tafkir.plan.precision import Precision
     from tafkir.plan.serving import Deployment
     from tafkir.plan.shapes import ModelShape
@@ -47,6 +48,54 @@ HardwareFile = Annotated[
     typer.Option("--hardware-file", metavar="FILE", help="TOML that adds chips or replaces keys; repeatable."),
 ]
 
+HardwareName = Annotated[
+    str, typer.Option("--hardware", metavar="CHIP[:COUNT]", help="Such as h20:4; cpu measures this machine.")
+]
+PrecisionName = Annotated[
+    str | None, typer.Option("--precision", help="bf16, fp8, int8, nvfp4, nvfp4-v1, w4a16 or fp32 (bf16).")
+]
+WorkloadName = Annotated[str, typer.Option("--workload", metavar="NAME|FILE", help="chat, reasoning, or a TOML file.")]
+Objective = Annotated[str, typer.Option("--objective", help="cost, latency or chips: what is ranked first.")]
+LayoutText = Annotated[
+    str | None, typer.Option("--layout", metavar="SIZES", help="Look at one alone, such as tp8,ep8 or tp2,pp2.")
+]
+KvBytes = Annotated[
+    float, typer.Option("--kv-bytes", min=0.5, max=4, help="Of one number in the cache: 2, or 1 for FP8.")
+]
+Speculate = Annotated[
+    str | None, typer.Option("--speculate", metavar="TOKENS[:ACCEPTANCE]", help="Drafted tokens a step, as 1:0.85.")
+]
+Skew = Annotated[float, typer.Option("--skew", min=1.0, help="The busiest expert group's load over the mean's.")]
+DollarsPerHour = Annotated[
+    float | None, typer.Option("--price", min=0.0, help="Dollars for one chip and hour, in place of the table's.")
+]
+Level = Annotated[
+    str, typer.Option("--coefficients", metavar="LEVEL|FILE", help="fitted, datasheet, or one's own bench JSON.")
+]
+Mfu = Annotated[
+    float | None, typer.Option("--mfu", min=0.001, max=1.0, help="With --train: instead of the computed one.")
+]
+TrainEngine = Annotated[
+    str | None, typer.Option("--train-engine", help="With --train: megatron, torchtitan or mindspeed.")
+]
+Simulate = Annotated[
+    int,
+    typer.Option("--simulate", min=0, metavar="N", help="Show percentiles under load, from N simulated requests."),
+]
+Router = Annotated[
+    str | None,
+    typer.Option("--router", help="With --simulate: all replicas behind random, round_robin or least_loaded."),
+]
+Emit = Annotated[
+    str | None, typer.Option("--emit", metavar="ENGINE", help="Print the script that starts it: vllm or sglang.")
+]
+CheckpointName = Annotated[
+    str | None, typer.Option("--checkpoint", help="With --emit: folder or hub name to serve (MODEL).")
+]
+ModelName = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Preset, published shape, checkpoint folder, run, or recipe.")
+]
+
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
@@ -58,63 +107,35 @@ class _Asked:
     deployment: Deployment
     workload: Workload
     workload_name: str
+    only: Layout | None
 
 
 @app.command(_DEFAULT)
 def plan_model(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Preset, published shape, checkpoint folder, run, or recipe.")
-    ],
-    hardware: Annotated[
-        str, typer.Option("--hardware", metavar="CHIP[:COUNT]", help="Such as h20:4; cpu measures this machine.")
-    ] = "h100:8",
-    precision: Annotated[
-        str | None, typer.Option("--precision", help="bf16, fp8, int8, nvfp4, nvfp4-v1, w4a16 or fp32 (bf16).")
-    ] = None,
-    workload: Annotated[
-        str, typer.Option("--workload", metavar="NAME|FILE", help="chat, reasoning, or a TOML file.")
-    ] = "chat",
-    objective: Annotated[
-        str, typer.Option("--objective", help="cost, latency or chips: what is ranked first.")
-    ] = "cost",
+    model: ModelName,
+    hardware: HardwareName = "h100:8",
+    precision: PrecisionName = None,
+    workload: WorkloadName = "chat",
+    objective: Objective = "cost",
+    layout: LayoutText = None,
     engine: Annotated[str, typer.Option("--engine", help="Whose constants: sglang, trtllm or vllm.")] = "vllm",
-    kv_bytes: Annotated[
-        float, typer.Option("--kv-bytes", min=0.5, max=4, help="Of one number in the cache: 2, or 1 for FP8.")
-    ] = 2.0,
-    speculate: Annotated[
-        str | None, typer.Option("--speculate", metavar="TOKENS[:ACCEPTANCE]", help="Drafted tokens a step, as 1:0.85.")
-    ] = None,
-    skew: Annotated[
-        float, typer.Option("--skew", min=1.0, help="The busiest expert group's load over the mean's.")
-    ] = 1.0,
-    price: Annotated[
-        float | None, typer.Option("--price", min=0.0, help="Dollars for one chip and hour, in place of the table's.")
-    ] = None,
-    coefficients: Annotated[
-        str, typer.Option("--coefficients", metavar="LEVEL|FILE", help="fitted, datasheet, or one's own bench JSON.")
-    ] = "fitted",
+    kv_bytes: KvBytes = 2.0,
+    speculate: Speculate = None,
+    skew: Skew = 1.0,
+    price: DollarsPerHour = None,
+    coefficients: Level = "fitted",
     top: Annotated[int, typer.Option("--top", min=1, help="Layouts to show.")] = 6,
     hardware_file: HardwareFile = None,
     train: Annotated[bool, typer.Option("--train", help="Plan training instead of serving.")] = False,
     tokens: Annotated[float, typer.Option("--tokens", min=1.0, help="With --train: of the whole run.")] = 1e12,
     sequence: Annotated[int, typer.Option("--sequence", min=1, help="With --train: tokens of one.")] = 4096,
     batch_tokens: Annotated[float, typer.Option("--batch-tokens", min=1.0, help="With --train: of one step.")] = 16e6,
-    mfu: Annotated[
-        float | None, typer.Option("--mfu", min=0.001, max=1.0, help="With --train: instead of the computed one.")
-    ] = None,
-    train_engine: Annotated[
-        str | None, typer.Option("--train-engine", help="With --train: megatron, torchtitan or mindspeed.")
-    ] = None,
-    simulate: Annotated[
-        int,
-        typer.Option("--simulate", min=0, metavar="N", help="Show percentiles under load, from N simulated requests."),
-    ] = 0,
-    emit: Annotated[
-        str | None, typer.Option("--emit", metavar="ENGINE", help="Print the script that starts it: vllm or sglang.")
-    ] = None,
-    checkpoint: Annotated[
-        str | None, typer.Option("--checkpoint", help="With --emit: folder or hub name to serve (MODEL).")
-    ] = None,
+    mfu: Mfu = None,
+    train_engine: TrainEngine = None,
+    simulate: Simulate = 0,
+    router: Router = None,
+    emit: Emit = None,
+    checkpoint: CheckpointName = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show the terms that every number is made of.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -143,13 +164,15 @@ def plan_model(
         )
         return
     deployment = _deployment(shape, chip, precision, engine, kv_bytes, speculate, skew, coefficients)
+    from tafkir.plan.layout import parse_layout
     from tafkir.plan.workload import load_workload
 
-    asked = _Asked(name, kind, count, deployment, load_workload(workload), workload)
+    only = parse_layout(layout) if layout else None
+    asked = _Asked(name, kind, count, deployment, load_workload(workload), workload, only)
     if emit:
         _emit(asked, objective, emit, checkpoint or model)
         return
-    _plan_serving(asked, objective, top, explain, as_json, simulate)
+    _plan_serving(asked, objective, top, explain, as_json, simulate, router)
 
 
 @app.command("hardware")
@@ -214,6 +237,13 @@ def _find_shape(name: str) -> tuple[str, str, ModelShape]:
         if near:
             raise RecipeError(error.what, where=error.where, fix=f"did you mean {' or '.join(near)}?") from None
         raise
+    if kind == "recipe":
+        from tafkir.recipe.load import load_recipe
+
+        recipe = load_recipe([name]).recipe
+        if recipe.trm and not recipe.pretrain and not recipe.base:
+            fix = f"`tafkir run {name} --dry-run` says what it takes"
+            raise RecipeError("a recursive model is not planned here", where=name, fix=fix)
     return found, kind, shape_of(config, found)
 
 
@@ -230,7 +260,7 @@ def _hardware(text: str, files: list[Path], price: float | None) -> tuple[Chip, 
         chip = measure_machine()
     else:
         chip = find_chip(name, load_chips(files))
-    return chip.with_price(price) if price else chip, int(number or 1)
+    return chip if price is None else chip.with_price(price), int(number or 1)
 
 
 def _deployment(
@@ -270,25 +300,27 @@ def _deployment(
     return replace(deployment, coefficients=load_coefficients(level, deployment))
 
 
-def _plan_serving(asked: _Asked, objective: str, top: int, explain: bool, as_json: bool, simulate: int) -> None:
+def _plan_serving(
+    asked: _Asked, objective: str, top: int, explain: bool, as_json: bool, simulate: int, router: str | None
+) -> None:
     from tafkir.errors import RecipeError
     from tafkir.plan.advise import OBJECTIVES, advise
     from tafkir.plan.simulate import load_curve
 
     if objective not in OBJECTIVES:
         raise RecipeError("no such objective", where=f"--objective {objective}", expected=", ".join(OBJECTIVES))
-    options, refusals = advise(asked.deployment, asked.workload, asked.chips, objective=objective)
+    options, refusals = advise(asked.deployment, asked.workload, asked.chips, objective=objective, only=asked.only)
     if not options:
         _refuse(asked, refusals)
     whole = next((option for option in options if option.fleet.prompts is None), None) if simulate else None
-    curve = load_curve(whole, asked.workload, simulate) if whole else []
+    curve = load_curve(whole, asked.workload, simulate, router=router) if whole else []
     if as_json:
         print(json.dumps(_serving_json(asked, options[:top], refusals, curve), indent=2))
         return
     _show_model(asked)
     _show_options(asked, options[:top], refusals)
     if whole:
-        _show_curve(whole, curve)
+        _show_curve(whole, curve, router)
     if explain:
         _explain(asked, options[0])
 
@@ -298,7 +330,9 @@ def _emit(asked: _Asked, objective: str, engine: str, checkpoint: str) -> None:
     from tafkir.plan.advise import advise
     from tafkir.plan.launch import render_launch
 
-    options, refusals = advise(asked.deployment, asked.workload, asked.chips, objective=objective, split=False)
+    options, refusals = advise(
+        asked.deployment, asked.workload, asked.chips, objective=objective, split=False, only=asked.only
+    )
     if not options:
         _refuse(asked, refusals)
     print(render_launch(options[0], asked.workload, checkpoint, engine), end="")
@@ -352,28 +386,42 @@ def _show_model(asked: _Asked) -> None:
     )
     context = w.prompt_tokens + w.output_tokens / 2
     rows = [
-        ("parameters", f"{shape.total / 1e9:,.2f}B in all; a token meets {_active(shape)}"),
+        ("parameters", f"{_count(shape.total)} in all; a token meets {_active(shape)}"),
         ("checkpoint", f"{_bytes(checkpoint_bytes(shape, d.precision))} in {d.precision.name} ({d.precision.what})"),
         ("KV cache", f"{shape.kv_bytes_per_token(d.cache_dtype_bytes):,.0f} B a token; {_state(shape)}"),
         (
             "FLOPs",
-            f"prefill {shape.forward_flops(w.prompt_tokens / 2, head=False) / 1e9:,.1f} GFLOP a token, decode "
-            f"{shape.forward_flops(context, absorbed=True) / 1e9:,.1f} at {context:,.0f} tokens",
+            f"prefill {_flops(shape.forward_flops(w.prompt_tokens / 2, head=False))} a token, decode "
+            f"{_flops(shape.forward_flops(context, absorbed=True))} at {context:,.0f} tokens",
         ),
         (
             "weights want",
             f"{minimum_chips(shape, d.precision, d.chip)} chips at least (a tenth in reserve, a quarter for caches)",
         ),
     ]
+    if w.prompt_tokens + w.output_tokens > shape.max_context:
+        rows.append(("context", f"{shape.max_context:,} tokens: the requests do not fit without stretching it"))
     for key, text in rows:
         print(f"{key:<13} {text}")
 
 
 def _active(shape: ModelShape) -> str:
     return (
-        f"{shape.active / 1e9:.2f}B with both embedding tables, {shape.active_without_input / 1e9:.2f}B without the "
-        f"input's, {shape.active_non_embedding / 1e9:.2f}B without either"
+        f"{_count(shape.active)} with both embedding tables, {_count(shape.active_without_input)} without the "
+        f"input's, {_count(shape.active_non_embedding)} without either"
     )
+
+
+def _flops(number: float) -> str:
+    size, unit = (1e9, "GFLOP") if number >= 1e8 else (1e6, "MFLOP")
+    return f"{number / size:,.1f} {unit}"
+
+
+def _count(number: float) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            return f"{number / size:,.2f}{unit}"
+    return f"{number:,.0f}"
 
 
 def _state(shape: ModelShape) -> str:
@@ -487,19 +535,23 @@ def _terms(title: str, rows: list[tuple[str, float, str]]) -> None:
             print(f"    {value:>10,.2f}  {name:<24} {words}".rstrip())
 
 
-def _show_curve(option: Option, curve: list[SimulatedLoad]) -> None:
-    """Percentiles of one replica of a layout as its load grows."""
+def _show_curve(option: Option, curve: list[SimulatedLoad], router: str | None) -> None:
+    """Percentiles of one replica of a layout, or of all behind a router, as the load grows."""
     price = option.fleet.decode.chip.price
+    replicas = option.replicas if router else 1
     head = ("req/s", "TTFT s p50", "p90", "p99", "TPOT ms p50", "p90", "p99", "tok/s", "decoding", "in line", "$/M out")
     rows = []
     for load in curve:
         ttft = (f"{load.ttft.p50:.2f}", f"{load.ttft.p90:.2f}", f"{load.ttft.p99:.2f}")
         tpot = tuple(f"{seconds * 1e3:.1f}" for seconds in (load.tpot.p50, load.tpot.p90, load.tpot.p99))
-        dollars = f"{price.mid * option.fleet.chips / 3600 / load.tokens_per_s * 1e6:.3f}" if price else "no price"
+        dollars = (
+            f"{price.mid * replicas * option.fleet.chips / 3600 / load.tokens_per_s * 1e6:.3f}" if price else "no price"
+        )
         numbers = (f"{load.tokens_per_s:,.0f}", f"{load.batch:.0f}", f"{load.waiting:,}", dollars)
         rows.append((f"{load.rate:.2f}", *ttft, *tpot, *numbers))
     requests = sum(load.requests for load in curve) // max(1, len(curve))
-    print(f"\none replica of {option.name}, {requests:,} random requests a line; answers carry all dollars")
+    who = f"{replicas} x {option.name} behind {router}" if router else f"one replica of {option.name}"
+    print(f"\n{who}, {requests:,} random requests a line; answers carry all dollars")
     _print_table(head, rows, left=())
 
 
@@ -577,10 +629,12 @@ def _plan_training(
 ) -> None:
     from dataclasses import asdict
 
+    from tafkir.errors import RecipeError
     from tafkir.plan.training import TrainJob, search_training, train_flops_per_token
 
-    if precision == "fp8":
-        chip.peak("fp8")
+    if precision not in (None, "bf16", "fp8"):
+        raise RecipeError(f"nothing is trained in {precision}", where="--precision", expected="bf16 or fp8")
+    chip.peak(precision or "bf16")
     software = engine or ("mindspeed" if chip.key.startswith("ascend") else "megatron")
     job = TrainJob(shape, chip, chips, tokens, sequence, batch_tokens, precision == "fp8", mfu, software)
     options = search_training(job)

@@ -161,7 +161,13 @@ def replica_layouts(shape: ModelShape, chip: Chip, chips: int) -> Iterator[Layou
 
 
 def advise(
-    deployment: Deployment, workload: Workload, chips: int, *, objective: str = "cost", split: bool = True
+    deployment: Deployment,
+    workload: Workload,
+    chips: int,
+    *,
+    objective: str = "cost",
+    split: bool = True,
+    only: Layout | None = None,
 ) -> tuple[list[Option], list[Refusal]]:
     """Every layout of `chips` chips that carries the workload, best first, and why the others do not.
 
@@ -171,19 +177,31 @@ def advise(
         chips: that there are.
         objective: one of `OBJECTIVES`.
         split: look at separate workers for prompts, too.
+        only: look at this layout alone.
+
+    Raises:
+        RecipeError: that layout does not divide, or takes more chips.
     """
     options: list[Option] = []
     refusals: list[Refusal] = []
-    for size in _replica_sizes(deployment.chip, chips):
-        for layout in replica_layouts(deployment.shape, deployment.chip, size):
-            found = _try(Fleet(replace(deployment, layout=layout)), workload, chips)
-            (options if isinstance(found, Option) else refusals).append(found)  # type: ignore[arg-type]
-    if split and options:
+    if only:
+        check_layout(deployment.shape, only)
+        if only.chips > chips:
+            raise RecipeError(f"{only} takes {only.chips} chips", where="--layout", expected=f"at most {chips}")
+    for layout in [only] if only else _all_layouts(deployment, chips):
+        found = _try(Fleet(replace(deployment, layout=layout)), workload, chips)
+        (options if isinstance(found, Option) else refusals).append(found)  # type: ignore[arg-type]
+    if split and options and only is None:
         options += _split(options, deployment, workload, chips)
     if workload.requests_per_s:
         options, short = _demanded(options, workload)
         refusals += short
     return sorted(options, key=lambda option: _rank(option, objective)), refusals
+
+
+def _all_layouts(deployment: Deployment, chips: int) -> Iterator[Layout]:
+    for size in _replica_sizes(deployment.chip, chips):
+        yield from replica_layouts(deployment.shape, deployment.chip, size)
 
 
 def _replica_sizes(chip: Chip, chips: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from math import ceil
 
@@ -9,7 +10,7 @@ from tafkir.errors import RecipeError
 from tafkir.plan.precision import Precision, mtp_bytes, part_bytes
 from tafkir.plan.shapes import ModelShape
 
-__all__ = ["Layout", "cache_bytes", "check_layout", "weight_bytes_per_chip"]
+__all__ = ["Layout", "cache_bytes", "check_layout", "parse_layout", "weight_bytes_per_chip"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,21 @@ def check_layout(shape: ModelShape, layout: Layout) -> None:
     for holds, what, by in rules:
         if not holds:
             raise RecipeError(f"{what} do not divide by {by}", where="--layout", fix="choose sizes that divide")
+
+
+def parse_layout(text: str) -> Layout:
+    """A layout as people write it: `tp8,ep8`, `tp2 pp2`.
+
+    Raises:
+        RecipeError: a word is no size.
+    """
+    sizes: dict[str, int] = {}
+    for word in text.lower().replace(",", " ").split():
+        found = re.fullmatch(r"(tp|pp|dp|ep|cp)=?([1-9]\d*)", word)
+        if not found or found[1] in sizes:
+            raise RecipeError(f"{word!r} is no size", where=f"--layout {text}", expected="sizes such as tp8,ep8")
+        sizes[found[1]] = int(found[2])
+    return Layout(**sizes)
 
 
 def weight_bytes_per_chip(

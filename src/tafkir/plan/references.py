@@ -44,9 +44,21 @@ _SHAPES = {
     "ring-1t": "ring-1t",
     "ling-1t": "ring-1t",
     "glm-4.5-air": "glm-4.5-air",
+    "glm-4.6": "glm-4.5",
+    "glm-4.7": "glm-4.5",
 }
 # The weights' format as the table names it; R1 in FP4 is NVIDIA's first checkpoint.
-_PRECISIONS = {"fp8": "fp8", "fp4": "nvfp4-v1", "nvfp4": "nvfp4-v1", "": "bf16", "bf16": "bf16", "int8": "int8"}
+_PRECISIONS = {
+    "fp8": "fp8",
+    "fp4": "nvfp4-v1",
+    "nvfp4": "nvfp4-v1",
+    "mxfp4": "nvfp4-v1",
+    "w4a16": "w4a16",
+    "": "bf16",
+    "bf16": "bf16",
+    "fp16": "bf16",
+    "int8": "int8",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +121,8 @@ def find_shape(name: str) -> ModelShape:
     """
     known = [*list_presets(), *list_shapes()]
     plain = name.rpartition("/")[2].lower()
+    if "distill" in plain or plain.startswith("glm-4.7-flash"):
+        raise RecipeError("it is another model than its name begins with", where=name, fix="name its shape")
     exact = sorted((key for key in known if plain.startswith(key)), key=len)
     parts = sorted((part for part in _SHAPES if part in plain), key=len)
     key = exact[-1] if exact else _SHAPES[parts[-1]] if parts else None
@@ -129,6 +143,9 @@ def predict_reference(reference: Reference, coefficients: Coefficients) -> Point
     if fields["precision"] not in _PRECISIONS:
         raise RecipeError(f"precision {fields['precision']!r} is not known", where=reference.name)
     precision = find_precision(_PRECISIONS[fields["precision"]])
+    if precision.computes == "fp4" and ("fp4" not in chip.flops or shape.name.startswith("gpt-oss")):
+        # Four-bit weights on chips without such units, and gpt-oss's MXFP4 experts, are multiplied in bfloat16.
+        precision = find_precision("w4a16")
     chip.peak(precision.computes)
     engine = fields["backend"]
     if engine not in ENGINES:

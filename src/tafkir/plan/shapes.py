@@ -233,22 +233,7 @@ def load_shape(name: str) -> ModelShape:
     heads = table["num_attention_heads"]
     linear, windowed, mla = table.get("linear", {}), table.get("windowed", {}), table.get("mla")
     full = layers - linear.get("layers", 0)
-    if mla:
-        qk, v_dim = mla["qk_nope_head_dim"] + mla["qk_rope_head_dim"], mla["v_head_dim"]
-        latent = mla["kv_lora_rank"] + mla["qk_rope_head_dim"]
-        copied = hidden * (mla["q_lora_rank"] + latent)
-        up = mla["q_lora_rank"] * heads * qk + heads * (mla["qk_nope_head_dim"] + v_dim) * mla["kv_lora_rank"]
-        attention, copied = full * (copied + up + heads * v_dim * hidden), full * copied
-    else:
-        qk = v_dim = table["head_dim"]
-        copied = 0
-        queries = heads * (2 if table.get("output_gate") else 1)
-        attention = full * hidden * qk * (queries + heads + 2 * table["num_key_value_heads"])
-    state = 0
-    if linear:
-        keys, values = (linear[f"{kind}_heads"] * linear[f"{kind}_head_dim"] for kind in ("key", "value"))
-        attention += linear["layers"] * hidden * (2 * keys + 3 * values + 2 * linear["value_heads"])
-        state = linear["layers"] * values * linear["key_head_dim"] * _STATE_BYTES
+    attention, copied, state, qk, v_dim = _mixers(table, full)
     experts = table.get("num_experts", 0)
     moe_layers = layers - table.get("first_k_dense_replace", 0) if experts else 0
     expert = 3 * hidden * table.get("moe_intermediate_size", 0)
@@ -292,3 +277,26 @@ def load_shape(name: str) -> ModelShape:
         routing_groups=0,
         max_context=table.get("max_position_embeddings", 131072),
     )
+
+
+def _mixers(table: Mapping[str, Any], full: int) -> tuple[int, int, int, int, int]:
+    """Of all layers: matrices of attention, those that are not split, state bytes; widths of a key and a value head."""
+    hidden, heads = table["hidden_size"], table["num_attention_heads"]
+    linear, mla = table.get("linear", {}), table.get("mla")
+    if mla:
+        qk, v_dim = mla["qk_nope_head_dim"] + mla["qk_rope_head_dim"], mla["v_head_dim"]
+        latent = mla["kv_lora_rank"] + mla["qk_rope_head_dim"]
+        copied = hidden * (mla["q_lora_rank"] + latent)
+        up = mla["q_lora_rank"] * heads * qk + heads * (mla["qk_nope_head_dim"] + v_dim) * mla["kv_lora_rank"]
+        attention, copied = full * (copied + up + heads * v_dim * hidden), full * copied
+    else:
+        qk = v_dim = table["head_dim"]
+        copied = 0
+        queries = heads * (2 if table.get("output_gate") else 1)
+        attention = full * hidden * qk * (queries + heads + 2 * table["num_key_value_heads"])
+    state = 0
+    if linear:
+        keys, values = (linear[f"{kind}_heads"] * linear[f"{kind}_head_dim"] for kind in ("key", "value"))
+        attention += linear["layers"] * hidden * (2 * keys + 3 * values + 2 * linear["value_heads"])
+        state = linear["layers"] * values * linear["key_head_dim"] * _STATE_BYTES
+    return attention, copied, state, qk, v_dim

@@ -1,4 +1,4 @@
-"""Waiting and percentiles: one replica under random arrivals, iteration by iteration, with the cost model's times.
+"""Waiting and percentiles: replicas under random arrivals, iteration by iteration, with the cost model's times.
 
 Between events nothing changes but the length of the caches, so that many iterations are one addition: a million
 requests take well under a minute of one core.
@@ -18,7 +18,19 @@ from tafkir.plan.load import CHUNK_TOKENS
 from tafkir.plan.serving import Deployment, decode_step, prefill, total
 from tafkir.plan.workload import Workload
 
-__all__ = ["Percentiles", "SimulatedLoad", "load_curve", "percentiles", "simulate_replica", "steady_state"]
+__all__ = [
+    "ROUTERS",
+    "Percentiles",
+    "SimulatedLoad",
+    "load_curve",
+    "percentiles",
+    "simulate_fleet",
+    "simulate_replica",
+    "steady_state",
+]
+
+ROUTERS = ("random", "round_robin", "least_loaded")
+"""How a router chooses a replica: by chance, in turn, or the one with the fewest unfinished requests."""
 
 _EXACT_BATCH, _BATCH_GRID = 64, 8
 _SHORTEST_CHUNK = 64
@@ -99,20 +111,31 @@ def percentiles(values: list[float]) -> Percentiles:
 _LOADS = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
 
 
-def load_curve(option: Option, workload: Workload, requests: int) -> list[SimulatedLoad]:
-    """One replica of an option at growing load, up to and beyond what it carries.
+def load_curve(option: Option, workload: Workload, requests: int, *, router: str | None = None) -> list[SimulatedLoad]:
+    """One replica of an option, or all behind a router, at growing load, up to and beyond what they carry.
 
     Args:
         option: without workers of their own for prompts.
         workload: its mean lengths.
         requests: of each point.
+        router: one of `ROUTERS`; None takes one replica.
     """
     d, memory = option.fleet.decode, option.memory
-    most = option.point.tokens_per_s / workload.output_tokens
+    replicas = option.replicas if router else 1
+    most = replicas * option.point.tokens_per_s / workload.output_tokens
     tokens = memory.free / memory.sequence * (workload.prompt_tokens + workload.output_tokens) * d.layout.dp
     limit = min(option.batch, memory.sequences) * d.layout.dp
     return [
-        simulate_replica(d, workload, share * most, requests=requests, max_sequences=limit, cache_tokens=tokens)
+        simulate_fleet(
+            d,
+            workload,
+            share * most,
+            replicas=replicas,
+            router=router or ROUTERS[0],
+            requests=requests,
+            max_sequences=limit,
+            cache_tokens=tokens,
+        )
         for share in _LOADS
     ]
 
@@ -132,72 +155,128 @@ def simulate_replica(
     Args:
         deployment: the replica. workload: its mean lengths and cached share.
         rate: requests a second.
-        requests: that arrive; the first tenth warms up and is not measured.
+        requests: that arrive; the first fifth warms up and is not measured.
         max_sequences: decoded at once. cache_tokens: that the caches hold; a request is let in with room for all of it.
         seed: of arrivals and lengths.
 
     Raises:
         RecipeError: the rate is not positive, or a typical request does not fit the cache.
     """
+    return simulate_fleet(
+        deployment,
+        workload,
+        rate,
+        replicas=1,
+        requests=requests,
+        max_sequences=max_sequences,
+        cache_tokens=cache_tokens,
+        seed=seed,
+    )
+
+
+def simulate_fleet(
+    deployment: Deployment,
+    workload: Workload,
+    rate: float,
+    *,
+    replicas: int,
+    router: str = "least_loaded",
+    requests: int = 20000,
+    max_sequences: int = 256,
+    cache_tokens: float = math.inf,
+    seed: int = 0,
+) -> SimulatedLoad:
+    """The same for identical replicas behind a router that sends each request to one of them as it arrives.
+
+    Args:
+        rate: requests a second of all replicas together.
+        replicas: how many. router: one of `ROUTERS`.
+
+    The other arguments and the errors are those of `simulate_replica`.
+    """
     if not rate > 0 or requests < 10:
         raise RecipeError(f"{rate:g} requests a second, {requests} of them", where="simulation", expected="more")
     if cache_tokens < workload.prompt_tokens + workload.output_tokens:
         raise RecipeError("a typical request does not fit the cache", where="simulation", fix="take another layout")
-    return _Replica(deployment, workload, max_sequences, cache_tokens).run(rate, requests, seed)
+    if router not in ROUTERS:
+        raise RecipeError("no such router", where=router, expected=f"one of {', '.join(ROUTERS)}")
+    times = _Times(deployment, workload.prompt_tokens + workload.output_tokens / 2, workload.cached)
+    fleet = [_Replica(times, max_sequences, cache_tokens) for _ in range(replicas)]
+    lengths, routes = random.Random(seed), random.Random(seed + 1)
+    arrival, warm, start = 0.0, requests // 5, 0.0
+    for number in range(requests):
+        arrival += lengths.expovariate(rate)
+        prompt = max(1.0, lengths.expovariate(1 / workload.prompt_tokens))
+        output = max(1.0, lengths.expovariate(1 / workload.output_tokens))
+        prompt = min(prompt, max(1.0, cache_tokens - output))
+        for replica in fleet:
+            replica.work_until(arrival)
+        if number == warm:
+            start = arrival
+            for replica in fleet:
+                replica.forget()
+        chosen = _route(fleet, router, number, routes)
+        chosen.line.append([arrival, max(1.0, prompt * (1 - workload.cached)), output, prompt])
+    # While requests still arrive, every replica is as busy as it stays.
+    span = max(arrival - start, 1e-9)
+    tokens = sum(replica.tokens for replica in fleet)
+    busy = sum(replica.busy_s for replica in fleet)
+    batch = sum(replica.sequence_s for replica in fleet) / max(busy, 1e-9)
+    waiting = sum(len(replica.line) for replica in fleet)
+    for replica in fleet:
+        replica.work_until(math.inf)
+    ttft = [seconds for replica in fleet for seconds in replica.ttft]
+    tpot = [seconds for replica in fleet for seconds in replica.tpot]
+    return SimulatedLoad(rate, len(tpot), percentiles(ttft), percentiles(tpot), tokens / span, batch, waiting)
+
+
+def _route(fleet: list[_Replica], router: str, number: int, rng: random.Random) -> _Replica:
+    if len(fleet) == 1:
+        return fleet[0]
+    if router == "random":
+        return rng.choice(fleet)
+    if router == "round_robin":
+        return fleet[number % len(fleet)]
+    return min(fleet, key=lambda replica: replica.load)
 
 
 class _Replica:
     """The state of one replica: what runs, what waits, and the clock."""
 
-    def __init__(self, deployment: Deployment, workload: Workload, max_sequences: int, cache_tokens: float) -> None:
-        self.workload, self.max_sequences, self.cache_tokens = workload, max_sequences, cache_tokens
-        self.times = _Times(deployment, workload.prompt_tokens + workload.output_tokens / 2, workload.cached)
-        self.yields = deployment.speculation.yields
-        c = deployment.coefficients
-        self.constant, self.admission = c.request_s, c.first_token_steps[deployment.engine]
+    def __init__(self, times: _Times, max_sequences: int, cache_tokens: float) -> None:
+        self.times, self.max_sequences, self.cache_tokens = times, max_sequences, cache_tokens
+        self.yields = times.deployment.speculation.yields
+        c = times.deployment.coefficients
+        self.constant, self.admission = c.request_s, c.first_token_steps[times.deployment.engine]
         self.clock, self.iteration, self.reserved, self.context = 0.0, 0, 0.0, 0.0
-        # (last iteration, number, arrival, first token's time, steps, prompt, tokens reserved) of what is decoded.
-        self.running: list[tuple[int, int, float, float, int, float, float]] = []
-        # [arrival, prompt tokens left, output, prompt] of what is not.
+        # (last iteration, number, first token's time, steps, prompt, tokens reserved) of what is decoded.
+        self.running: list[tuple[int, int, float, int, float, float]] = []
+        # [arrival, prompt tokens left, output, prompt] of what is not let in, and of what is.
         self.line: deque[list[float]] = deque()
         self.pending: deque[list[float]] = deque()
+        self.started = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Measure from here on."""
         self.ttft: list[float] = []
         self.tpot: list[float] = []
-        self.busy_s = self.sequence_s = 0.0
+        self.busy_s = self.sequence_s = self.tokens = 0.0
 
-    def run(self, rate: float, requests: int, seed: int) -> SimulatedLoad:
-        rng = random.Random(seed)
-        w = self.workload
-        arrival, number, warm = rng.expovariate(rate), 0, requests // 10
-        tokens = 0.0
-        began = waiting = 0
-        while number < requests or self.line or self.pending or self.running:
-            while number < requests and arrival <= self.clock:
-                prompt = max(1.0, rng.expovariate(1 / w.prompt_tokens))
-                output = max(1.0, rng.expovariate(1 / w.output_tokens))
-                prompt = min(prompt, max(1.0, self.cache_tokens - output))
-                self.line.append([arrival, max(1.0, prompt * (1 - w.cached)), output, prompt])
-                arrival += rng.expovariate(rate)
-                number += 1
-                if number == requests:
-                    waiting = len(self.line)
-                if number > warm and not began:
-                    began, tokens = 1, 0.0
-                    start = self.clock
-                    self.ttft.clear()
-                    self.tpot.clear()
-                    self.busy_s = self.sequence_s = 0.0
+    @property
+    def load(self) -> int:
+        """Requests that it has not finished."""
+        return len(self.running) + len(self.pending) + len(self.line)
+
+    def work_until(self, until: float) -> None:
+        """Go on to a moment, or a little beyond it: an iteration is not interrupted."""
+        while self.clock < until:
             self._admit()
             if not self.running and not self.pending:
-                if number >= requests:
-                    break
-                self.clock = arrival
-                continue
-            tokens += self._advance(arrival if number < requests else math.inf)
-        elapsed = max(self.clock - start, 1e-9)
-        batch = self.sequence_s / max(self.busy_s, 1e-9)
-        measured = percentiles(self.ttft), percentiles(self.tpot)
-        return SimulatedLoad(rate, len(self.tpot), *measured, tokens / elapsed, batch, waiting)
+                if math.isfinite(until):
+                    self.clock = until
+                return
+            self._advance(until)
 
     def _admit(self) -> None:
         """Let requests in, first come first served, as long as all of each fits."""
@@ -208,13 +287,14 @@ class _Replica:
             self.reserved += prompt + output
             self.pending.append(self.line.popleft())
 
-    def _advance(self, until: float) -> float:
-        """One iteration with prompts in it, or as many without as nothing else happens. Returns tokens finished."""
+    def _advance(self, until: float) -> None:
+        """One iteration with prompts in it, or as many without as nothing else happens."""
         batch = len(self.running)
         base, slope = self.times.step(batch) if batch else (0.0, 0.0)
         if self.pending:
-            seconds = base + slope * self.context + self._prefill(batch, base + slope * self.context)
             count = 1
+            decode_s = base + slope * self.context
+            seconds = decode_s + self._prefill(batch, decode_s)
         else:
             count = self.running[0][0] - self.iteration
             first = base + slope * (self.context + batch)
@@ -225,9 +305,10 @@ class _Replica:
         if batch:
             self.iteration += count
             self.context += count * batch * self.yields
+            self.tokens += count * batch * self.yields
             self.busy_s += seconds
             self.sequence_s += seconds * batch
-        return self._finish()
+            self._finish()
 
     def _prefill(self, batch: int, decode_s: float) -> float:
         """Work on the prompts at the head of the line, up to a chunk, and start those that are done."""
@@ -244,24 +325,22 @@ class _Replica:
             done.append(self.pending.popleft())
         seconds = self.times.prompts(math.ceil(used), alone=batch == 0)
         self.clock += decode_s + seconds
+        # What was running has had an iteration by the time that these have their first.
+        now = self.iteration + (1 if batch else 0)
         for arrival, _, output, prompt in done:
-            delay = self.constant + self.admission * decode_s
-            self.ttft.append(self.clock - arrival + delay)
+            self.ttft.append(self.clock - arrival + self.constant + self.admission * decode_s)
+            self.started += 1
             steps = max(1, math.ceil((output - 1) / self.yields))
-            entry = (self.iteration + 1 + steps, len(self.ttft), arrival, self.clock, steps, prompt, prompt + output)
-            heapq.heappush(self.running, entry)
+            heapq.heappush(self.running, (now + steps, self.started, self.clock, steps, prompt, prompt + output))
             self.context += prompt
         return seconds
 
-    def _finish(self) -> float:
-        tokens = 0.0
+    def _finish(self) -> None:
         while self.running and self.running[0][0] <= self.iteration:
-            _, _, _, began, steps, prompt, reserved = heapq.heappop(self.running)
+            _, _, began, steps, prompt, reserved = heapq.heappop(self.running)
             self.tpot.append((self.clock - began) / (steps * self.yields))
             self.reserved -= reserved
             self.context = max(0.0, self.context - prompt - steps * self.yields)
-            tokens += reserved - prompt
-        return tokens
 
 
 def steady_state(
