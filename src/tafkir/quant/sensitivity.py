@@ -24,14 +24,25 @@ from tafkir.models.decoder import Decoder
 from tafkir.models.experts import Experts, MoE
 from tafkir.models.hf import resolve_names
 from tafkir.models.layers import Linear
+from tafkir.ops.moe import swiglu
 from tafkir.quant.activations import INPUT_AMAX, QuantizedExperts, quantize_inputs
 from tafkir.quant.policy import component_of, layer_of, sibling_group
 from tafkir.recipe.quantize import FormatName
 from tafkir.runlog.progress import Progress
 
-__all__ = ["Group", "find_groups", "fisher_losses", "kl_losses", "measure_kl", "quantized_groups", "read_predictions"]
+__all__ = [
+    "Group",
+    "find_groups",
+    "fisher_losses",
+    "kl_losses",
+    "measure_kl",
+    "quantized_groups",
+    "read_input_amax",
+    "read_predictions",
+]
 
 _PARTS = ("attention", "attention_kv_b", "attention_out", "mlp", "experts", "shared_experts")
+_KINDS = {"query_key_value": "q/k/v", "qkv_proj": "q/k/v", "dense": "o", "wo": "o"}
 _CHUNK_TOKENS = 4096
 
 
@@ -70,11 +81,12 @@ def find_groups(decoder: Decoder) -> list[Group]:
         layer = layer_of(parts[0])
         if not names.name.startswith("layers.") or layer is None or names.name not in shapes:
             continue
-        if component_of(parts[0], decoder.config.num_hidden_layers) not in _PARTS:
+        component = component_of(parts[0], decoder.config.num_hidden_layers)
+        if component not in _PARTS:
             continue
         stem, _, rest = sibling_group(parts[0]).rpartition(".")
         key = re.sub(r"\.experts\.\d+$", ".experts", stem) if names.stacked else f"{stem}.{rest}"
-        members = found.setdefault(key, [layer, _kind(key, names.stacked), [], [], 0])
+        members = found.setdefault(key, [layer, _kind(key, component), [], [], 0])
         members[2].append(names.name)
         members[3] += parts
         members[4] += shapes[names.name].numel()
@@ -84,13 +96,13 @@ def find_groups(decoder: Decoder) -> list[Group]:
     ]
 
 
-def _kind(key: str, stacked: bool) -> str:
-    if stacked:
-        return "experts"
-    maps = "/".join(
-        name.removesuffix("_proj").removesuffix("_proj_with_mqa") for name in key.rpartition(".")[2].split("+")
-    )
-    return f"shared {maps}" if ".shared_expert" in key else maps
+def _kind(key: str, component: str) -> str:
+    """What a person calls a group within its layer, whatever the family's names."""
+    last = key.rpartition(".")[2]
+    if component == "experts" or last in _KINDS:
+        return _KINDS.get(last, "experts")
+    maps = "/".join(re.sub(r"_proj(_with_mqa)?$", "", name) for name in last.split("+"))
+    return f"shared {maps}" if component == "shared_experts" else maps
 
 
 # ---- a model with some groups quantized ------------------------------------------------------------------------------
@@ -98,13 +110,17 @@ def _kind(key: str, stacked: bool) -> str:
 
 @contextmanager
 def quantized_groups(
-    decoder: Decoder, chosen: Sequence[tuple[Group, FormatName]], weights: Mapping[FormatName, Mapping[str, Tensor]]
+    decoder: Decoder,
+    chosen: Sequence[tuple[Group, FormatName]],
+    weights: Mapping[FormatName, Mapping[str, Tensor]],
+    amax: Mapping[str, float],
 ) -> Iterator[None]:
     """The decoder with some groups in some formats, inputs included where the format has them; undone at the end.
 
     Args:
         chosen: groups and their formats; `keep` changes nothing.
         weights: for each format, what the parameters become.
+        amax: largest magnitude that inputs are scaled for, by parameter; 2688 where it is not said.
     """
     parameters, modules = dict(decoder.named_parameters()), dict(decoder.named_modules())
     with ExitStack() as stack, torch.no_grad():
@@ -116,11 +132,11 @@ def quantized_groups(
                 stack.callback(parameter.data.copy_, kept)
                 parameter.data.copy_(weights[format][name])
             if format == "nvfp4":
-                _round_inputs(group, modules, stack)
+                _round_inputs(group, modules, amax, stack)
         yield
 
 
-def _round_inputs(group: Group, modules: Mapping[str, nn.Module], stack: ExitStack) -> None:
+def _round_inputs(group: Group, modules: Mapping[str, nn.Module], amax: Mapping[str, float], stack: ExitStack) -> None:
     for name in group.parameters:
         path = name.rpartition(".")[0]
         module = modules[path]
@@ -128,13 +144,48 @@ def _round_inputs(group: Group, modules: Mapping[str, nn.Module], stack: ExitSta
             moe = cast(MoE, modules[path.rpartition(".")[0]])
             if moe.experts is module:
                 stack.callback(setattr, moe, "experts", module)
-                moe.experts = QuantizedExperts(module)  # type: ignore[assignment]
+                moe.experts = QuantizedExperts(module, _expert_amax(path, amax))  # type: ignore[assignment]
         else:
-            stack.callback(module.register_forward_pre_hook(_rounded_argument).remove)
+            rounded = partial(_rounded_argument, amax=amax.get(name, INPUT_AMAX))
+            stack.callback(module.register_forward_pre_hook(rounded).remove)
 
 
-def _rounded_argument(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (quantize_inputs(args[0], INPUT_AMAX), *args[1:])
+def _expert_amax(path: str, amax: Mapping[str, float]) -> tuple[float, float]:
+    up, down = (amax.get(f"{path}.{part}_proj", INPUT_AMAX) for part in ("gate_up", "down"))
+    return up, down
+
+
+def _rounded_argument(module: nn.Module, args: tuple[Any, ...], *, amax: float) -> tuple[Any, ...]:
+    return (quantize_inputs(args[0], amax), *args[1:])
+
+
+@torch.no_grad()
+def read_input_amax(decoder: Decoder, groups: Sequence[Group], documents: Sequence[Sequence[int]]) -> dict[str, float]:
+    """The largest magnitude of every matrix's inputs on a text, by parameter; what calibration would scale them for."""
+    found: dict[str, float] = {}
+    modules = dict(decoder.named_modules())
+
+    def look(path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        peaks = {"weight": args[0]} if isinstance(module, Linear) else _expert_inputs(cast(Experts, module), *args)
+        for name, values in peaks.items():
+            key = f"{path}.{name}"
+            found[key] = max(found.get(key, 0.0), float(values.abs().amax()) if values.numel() else 0.0)
+
+    with ExitStack() as stack:
+        for path in dict.fromkeys(name.rpartition(".")[0] for group in groups for name in group.parameters):
+            stack.callback(modules[path].register_forward_pre_hook(partial(look, path)).remove)
+        for ids, bounds in _chunks(documents):
+            _log_probs(decoder, ids, bounds)
+    return {name: value for name, value in found.items() if value > 0}
+
+
+def _expert_inputs(experts: Experts, x_ND: Tensor, ids_NA: Tensor, weights_NA: Tensor) -> dict[str, Tensor]:
+    """What the two matrices of every expert read: the tokens that it gets, and the largest of their hidden states."""
+    peaks = [
+        swiglu(F.linear(x_ND[(ids_NA == expert).any(-1)], experts.gate_up_proj[expert])).abs().amax().reshape(1)
+        for expert in ids_NA.unique().tolist()
+    ]
+    return {"gate_up_proj": x_ND, "down_proj": torch.cat(peaks) if peaks else x_ND[:0]}
 
 
 # ---- exact -----------------------------------------------------------------------------------------------------------
@@ -191,6 +242,7 @@ def kl_losses(
     weights: Mapping[FormatName, Mapping[str, Tensor]],
     documents: Sequence[Sequence[int]],
     reference: Sequence[Tensor],
+    amax: Mapping[str, float],
 ) -> list[dict[FormatName, float]]:
     """For each group and each of its formats, the mean KL with that group alone quantized: a forward pass each."""
     losses: list[dict[FormatName, float]] = []
@@ -199,7 +251,7 @@ def kl_losses(
         for group, own in zip(groups, formats, strict=True):
             losses.append({})
             for format in own:
-                with quantized_groups(decoder, [(group, format)], weights):
+                with quantized_groups(decoder, [(group, format)], weights, amax):
                     losses[-1][format] = measure_kl(decoder, documents, reference)
                 done += 1
                 progress.update(done, kl=losses[-1][format])
@@ -210,7 +262,7 @@ def kl_losses(
 
 
 class _Watch:
-    """Sums, for each token, what a group's error does to the loss to first order: gradient times change of output."""
+    """Sums what a group's error does to a document's loss, to first order: gradients times changes of outputs."""
 
     def __init__(self, groups: Sequence[Group], formats: Sequence[Mapping[FormatName, object]]) -> None:
         self.sums: list[dict[FormatName, Tensor]] = [{} for _ in groups]
@@ -220,11 +272,12 @@ class _Watch:
         seen = self.sums[group].get(format)
         self.sums[group][format] = change_N if seen is None else seen + change_N
 
-    def square(self) -> None:
-        """Ends a pass: squares what each token came to."""
+    def square(self, bounds: Sequence[int]) -> None:
+        """Ends a pass: squares what each document came to."""
         for sums, totals in zip(self.sums, self.totals, strict=True):
             for format, change_N in sums.items():
-                totals[format] += float(change_N.square().sum(dtype=torch.float64))
+                whole = torch.stack([change_N[a:b].sum(dtype=torch.float64) for a, b in pairwise(bounds)])
+                totals[format] += float(whole.square().sum())
             sums.clear()
 
 
@@ -234,13 +287,15 @@ def fisher_losses(
     formats: Sequence[Mapping[FormatName, object]],
     weights: Mapping[FormatName, Mapping[str, Tensor]],
     documents: Sequence[Sequence[int]],
+    amax: Mapping[str, float],
     seed: int = 0,
 ) -> list[dict[FormatName, float]]:
     """Estimates of what `kl_losses` measures, for all groups by one forward and one backward pass.
 
     To second order, KL is half of d^T F d for a change d of a layer's outputs, with the Fisher information F = E[g g^T]
-    of gradients g under labels that the model itself draws. A token's share is half of E[(g . d)^2], with the change
-    d = Q(x) Q(W)^T - x W^T of that token; what tokens do to one another's changes is left out.
+    of gradients g under labels that the model itself draws. So a document's share is half of E[(sum of g . d)^2] over
+    its tokens, with the change d = Q(x) Q(W)^T - x W^T of each. One draw of labels stands for the expectation, and the
+    more documents there are, the less it scatters (by sqrt(2 / documents)).
     """
     watch = _Watch(groups, formats)
     generator = torch.Generator().manual_seed(seed)
@@ -254,14 +309,14 @@ def fisher_losses(
         stack.callback(decoder.embed_tokens.register_forward_hook(_start_graph).remove)
         for index, group in enumerate(groups):
             for path in dict.fromkeys(name.rpartition(".")[0] for name in group.parameters):
-                change = partial(_watched, watch, index, list(formats[index]), path, weights)
+                change = partial(_watched, watch, index, list(formats[index]), path, (weights, amax))
                 stack.callback(modules[path].register_forward_hook(change).remove)
         with torch.enable_grad():
             for ids, bounds in _chunks(documents):
                 logs_NV = _log_probs(decoder, ids, bounds)
                 drawn_N = torch.multinomial(logs_NV.detach().exp(), 1, generator=generator)
                 (-logs_NV.gather(1, drawn_N)).sum().backward()  # type: ignore[no-untyped-call]
-                watch.square()
+                watch.square(bounds)
                 count += len(ids)
     return [{format: 0.5 * total / count for format, total in own.items()} for own in watch.totals]
 
@@ -276,13 +331,14 @@ def _watched(
     group: int,
     formats: Sequence[FormatName],
     path: str,
-    weights: Mapping[FormatName, Mapping[str, Tensor]],
+    given: tuple[Mapping[FormatName, Mapping[str, Tensor]], Mapping[str, float]],
     module: nn.Module,
     args: tuple[Any, ...],
     output: Tensor,
 ) -> None:
     """Ask for the gradient of a module's output, and set the change that each format makes against it."""
     inputs = tuple(value.detach() for value in args)
+    weights, amax = given
 
     def weigh(gradient_ND: Tensor) -> None:
         with torch.no_grad():
@@ -290,7 +346,7 @@ def _watched(
                 theirs = {
                     name.rpartition(".")[2]: weights[format][name] for name in weights[format] if _within(name, path)
                 }
-                changed_ND = _run_with(module, inputs, theirs, rounded=format == "nvfp4")
+                changed_ND = _run_with(module, inputs, theirs, (path, amax) if format == "nvfp4" else None)
                 watch.add(group, format, ((changed_ND - output.detach()) * gradient_ND).flatten(1).sum(-1))
 
     if output.requires_grad:
@@ -301,13 +357,26 @@ def _within(name: str, path: str) -> bool:
     return name.rpartition(".")[0] == path
 
 
-def _run_with(module: nn.Module, inputs: tuple[Any, ...], weights: Mapping[str, Tensor], *, rounded: bool) -> Tensor:
-    """What a linear map, or a stack of experts, makes of the same inputs with other weights."""
+def _run_with(
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    weights: Mapping[str, Tensor],
+    rounded: tuple[str, Mapping[str, float]] | None,
+) -> Tensor:
+    """What a linear map, or a stack of experts, makes of the same inputs with other weights.
+
+    Args:
+        rounded: the module's name and the magnitudes by parameter, where inputs are rounded, too.
+    """
     if isinstance(module, Linear):
-        x = quantize_inputs(inputs[0], INPUT_AMAX) if rounded else inputs[0]
+        x = (
+            inputs[0]
+            if rounded is None
+            else quantize_inputs(inputs[0], rounded[1].get(f"{rounded[0]}.weight", INPUT_AMAX))
+        )
         return F.linear(x, weights["weight"], module.bias)
     assert isinstance(module, Experts)
-    stand_in = QuantizedExperts(module, (INPUT_AMAX, INPUT_AMAX) if rounded else (None, None))
+    stand_in = QuantizedExperts(module, (None, None) if rounded is None else _expert_amax(*rounded))
     for name, weight in weights.items():
         setattr(stand_in, name, nn.Parameter(weight, requires_grad=False))
     return cast(Tensor, stand_in(*inputs))

@@ -36,6 +36,9 @@ class AutoConfig(Table):
         "kl",
         description="Loss of a group by a forward pass for each format (kl), or all by one backward pass (fisher).",
     )
+    refine: int = Field(
+        1, ge=0, description="Rounds in which losses are measured again, among the formats found; for bits and bytes."
+    )
     text: str = Field(
         "task", min_length=1, description="`task` (made-up word problems), or a file: text or JSON lines."
     )
