@@ -35,6 +35,18 @@ layout = "modelopt"
 input_scale = 1.0
 kv_cache = "fp8"
 
+[quantize.calibration]
+text = "task"
+tokens = 300
+window = 128
+ranges = "percentile"
+percentile = 99.9
+gptq = false
+damping = 0.01
+act_order = false
+cold_experts = "force"
+min_expert_tokens = 2
+
 [[quantize.rules]]
 tensors = "*.0.mlp.*_proj.weight"
 format = "fp8_block"
@@ -54,6 +66,7 @@ def test_a_run_shrinks_its_checkpoint(tmp_path: Path) -> None:
     found = run_recipe(loaded, run, select_stages(loaded.recipe, only="quantize"))["quantize"]
     assert found["ratio"] == pytest.approx(3.1, abs=0.1) and 0 < found["logits"]["kl_mean"] < 1
     assert {"nvfp4", "fp8_block", "BF16"} <= {row["format"] for row in found["parts"]}
+    assert found["calibration"]["tokens"] == 300 and 0 < found["calibration"]["smallest_range"] < 20
     out = run.stage("quantize").checkpoint_dir
     context = StageContext(loaded.recipe, run, run.stage("eval"), find_checkpoint("base-tiny"), 0)
     assert loaded.recipe.eval and eval_stage._checkpoints(context, loaded.recipe.eval) == {"quantize": out}

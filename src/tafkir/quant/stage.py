@@ -14,11 +14,13 @@ from tafkir.data.stories import make_story
 from tafkir.data.tokenizer import Tokenizer
 from tafkir.errors import RecipeError
 from tafkir.ops.native import select_kernels
-from tafkir.quant.convert import quantize_checkpoint
+from tafkir.quant.auto import auto_quantize, read_auto_text
+from tafkir.quant.calibrated import write_quantized
 from tafkir.quant.verify import audit_checkpoint, compare_logits, summarize_audit
 from tafkir.recipe.bundled import find_checkpoint
 from tafkir.recipe.stage import StageContext
 from tafkir.records import STAGES
+from tafkir.runlog.atomic import write_text
 
 __all__ = ["run_quantize"]
 
@@ -39,8 +41,9 @@ def run_quantize(ctx: StageContext) -> dict[str, Any]:
     """Quantize the checkpoint before, as the recipe's `[quantize]` says; a killed stage goes on with its shards.
 
     Returns:
-        Bytes before and after, the audit by component, and the divergence of both models' predictions on made-up
-        word problems. What it does to answers is the `eval` stage's business: name `quantize` in `eval.stages`.
+        Bytes before and after, the audit by component, the divergence of both models' predictions on made-up word
+        problems, and what calibration read and found, where there is one. What it does to answers is the `eval`
+        stage's business: name `quantize` in `eval.stages`.
 
     Raises:
         RecipeError: there is no checkpoint before.
@@ -59,11 +62,16 @@ def run_quantize(ctx: StageContext) -> dict[str, Any]:
     # Finished, but killed before its result was written: made of the same inputs, and cheap to make again.
     shutil.rmtree(out, ignore_errors=True)
     lineage = {"stage": "quantize", "recipe": ctx.recipe.name}
-    quantize_checkpoint(ctx.previous, out, config, lineage=lineage)
+    chosen = None
+    if config.auto is not None:
+        chosen = auto_quantize(ctx.previous, config, read_auto_text(ctx.previous, config.auto))
+        config = chosen.config
+        write_text(ctx.stage.path / "auto.toml", chosen.rules_file(ctx.recipe.name))
+    _, calibration = write_quantized(ctx.previous, out, config, lineage=lineage)
     if ctx.recipe.qat is not None and ctx.recipe.qat.baseline:
         untrained = ctx.stage.path / "ptq"
         shutil.rmtree(untrained, ignore_errors=True)
-        quantize_checkpoint(_before_qat(ctx), untrained, config, lineage=lineage)
+        write_quantized(_before_qat(ctx), untrained, config, lineage=lineage)
     summary = summarize_audit(audit_checkpoint(ctx.previous, out))
     tokenizer = Tokenizer.load(out)
     documents: list[list[int]] = []
@@ -75,6 +83,8 @@ def run_quantize(ctx: StageContext) -> dict[str, Any]:
         "scales": config.scale_choice,
         "layout": config.layout,
         **summary,
+        "calibration": calibration,
+        "auto": chosen.to_dict() if chosen else None,
         "logits": dict(compare_logits(ctx.previous, out, documents)),
         "wall_s": time.perf_counter() - began,
         "cpu_s": time.process_time() - began_cpu,
