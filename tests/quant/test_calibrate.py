@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -234,6 +236,30 @@ def test_cold_experts(qwen: Path, tmp_path: Path) -> None:
     assert row["experts"] == 4 and row["fewest"] == min(balanced.coverage[0].routed) and row["given_tokens"] > 0
 
 
+def test_one_layer_and_one_expert_are_in_memory_at_a_time(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, expert, alive = LayerReader.layer, LayerReader.expert, list[weakref.ref[Any]]()
+
+    def one_layer(self: LayerReader, index: int) -> Any:
+        gc.collect()  # modules point back at themselves by their hooks
+        assert not any(seen() is not None for seen in alive)
+        alive.append(weakref.ref(made := layer(self, index)))
+        assert all(tensor.is_meta == ("mlp.experts" in name) for name, tensor in made.state_dict().items())
+        return made
+
+    def one_expert(self: LayerReader, index: int, which: int) -> Any:
+        assert sum(seen() is not None for seen in alive) == 1
+        made = expert(self, index, which)
+        alive.extend(map(weakref.ref, made))
+        return made
+
+    monkeypatch.setattr(LayerReader, "layer", one_layer)
+    monkeypatch.setattr(LayerReader, "expert", one_expert)
+    calibrate_checkpoint(qwen, tmp_path / "record", config_of(scales="local_hessian"), DOCUMENTS)
+    assert len(alive) == 3 + 2 * 4 * 2
+
+
 def test_an_expert_is_given_the_tokens_that_its_router_likes_best() -> None:
     scores = torch.tensor([[0.1, 0.9], [0.5, 0.5], [0.8, 0.2], [0.3, 0.7]])
     assert given_tokens(0, torch.tensor([2]), scores, 3).tolist() == [1, 3]
@@ -316,6 +342,7 @@ def test_the_command(qwen: Path, tmp_path: Path, here: Callable[..., CompletedPr
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)["calibration"]
     assert said["tokens"] == sum(map(len, DOCUMENTS)) and len(said["coverage"]) == 2 and said["ranges"] == "headroom"
+    assert [len(layer["routed"]) for layer in said["experts"]] == [4, 4]
     assert said["gptq"]["weights"] > 30 and said["gptq"]["mean_error"] < 1
     assert [file.name for file in tmp_path.iterdir() if "calibration" in file.name] == []
     kept = here(*common, "other", "--cold-experts", "data_free", "--calibration-record", "record")

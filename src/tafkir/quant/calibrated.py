@@ -91,5 +91,6 @@ def summarize_calibration(calibration: Calibration) -> dict[str, Any]:
         "smallest_range": min(reach),
         "largest_range": max(reach),
         "coverage": coverage_rows(calibration.coverage),
+        "experts": [{"layer": layer.layer, **layer.to_json()} for layer in calibration.coverage],
         "gptq": {"weights": len(errors), "mean_error": sum(errors) / len(errors)} if errors else None,
     }
