@@ -9,6 +9,7 @@ __all__ = [
     "DataError",
     "GradingError",
     "RecipeError",
+    "RegistryError",
     "RequestError",
     "RolloutError",
     "RunDirError",
@@ -51,6 +52,10 @@ class RecipeError(TafkirError):
     """A recipe, a `--set` override or a command-line choice is not valid."""
 
     exit_code = 2
+
+
+class RegistryError(TafkirError):
+    """A model registry refuses a file, a signature or a promotion, or does not hold what is asked for."""
 
 
 class DataError(TafkirError):

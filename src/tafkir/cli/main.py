@@ -19,6 +19,7 @@ from tafkir.cli import (
     plan,
     quantize,
     recipes,
+    registry,
     report,
     rollout_view,
     run,
@@ -64,6 +65,7 @@ app.command("report")(report.report)
 app.command("merge")(merge.merge)
 app.command("quantize")(quantize.quantize)
 app.command("verify")(verify.verify)
+app.add_typer(registry.app, name="registry")
 app.command("solve")(solve.solve)
 app.add_typer(trm.app, name="trm")
 app.command("rollouts")(rollout_view.rollouts)
