@@ -14,6 +14,7 @@ from tafkir.cli import (
     card,
     doctor,
     evaluate,
+    export,
     merge,
     model,
     plan,
@@ -64,7 +65,9 @@ app.command("card")(card.card)
 app.command("report")(report.report)
 app.command("merge")(merge.merge)
 app.command("quantize")(quantize.quantize)
+app.command("convert")(export.convert)
 app.command("verify")(verify.verify)
+app.add_typer(export.app, name="export")
 app.add_typer(registry.app, name="registry")
 app.command("solve")(solve.solve)
 app.add_typer(trm.app, name="trm")

@@ -67,9 +67,19 @@ def _refuse_non_finite(amax: Tensor) -> None:
 
 
 def quantize_fp8(
-    weight: Tensor, per: Literal["tensor", "row"], convention: Fp8Convention = "modelopt"
+    weight: Tensor,
+    per: Literal["tensor", "row"],
+    convention: Fp8Convention = "modelopt",
+    *,
+    amax: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Quantize a weight [M, N] to E4M3 with one scale for all of it, or for each row.
+
+    Args:
+        weight: any floating dtype.
+        per: what shares a scale.
+        convention: whose arithmetic.
+        amax: largest magnitude that the scale covers; None takes the weight's own.
 
     Returns:
         Codes, float8_e4m3fn [M, N], and scales [] or [M, 1]: float32 by modelopt, else of the weight's dtype.
@@ -77,7 +87,8 @@ def quantize_fp8(
     Raises:
         CheckpointError: the weight is not finite.
     """
-    amax = weight.abs().amax() if per == "tensor" else weight.abs().amax(-1, keepdim=True)
+    if amax is None:
+        amax = weight.abs().amax() if per == "tensor" else weight.abs().amax(-1, keepdim=True)
     _refuse_non_finite(amax)
     if convention == "modelopt":
         # Divided in float64, as Python does: the peer takes the number out of the tensor.

@@ -38,7 +38,7 @@ def encode_weight(
     if format == "mxfp8":
         return list(quantize_mxfp8(weight, "ocp" if peer else "modelopt"))
     if format == "fp8":
-        codes, scale = quantize_fp8(weight, "tensor", config.layout)
+        codes, scale = quantize_fp8(weight, "tensor", config.layout, amax=None if peer else amax)
         return [codes, scale] if peer else [codes, scale, torch.tensor(config.input_scale)]
     if format == "fp8_channel":
         codes, scale = quantize_fp8(weight, "row", config.layout)

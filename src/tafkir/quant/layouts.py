@@ -85,7 +85,7 @@ def modelopt_configs(decisions: Sequence[Decision], config: QuantizeConfig) -> t
     else:
         algo, size = "MIXED_PRECISION", None
         nested["quantized_layers"] = flat["quantized_layers"] = {
-            name: _layer_entry(format) for name, format in sorted(layers.items())
+            name: _layer_entry(format) for name, format in sorted({**layers, **_stacks(layers)}.items())
         }
         flat["config_groups"] = {
             f"group_{i}": {
@@ -102,6 +102,16 @@ def modelopt_configs(decisions: Sequence[Decision], config: QuantizeConfig) -> t
         flat["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"} if cache == "FP8" else cache
     producer = {"name": "modelopt", "version": "0.47.0", "written_by": f"tafkir {tafkir.__version__}"}
     return {"producer": producer, "quantization": nested}, {**flat, "producer": producer, "quant_method": "modelopt"}
+
+
+def _stacks(layers: Mapping[str, FormatName]) -> dict[str, FormatName]:
+    """The experts of a layer under one name, as ModelOpt has them, where all are alike; engines look for either."""
+    found: dict[str, set[FormatName]] = {}
+    for name, format in layers.items():
+        stem, expert, _ = name.partition(".experts.")
+        if expert:
+            found.setdefault(f"{stem}.experts", set()).add(format)
+    return {name: formats.pop() for name, formats in found.items() if len(formats) == 1}
 
 
 def _layer_entry(format: FormatName) -> dict[str, Any]:

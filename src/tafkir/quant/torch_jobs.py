@@ -93,6 +93,9 @@ def _run(
     amax = None
     if len(weights) > 1 and job.decisions[0].format in NVFP4_FORMATS:
         amax = torch.stack([block_amax(weight).amax() for weight in weights if isinstance(weight, Tensor)]).amax()
+    elif len(weights) > 1 and job.decisions[0].format == "fp8" and ".experts." in job.decisions[0].name:
+        # ModelOpt lets an expert's two maps share this scale, and those of a dense layer not.
+        amax = torch.stack([weight.abs().amax() for weight in weights if isinstance(weight, Tensor)]).amax()
     hashes = {}
     for index, (decision, pieces) in enumerate(zip(job.decisions, job.pieces, strict=True)):
         weight = weights[index]
