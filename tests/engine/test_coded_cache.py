@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tafkir.cli.completer import completer_builder
 from tafkir.engine.cache_formats import CacheCodec, CacheFormat
 from tafkir.engine.coded_cache import CodedKVCache, CodedLatentCache, build_cache
 from tafkir.engine.engine import Engine
@@ -14,7 +15,10 @@ from tafkir.errors import CapacityError
 from tafkir.models.build import build_decoder
 from tafkir.models.decoder import Decoder
 from tafkir.ops.nvfp4 import fake_quantize_nvfp4, fake_quantize_nvfp4_reference
+from tafkir.recipe.bundled import find_checkpoint
+from tafkir.recipe.load import load_recipe
 from tafkir.recipe.model import ModelConfig
+from tafkir.recipe.resolve import resolve_recipe
 from tafkir.records import Request, SamplingParams
 
 CONFIG = ModelConfig(num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, head_dim=32)
@@ -47,7 +51,9 @@ def test_codes_are_those_of_the_formats(format: CacheFormat, scale: float | None
     codec = CacheCodec(format, 32, scale)  # type: ignore[arg-type]
     parts = codec.encode(values)
     assert [part.shape[-1] for part in parts] == list(codec.widths) and all(p.dtype == torch.uint8 for p in parts)
-    torch.testing.assert_close(codec.decode(parts, torch.float32), worth(values, format, scale, slow=True), atol=0, rtol=1e-6)
+    torch.testing.assert_close(
+        codec.decode(parts, torch.float32), worth(values, format, scale, slow=True), atol=0, rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -151,3 +157,11 @@ def test_the_engine_generates_with_either(family: str) -> None:
 def test_heads_that_do_not_split_are_refused() -> None:
     with pytest.raises(CapacityError, match="entries of 8 numbers do not split into blocks of 16"):
         build_cache(ModelConfig(head_dim=8), torch.empty(0), None, "nvfp4")
+
+
+def test_eval_asks_for_it() -> None:
+    loaded = load_recipe(["eval"], ['base="base-tiny"', 'eval.kv_cache="nvfp4"'])
+    recipe = resolve_recipe(loaded).recipe
+    assert completer_builder(recipe, "sft").kv_cache == "auto"
+    engine = completer_builder(recipe, "eval")(find_checkpoint("base-tiny"))
+    assert isinstance(engine._cache, CodedKVCache) and engine._cache.alone(32, 32) == 64 * 288

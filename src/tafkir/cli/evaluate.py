@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from tafkir.cli.serve import CacheNumbers
+
 __all__ = ["compare", "evaluate"]
 
 
@@ -28,6 +30,9 @@ def evaluate(
     runs_dir: Annotated[Path, typer.Option(envvar="TAFKIR_RUNS_DIR", help="Where run directories are made.")] = Path(
         "runs"
     ),
+    kv_cache: Annotated[
+        CacheNumbers, typer.Option("--kv-cache", help="Numbers of the cache; for problems and needle.")
+    ] = CacheNumbers.AUTO,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
     lengths: Annotated[
         str | None,
@@ -51,16 +56,18 @@ def evaluate(
     given = {key: value for key, value in of_needle.items() if value is not None}
     if task == "needle":
         _refuse(overrides, "--set", "problems")
-        _needle(checkpoint, given, name, runs_dir, as_json)
+        _needle(checkpoint, given, name, runs_dir, as_json, kv_cache)
         return
     _refuse(given, ", ".join(f"--{key.removeprefix('num_')}" for key in given), "needle")
     if task != "problems":
         from tafkir.cli.card import show_card
 
         _refuse(overrides, "--set", "problems")
+        _refuse(kv_cache is not CacheNumbers.AUTO, "--kv-cache", "problems")
         show_card([checkpoint], task, name=name, runs_dir=runs_dir, as_json=as_json)
     else:
-        _problems(checkpoint, overrides or [], name, runs_dir, as_json)
+        chosen = [] if kv_cache is CacheNumbers.AUTO else [f"eval.kv_cache={json.dumps(kv_cache.value)}"]
+        _problems(checkpoint, [*chosen, *(overrides or [])], name, runs_dir, as_json)
 
 
 def _refuse(given: object, options: str, task: str) -> None:
@@ -93,7 +100,9 @@ def _problems(checkpoint: str, overrides: list[str], name: str | None, runs_dir:
     print(f"Report: {run.report_html}")
 
 
-def _needle(checkpoint: str, given: dict[str, Any], name: str | None, runs_dir: Path, as_json: bool) -> None:
+def _needle(
+    checkpoint: str, given: dict[str, Any], name: str | None, runs_dir: Path, as_json: bool, kv_cache: CacheNumbers
+) -> None:
     """Needles by length and depth; the answers in `eval/needle.jsonl`, the scores in `eval/needle.json`."""
     from tafkir.checkpoint.load import load_config
     from tafkir.cli.completer import checkpoint_of
@@ -113,7 +122,9 @@ def _needle(checkpoint: str, given: dict[str, Any], name: str | None, runs_dir: 
             folder,
             NeedleSettings(**given),
             context=load_config(folder).max_position_embeddings,
-            build_completer=lambda batch: build_engine(folder, Tokenizer.load(folder), None, max_batch=batch),
+            build_completer=lambda batch: build_engine(
+                folder, Tokenizer.load(folder), None, max_batch=batch, kv_cache=kv_cache.value
+            ),
             path=run.eval_dir / "needle.jsonl",
         )
         write_json(run.eval_dir / "needle.json", result)

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
 
-__all__ = ["chat", "serve"]
+__all__ = ["CacheNumbers", "chat", "serve"]
+
+
+class CacheNumbers(StrEnum):
+    """`engine.cache_formats.CacheFormat`, as a command line names it."""
+
+    AUTO = "auto"
+    FP8 = "fp8"
+    NVFP4 = "nvfp4"
+
 
 CheckpointName = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder, run directory, or bundled name.")
@@ -23,6 +33,10 @@ def serve(
         int | None, typer.Option(min=2, help="Most tokens of a prompt and its answer; the model's if left out.")
     ] = None,
     max_cache_mb: Annotated[int | None, typer.Option(min=1, help="Limit of the key-value cache, in MiB.")] = None,
+    kv_cache: Annotated[
+        CacheNumbers,
+        typer.Option("--kv-cache", help="Its numbers: auto as the weights', fp8 a byte each, nvfp4 4.5 bits."),
+    ] = CacheNumbers.AUTO,
     max_queue: Annotated[int, typer.Option(min=1, help="Most requests that wait.")] = 256,
     threads: Annotated[int | None, typer.Option(min=1, help="Processor threads; torch's choice if left out.")] = None,
 ) -> None:
@@ -38,6 +52,7 @@ def serve(
         max_batch=max_batch,
         max_context=max_context,
         max_cache_bytes=max_cache_mb << 20 if max_cache_mb else None,
+        kv_cache=kv_cache.value,
         max_queue=max_queue,
         num_threads=threads,
     )

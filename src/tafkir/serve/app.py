@@ -26,6 +26,7 @@ from tafkir.serve.worker import EngineWorker
 
 if TYPE_CHECKING:
     from tafkir.data.tokenizer import Tokenizer
+    from tafkir.engine.cache_formats import CacheFormat
     from tafkir.engine.engine import Engine
 
 __all__ = ["build_app"]
@@ -61,6 +62,7 @@ def build_app(
     max_batch: int = 32,
     max_context: int | None = None,
     max_cache_bytes: int | None = None,
+    kv_cache: CacheFormat = "auto",
     max_queue: int = 256,
     num_threads: int | None = None,
 ) -> FastAPI:
@@ -72,6 +74,7 @@ def build_app(
         max_batch: most sequences that run at once.
         max_context: most tokens of a prompt and its answer; None takes the model's.
         max_cache_bytes: limit of the key-value cache.
+        kv_cache: its number format; auto takes the dtype of the weights.
         max_queue: most requests that wait beyond those; further ones get a 503.
         num_threads: CPU threads of the model; None leaves torch's choice.
 
@@ -81,7 +84,7 @@ def build_app(
     """
     served = _load(
         Path(checkpoint), model_name, max_queue, num_threads,
-        {"max_batch": max_batch, "max_context": max_context, "max_cache_bytes": max_cache_bytes},
+        {"max_batch": max_batch, "max_context": max_context, "max_cache_bytes": max_cache_bytes, "kv_cache": kv_cache},
     )  # fmt: skip
 
     @asynccontextmanager
@@ -99,7 +102,7 @@ def build_app(
 
 
 def _load(
-    path: Path, model_name: str | None, max_queue: int, num_threads: int | None, sizes: dict[str, int | None]
+    path: Path, model_name: str | None, max_queue: int, num_threads: int | None, sizes: dict[str, Any]
 ) -> _Served:
     from tafkir.data.tokenizer import Tokenizer
     from tafkir.recipe.bundled import find_checkpoint

@@ -6,6 +6,7 @@ import errno
 import logging
 import socket
 from pathlib import Path
+from typing import Literal
 
 from tafkir.errors import BackendUnavailable
 
@@ -25,6 +26,7 @@ def serve(
     max_batch: int = 32,
     max_context: int | None = None,
     max_cache_bytes: int | None = None,
+    kv_cache: Literal["auto", "fp8", "nvfp4"] = "auto",
     max_queue: int = 256,
     num_threads: int | None = None,
 ) -> None:
@@ -34,7 +36,7 @@ def serve(
         checkpoint: a checkpoint folder with a tokenizer.
         host: address to listen on; the default is reachable from this machine alone, and there is no password.
         port: 0 takes a free one, which the log names.
-        model_name, max_batch, max_context, max_cache_bytes, max_queue, num_threads: as in `build_app`.
+        model_name, max_batch, max_context, max_cache_bytes, kv_cache, max_queue, num_threads: as in `build_app`.
 
     Raises:
         BackendUnavailable: the address cannot be used.
@@ -53,6 +55,7 @@ def serve(
             max_batch=max_batch,
             max_context=max_context,
             max_cache_bytes=max_cache_bytes,
+            kv_cache=kv_cache,
             max_queue=max_queue,
             num_threads=num_threads,
         )
