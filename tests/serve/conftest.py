@@ -19,6 +19,8 @@ from tafkir.data.tokenizer import Tokenizer
 from tafkir.models.build import build_decoder
 from tafkir.recipe.model import ModelConfig
 from tafkir.serve.app import build_app
+from tafkir.serve.options import ServerOptions
+from tafkir.serve.run import HttpServer
 
 TEXTS = [
     "What is 48 plus 24? <think> 48+24=72 </think> The answer is 72.",
@@ -69,8 +71,8 @@ class Server:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60, **options)  # type: ignore[arg-type]
 
 
-def start(app: FastAPI) -> tuple[Server, uvicorn.Server, threading.Thread]:
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
+def start(app: FastAPI, options: ServerOptions | None = None) -> tuple[Server, uvicorn.Server, threading.Thread]:
+    server = HttpServer(app, options or ServerOptions(), host="127.0.0.1", port=0)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     deadline = time.monotonic() + 30

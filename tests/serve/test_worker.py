@@ -69,7 +69,7 @@ def test_a_full_queue_refuses_all_or_none(build: Engine) -> None:
     collector = Collector()
     with pytest.raises(Overloaded):
         worker.submit([request(str(i)) for i in range(4)], collector)
-    assert (worker.num_running, worker.num_waiting, worker.stats.refused) == (0, 0, 4)
+    assert (worker.num_running, worker.num_waiting, worker.metrics.refused.values[""]) == (0, 0, 4)
     with pytest.raises(RequestError):
         worker.submit([request("good"), Request("bad", (), SamplingParams())], collector)
     assert worker.num_waiting == 0

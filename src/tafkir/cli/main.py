@@ -11,10 +11,12 @@ import typer
 
 import tafkir
 from tafkir.cli import (
+    bench,
     card,
     doctor,
     evaluate,
     export,
+    generate,
     merge,
     model,
     plan,
@@ -59,6 +61,8 @@ app.add_typer(plan.app, name="plan")
 app.command("doctor")(doctor.doctor)
 app.command("serve")(serve.serve)
 app.command("chat")(serve.chat)
+app.command("generate")(generate.generate)
+app.add_typer(bench.app, name="bench")
 app.command("eval")(evaluate.evaluate)
 app.command("compare")(evaluate.compare)
 app.command("card")(card.card)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,7 +26,9 @@ CheckpointName = Annotated[
 
 def serve(
     checkpoint: CheckpointName,
-    host: Annotated[str, typer.Option(help="Address to listen on; there is no password.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's need --api-key.")] = (
+        "127.0.0.1"
+    ),
     port: Annotated[int, typer.Option(help="0 takes any free one.")] = 8000,
     model_name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Most requests that run at once.")] = 32,
@@ -39,10 +42,37 @@ def serve(
     ] = CacheNumbers.AUTO,
     max_queue: Annotated[int, typer.Option(min=1, help="Most requests that wait.")] = 256,
     threads: Annotated[int | None, typer.Option(min=1, help="Processor threads; torch's choice if left out.")] = None,
+    api_key: Annotated[
+        list[str] | None, typer.Option(envvar="TAFKIR_API_KEY", help="A key that clients must bring; repeatable.")
+    ] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="A file of keys, one a line.")] = None,
+    rate_limit: Annotated[int, typer.Option(min=0, help="Most requests a minute of one key; 0: no limit.")] = 0,
+    max_body_mb: Annotated[float, typer.Option(min=0.001, help="Largest body of a request, in MiB.")] = 4.0,
+    body_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take to arrive.")] = 20.0,
+    request_timeout: Annotated[float, typer.Option(min=0, help="Seconds that an answer may take; 0: any.")] = 0.0,
+    drain: Annotated[float, typer.Option(min=1, help="Seconds that running requests get after SIGTERM.")] = 30.0,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="An origin whose pages may call the server; repeatable.")
+    ] = None,
 ) -> None:
-    """Serve a checkpoint over the OpenAI API, with a chat page at /."""
+    """Serve a checkpoint over the OpenAI API, with a chat page at /.
+
+    Keys are asked for on everything but /, /health, /ready, /version and /metrics. SIGTERM takes nothing new and lets
+    what runs finish.
+    """
     from tafkir.cli.completer import checkpoint_of
+    from tafkir.serve.options import ServerOptions, read_api_keys
     from tafkir.serve.run import serve as serve_checkpoint
+
+    options = ServerOptions(
+        api_keys=(*(api_key or ()), *(read_api_keys(api_key_file) if api_key_file else ())),
+        requests_per_minute=rate_limit,
+        max_body_bytes=round(max_body_mb * (1 << 20)),
+        body_timeout_s=body_timeout,
+        request_timeout_s=request_timeout,
+        drain_s=drain,
+        cors_origins=tuple(cors_origin or ()),
+    )
 
     serve_checkpoint(
         checkpoint_of(checkpoint),
@@ -55,6 +85,7 @@ def serve(
         kv_cache=kv_cache.value,
         max_queue=max_queue,
         num_threads=threads,
+        options=options,
     )
 
 

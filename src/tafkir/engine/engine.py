@@ -22,6 +22,7 @@ from tafkir.engine.requests import check_request
 from tafkir.engine.runner import Runner
 from tafkir.engine.scheduler import PromptTable, Scheduler
 from tafkir.engine.sequence import Sequence, StopWatch, TokenEvent
+from tafkir.engine.shaping import Shaper
 from tafkir.engine.text import TextStream
 from tafkir.engine.views import Grouping
 from tafkir.errors import CapacityError, CheckpointError, RequestError
@@ -246,11 +247,13 @@ class Engine:
                 fix="shorten the prompt, lower max_tokens, or raise the cache limit",
             )
 
-    def add_request(self, request: Request, *, top_logprobs: int = 0) -> None:
+    def add_request(self, request: Request, *, top_logprobs: int = 0, shaper: Shaper | None = None) -> None:
         """Queue a request; `step` reports its tokens.
 
         Args:
             top_logprobs: how many of the most probable tokens to report with each sampled one.
+            shaper: changes the logits before each draw; reported log-probabilities stay those of the model. Its
+                `error` ends the sequence as cancelled.
 
         Raises:
             RequestError: the request is not valid, or its id is in use.
@@ -258,7 +261,9 @@ class Engine:
         """
         if request.id in self._by_id:
             raise RequestError("the id is in use", where=f"request {request.id!r}", expected="a fresh id")
-        self._enqueue(self._sequence(request, top_logprobs))
+        seq = self._sequence(request, top_logprobs)
+        seq.shaper = shaper
+        self._enqueue(seq)
 
     def step(self) -> list[TokenEvent]:
         """Prefill waiting prompts or sample one token per running sequence; one event per sampled token."""
@@ -350,7 +355,9 @@ class Engine:
 
     def _sample(self, first: int, logits_BV: Tensor) -> _Step:
         batch = self._batch
-        tokens, logprobs, ended_B, stopped_B = batch.record(first, logits_BV)
+        shapers = {row: s.shaper for row, s in enumerate(batch.sequences[first:]) if s is not None and s.shaper}
+        shaped = {row: shaper.shape(logits_BV[row]) for row, shaper in shapers.items()}
+        tokens, logprobs, ended_B, stopped_B = batch.record(first, logits_BV, shaped)
         step = _Step(first, batch.sequences[first:], tokens, logprobs)
         reasons: dict[int, FinishReason] = {}
         rows = ended_B.nonzero().squeeze(1).tolist()
@@ -359,6 +366,10 @@ class Engine:
                 reasons[first + row] = "stop" if stopped else "length"
         if any(seq is not None and (seq.watch or seq.top_logprobs) for seq in step.sequences):
             self._watch(step, logits_BV, reasons)
+        for row, shaper in shapers.items():
+            shaper.push(int(tokens[row]))
+            if shaper.error is not None:
+                reasons[first + row] = "cancelled"
         if reasons:
             step.ended = self._end(reasons)
         return step

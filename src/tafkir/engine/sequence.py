@@ -11,6 +11,8 @@ from tafkir.records import FinishReason, Request
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tafkir.engine.shaping import Shaper
+
 __all__ = ["Prompt", "Sequence", "StopWatch", "TokenEvent"]
 
 
@@ -51,6 +53,7 @@ class Sequence:
         top_logprobs: how many alternatives to report with each token.
         watch: looks for stop strings; None without any.
         prompt: its row in the prompt store, once it runs.
+        shaper: changes its logits before each draw.
     """
 
     request: Request
@@ -60,6 +63,7 @@ class Sequence:
     top_logprobs: int = 0
     watch: StopWatch | None = None
     prompt: Prompt | None = field(default=None, repr=False)
+    shaper: Shaper | None = field(default=None, repr=False)
 
     @property
     def context_ids(self) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,7 +13,15 @@ from starlette.exceptions import HTTPException
 from tafkir.errors import CapacityError, RequestError, TafkirError
 from tafkir.serve.worker import Overloaded, Stopped
 
-__all__ = ["ApiError", "error_body", "error_of", "install_error_handlers"]
+__all__ = [
+    "ApiError",
+    "error_body",
+    "error_of",
+    "error_response",
+    "install_error_handlers",
+]
+
+_KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):
@@ -23,15 +32,25 @@ class ApiError(Exception):
         message: one sentence for a person.
         param: the field of the request that is at fault.
         code: a word for a program.
+        retry_after_s: when to try again; answers of 429 and 503 say so in whole seconds, 1 at least.
     """
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float = 1.0,
+    ) -> None:
         self.status, self.message, self.param, self.code = status, message, param, code
+        self.retry_after_s = retry_after_s
         super().__init__(message)
 
 
 def error_body(error: ApiError) -> dict[str, Any]:
-    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    kind = _KINDS.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
 
 
@@ -42,7 +61,8 @@ def error_of(error: Exception) -> ApiError:
     if isinstance(error, RequestError | CapacityError):
         return ApiError(400, str(error), code="invalid_value")
     if isinstance(error, Overloaded):
-        return ApiError(503, f"the server is busy: {error}; try again soon", code="overloaded")
+        message = f"the server is busy: {error}; try again soon"
+        return ApiError(503, message, code="overloaded", retry_after_s=error.retry_after_s)
     if isinstance(error, Stopped):
         return ApiError(503, str(error), code="stopped")
     if isinstance(error, TafkirError):
@@ -62,24 +82,37 @@ def _validation_error(error: RequestValidationError) -> ApiError:
     return ApiError(400, message, param=param, code=first["type"] if known else "invalid_value")
 
 
+def error_response(error: ApiError) -> JSONResponse:
+    """The error as an answer; one to a request that did not come whole closes the connection."""
+    headers = {}
+    if error.status in (429, 503):
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if error.code in ("request_timeout", "request_too_large"):
+        headers["Connection"] = "close"
+    return JSONResponse(error_body(error), error.status, headers)
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Make every error of the app, also an unknown path, come in OpenAI's shape."""
 
-    def respond(error: ApiError) -> JSONResponse:
-        headers = {"Retry-After": "1"} if error.status in (429, 503) else None
-        return JSONResponse(error_body(error), error.status, headers)
-
     def on_error(_: Request, error: Exception) -> JSONResponse:
-        return respond(error_of(error))
+        return error_response(error_of(error))
 
     def on_validation(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return respond(_validation_error(error))
+        return error_response(_validation_error(error))
 
     def on_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
+        if error.status_code == 400:  # FastAPI's answer to what its JSON parser cannot take
+            return error_response(ApiError(400, "the body cannot be read as JSON in UTF-8", code="invalid_json"))
         message = f"{request.method} {request.url.path}: {error.detail}"
-        return respond(ApiError(error.status_code, message, code="not_found" if error.status_code == 404 else None))
+        code = "not_found" if error.status_code == 404 else None
+        response = error_response(ApiError(error.status_code, message, code=code))
+        response.headers.update(error.headers or {})
+        return response
 
     for kind in (ApiError, TafkirError, Overloaded, Stopped):
         app.add_exception_handler(kind, on_error)

@@ -7,19 +7,26 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Request as HttpRequest
 
 from tafkir.engine.sequence import TokenEvent
 from tafkir.recipe.seeds import derive_seed
 from tafkir.records import Request, SamplingParams
-from tafkir.serve.errors import error_body, error_of
+from tafkir.serve.errors import ApiError, error_body, error_of
 from tafkir.serve.responses import ResponseFormat, server_sent_event, usage_of
+from tafkir.serve.responses_api import ResponseEvents
 from tafkir.serve.stream import ChoiceStream, Delta
 from tafkir.serve.worker import EngineWorker
 
-__all__ = ["ClientLeft", "Generation", "Inbox", "choice_seed"]
+if TYPE_CHECKING:
+    from tafkir.engine.shaping import Shaper
 
+__all__ = ["ClientLeft", "Generation", "Inbox", "Prompt", "choice_seed"]
+
+Prompt = tuple[tuple[int, ...], Sequence[SamplingParams]]
+"""Token ids, and how to sample each of the choices that continue them."""
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +72,8 @@ class Generation:
     Attributes:
         prompt_tokens: of all prompts, each counted once.
         choices: one per prompt and sample, in the order of their indices.
+        shapers: what bends each choice's logits.
+        timeout_s: seconds until what still runs is cancelled; None sets no limit.
     """
 
     worker: EngineWorker
@@ -73,16 +82,20 @@ class Generation:
     ids: list[str]
     choices: list[ChoiceStream]
     prompt_tokens: int
+    shapers: list[Shaper | None]
+    timeout_s: float | None
 
     @classmethod
     def submit(
         cls,
         worker: EngineWorker,
         http: HttpRequest,
-        prompts: Sequence[tuple[tuple[int, ...], Sequence[SamplingParams]]],
+        prompts: Sequence[Prompt],
         choices: Sequence[ChoiceStream],
         *,
         top_logprobs: int,
+        shapers: Sequence[Shaper | None],
+        timeout_s: float | None = None,
     ) -> Generation:
         """Queue every sample of every prompt.
 
@@ -95,30 +108,41 @@ class Generation:
         for ids, samples in prompts:
             requests += [Request(f"{name}-{len(requests) + j}", ids, params) for j, params in enumerate(samples)]
         inbox = Inbox()
-        worker.submit(requests, inbox, top_logprobs=top_logprobs)
+        worker.submit(requests, inbox, top_logprobs=top_logprobs, shapers=shapers)
         prompt_tokens = sum(len(ids) for ids, _ in prompts)
-        return cls(worker, http, inbox, [request.id for request in requests], list(choices), prompt_tokens)
+        names = [request.id for request in requests]
+        return cls(worker, http, inbox, names, list(choices), prompt_tokens, list(shapers), timeout_s)
 
     async def deltas(self) -> AsyncIterator[list[tuple[int, Delta]]]:
         """Per engine step, (choice index, what its token added). Whatever ends the loop, nothing keeps running.
 
         Raises:
             ClientLeft: the connection is closed.
+            ApiError: the time is over, or a choice cannot satisfy its request.
             TafkirError, Stopped: the engine failed.
         """
+        loop = asyncio.get_running_loop()
+        deadline = None if self.timeout_s is None else loop.time() + self.timeout_s
         index_of = {request_id: index for index, request_id in enumerate(self.ids)}
         unfinished = set(self.ids)
         left = asyncio.create_task(_until_disconnect(self.http))
         try:
             while unfinished:
                 got = asyncio.create_task(self.inbox.get())
-                await asyncio.wait({got, left}, return_when=asyncio.FIRST_COMPLETED)
+                wait_s = None if deadline is None else max(0.0, deadline - loop.time())
+                await asyncio.wait({got, left}, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
                 if not got.done():
                     got.cancel()
-                    raise ClientLeft
+                    if left.done():
+                        raise ClientLeft
+                    message = f"the answer took longer than {self.timeout_s:g} s"
+                    raise ApiError(504, message, code="deadline_exceeded")
                 step = []
                 for event in got.result():
                     index = index_of[event.request_id]
+                    if event.finish_reason == "cancelled":
+                        unfinished.discard(event.request_id)
+                        raise self._unsatisfiable(index)
                     step.append((index, self.choices[index].push(event)))
                     if event.finish_reason:
                         unfinished.discard(event.request_id)
@@ -127,6 +151,36 @@ class Generation:
             left.cancel()
             if unfinished:
                 self.worker.cancel(list(unfinished))
+
+    def _unsatisfiable(self, index: int) -> ApiError:
+        shaper = self.shapers[index]
+        reason = shaper.error if shaper is not None and shaper.error else "the choice was cancelled"
+        return ApiError(400, f"choice {index} cannot go on: {reason}", code="unsatisfiable")
+
+    async def respond(self, events: ResponseEvents) -> dict[str, Any]:
+        """The complete answer of the responses API."""
+        async for step in self.deltas():
+            for _, delta in step:
+                events.push(delta)
+        events.close(usage_of(self.prompt_tokens, self.choices))
+        return events.response
+
+    async def follow(self, events: ResponseEvents) -> AsyncIterator[str]:
+        """The events of the responses API as they come; an error on the way is the last of them."""
+        try:
+            for event in events.open():
+                yield _named_event(event)
+            async for step in self.deltas():
+                for _, delta in step:
+                    for event in events.push(delta):
+                        yield _named_event(event)
+            for event in events.close(usage_of(self.prompt_tokens, self.choices)):
+                yield _named_event(event)
+        except ClientLeft:
+            return
+        except Exception as error:  # the server's edge: the headers are sent, so the stream itself tells of it
+            logger.warning("a stream ended early: %s", error)
+            yield _named_event(events.failure(error_body(error_of(error))["error"]))
 
     async def whole(self, format: ResponseFormat) -> dict[str, object]:
         """Wait for every choice; the complete answer."""
@@ -162,3 +216,7 @@ class Generation:
         except Exception as error:  # the server's edge: the headers are sent, so the stream itself tells of it
             logger.warning("a stream ended early: %s", error)
             yield server_sent_event(error_body(error_of(error)))
+
+
+def _named_event(event: dict[str, Any]) -> str:
+    return f"event: {event['type']}\n{server_sent_event(event)}"

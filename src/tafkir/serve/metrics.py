@@ -1,39 +1,96 @@
-"""Counters of the server in Prometheus' text format, without a client library."""
+"""What the server counts, and its page in Prometheus' text format. Names are vLLM's wherever it has one."""
 
 from __future__ import annotations
 
-from tafkir.serve.worker import EngineWorker
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 
-__all__ = ["render_metrics"]
+__all__ = ["Counter", "Histogram", "ServerMetrics"]
+
+_SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 
 
-def render_metrics(worker: EngineWorker) -> str:
-    """The page behind /metrics. Names follow vLLM's, with our prefix."""
-    stats = worker.stats
-    gauges = {
-        "num_requests_running": ("Sequences that are being generated.", worker.num_running),
-        "num_requests_waiting": ("Sequences that wait for a place.", worker.num_waiting),
-        "kv_cache_bytes": ("Bytes of the key-value cache.", worker.engine.cache_bytes),
-    }
-    counters = {
-        "requests_total": ("Sequences accepted.", stats.requests),
-        "admission_rejections_total": ("Sequences refused because the queue was full.", stats.refused),
-        "prompt_tokens_total": ("Prompt tokens of sequences that started.", stats.prompt_tokens),
-        "generation_tokens_total": ("Tokens sampled.", stats.generation_tokens),
-    }
-    lines = []
-    for kind, table in (("gauge", gauges), ("counter", counters)):
-        for name, (meaning, value) in table.items():
-            lines += [f"# HELP tafkir_{name} {meaning}", f"# TYPE tafkir_{name} {kind}", f"tafkir_{name} {value}"]
-    lines += [
-        "# HELP tafkir_request_success_total Sequences ended, by reason.",
-        "# TYPE tafkir_request_success_total counter",
-    ]
-    lines += [f'tafkir_request_success_total{{finished_reason="{k}"}} {n}' for k, n in stats.finished.items()]
-    lines += [
-        "# HELP tafkir_time_to_first_token_seconds Wall time from arrival to the first token.",
-        "# TYPE tafkir_time_to_first_token_seconds summary",
-        f"tafkir_time_to_first_token_seconds_sum {stats.time_to_first_token_s:.6f}",
-        f"tafkir_time_to_first_token_seconds_count {stats.first_tokens}",
-    ]
-    return "\n".join(lines) + "\n"
+def _escape(value: str) -> str:
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def _labels(pairs: Sequence[tuple[str, str]]) -> str:
+    return "{" + ",".join(f'{name}="{_escape(value)}"' for name, value in pairs) + "}" if pairs else ""
+
+
+class Counter:
+    """A number a label that only grows."""
+
+    def __init__(self, name: str, meaning: str, label: str = "", values: Iterable[str] = ("",)) -> None:
+        self.name, self._meaning, self._label = name, meaning, label
+        self.values: dict[str, float] = dict.fromkeys(values, 0)
+
+    def add(self, value: str = "", amount: float = 1) -> None:
+        self.values[value] = self.values.get(value, 0) + amount
+
+    def lines(self, common: Sequence[tuple[str, str]]) -> list[str]:
+        name = f"{self.name}_total"
+        out = [f"# HELP {name} {self._meaning}", f"# TYPE {name} counter"]
+        for value, number in list(self.values.items()):
+            own = [(self._label, value)] if self._label else []
+            out.append(f"{name}{_labels([*common, *own])} {number:.15g}")
+        return out
+
+
+class Histogram:
+    """Counts of observations at or below each bound."""
+
+    def __init__(self, name: str, meaning: str, bounds: Sequence[float]) -> None:
+        self.name, self._meaning, self._bounds = name, meaning, tuple(bounds)
+        self._counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    @property
+    def count(self) -> int:
+        return sum(self._counts)
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self.sum += value
+
+    def lines(self, common: Sequence[tuple[str, str]]) -> list[str]:
+        counts, below, out = list(self._counts), 0, []
+        out += [f"# HELP {self.name} {self._meaning}", f"# TYPE {self.name} histogram"]
+        for bound, count in zip((*(f"{bound:g}" for bound in self._bounds), "+Inf"), counts, strict=True):
+            below += count
+            out.append(f"{self.name}_bucket{_labels([*common, ('le', bound)])} {below}")
+        return [*out, f"{self.name}_sum{_labels(common)} {self.sum:.9g}", f"{self.name}_count{_labels(common)} {below}"]
+
+
+class ServerMetrics:
+    """Written by the worker's thread and the gateway, read by /metrics."""
+
+    def __init__(self) -> None:
+        self.accepted = Counter("tafkir:requests", "Sequences accepted.")
+        self.refused = Counter("vllm:admission_rejections", "Sequences refused because the queue was full.")
+        self.finished = Counter(
+            "vllm:request_success", "Sequences ended, by reason.", "finished_reason", ("stop", "length", "abort")
+        )
+        self.prompt_tokens = Counter("vllm:prompt_tokens", "Prompt tokens of sequences that started.")
+        self.generation_tokens = Counter("vllm:generation_tokens", "Tokens sampled.")
+        self.responses = Counter("tafkir:http_responses", "HTTP answers, by status.", "code", ())
+        self.ttft = Histogram("vllm:time_to_first_token_seconds", "From arrival to the first token.", _SECONDS)
+        self.inter_token = Histogram("vllm:inter_token_latency_seconds", "Between tokens of a sequence.", _SECONDS)
+        self.per_token = Histogram(
+            "vllm:request_time_per_output_token_seconds", "Mean time a token after the first, of a request.", _SECONDS
+        )
+        self.latency = Histogram("vllm:e2e_request_latency_seconds", "From arrival to the last token.", _SECONDS)
+        self.request_prompt = Histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
+        self.request_generated = Histogram("vllm:request_generation_tokens", "Tokens sampled for a request.", _TOKENS)
+        self.iteration = Histogram("vllm:iteration_tokens_total", "Tokens sampled in an engine step.", _TOKENS)
+
+    def render(self, model: str, gauges: Sequence[tuple[str, str, float]]) -> str:
+        """The page behind /metrics; `gauges` are (name, meaning, value) of this moment."""
+        common = [("model_name", model)]
+        lines = []
+        for name, meaning, value in gauges:
+            lines += [f"# HELP {name} {meaning}", f"# TYPE {name} gauge", f"{name}{_labels(common)} {value:.12g}"]
+        for metric in vars(self).values():
+            lines += metric.lines(common)
+        return "\n".join(lines) + "\n"

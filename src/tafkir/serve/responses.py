@@ -47,6 +47,11 @@ class ResponseFormat(ABC):
     def __init__(self, request_id: str, model: str, tokenizer: TokenText, *, logprobs: bool) -> None:
         self._head = {"id": request_id, "created": int(time.time()), "model": model}
         self._tokenizer, self._logprobs = tokenizer, logprobs
+        self.prompt_logprobs: list[Any] | None = None
+        """Those of each choice's prompt, where they were asked for."""
+
+    def _finish(self, index: int, choice: dict[str, Any]) -> dict[str, Any]:
+        return choice if self.prompt_logprobs is None else {**choice, "prompt_logprobs": self.prompt_logprobs[index]}
 
     def whole(self, choices: Sequence[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
         return {**self._head, "object": self.object_name, "choices": list(choices), "usage": usage}
@@ -72,6 +77,11 @@ class ChatFormat(ResponseFormat):
 
     object_name, chunk_name = "chat.completion", "chat.completion.chunk"
 
+    def __init__(self, request_id: str, model: str, tokenizer: TokenText, *, logprobs: bool) -> None:
+        super().__init__(request_id, model, tokenizer, logprobs=logprobs)
+        self._called: dict[int, int] = {}
+        """Tool calls that each choice's chunks have told of."""
+
     def _logprobs_of(self, shown: Sequence[tuple[TokenEvent, int]]) -> dict[str, Any] | None:
         return chat_logprobs(self._tokenizer, shown) if self._logprobs else None
 
@@ -80,24 +90,38 @@ class ChatFormat(ResponseFormat):
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def delta(self, index: int, delta: Delta, shown: Sequence[tuple[TokenEvent, int]]) -> dict[str, Any]:
-        body = {}
+        body: dict[str, Any] = {}
         if delta.reasoning:
             body["reasoning_content"] = delta.reasoning
         if delta.content:
             body["content"] = delta.content
+        first = self._called.get(index, 0)
+        if delta.tool_calls:
+            body["tool_calls"] = [{"index": i, **call.as_json()} for i, call in enumerate(delta.tool_calls, first)]
+            self._called[index] = first + len(delta.tool_calls)
         logprobs = self._logprobs_of(shown) if shown else None
-        return {"index": index, "delta": body, "logprobs": logprobs, "finish_reason": delta.finish_reason}
+        reason = _reason(delta, self._called.get(index, 0))
+        return {"index": index, "delta": body, "logprobs": logprobs, "finish_reason": reason}
 
     def choice(self, index: int, deltas: Sequence[Delta], stream: ChoiceStream) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": "".join(delta.content for delta in deltas)}
         if reasoning := "".join(delta.reasoning for delta in deltas):
             message["reasoning_content"] = reasoning
-        return {
+        calls = [call.as_json() for delta in deltas for call in delta.tool_calls]
+        if calls:
+            message["tool_calls"] = calls
+            message["content"] = message["content"].strip() or None
+        choice = {
             "index": index,
             "message": message,
             "logprobs": self._logprobs_of(stream.shown),
-            "finish_reason": deltas[-1].finish_reason,
+            "finish_reason": _reason(deltas[-1], len(calls)),
         }
+        return self._finish(index, choice)
+
+
+def _reason(last: Delta, num_calls: int) -> str | None:
+    return "tool_calls" if num_calls and last.finish_reason == "stop" else last.finish_reason
 
 
 class CompletionFormat(ResponseFormat):
@@ -131,7 +155,7 @@ class CompletionFormat(ResponseFormat):
     def choice(self, index: int, deltas: Sequence[Delta], stream: ChoiceStream) -> dict[str, Any]:
         text = "".join(delta.text for delta in deltas)
         if self._prompts is None:
-            return self._choice(index, text, stream.shown, deltas[-1].finish_reason)
+            return self._finish(index, self._choice(index, text, stream.shown, deltas[-1].finish_reason))
         choice = self._choice(index, text, stream.sampled, deltas[-1].finish_reason)
         token_ids = [event.token_id for event, _ in stream.sampled]
-        return choice | {"token_ids": token_ids, "prompt_token_ids": list(self._prompts[index])}
+        return self._finish(index, choice | {"token_ids": token_ids, "prompt_token_ids": list(self._prompts[index])})

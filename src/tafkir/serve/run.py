@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import socket
 from pathlib import Path
-from typing import Literal
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Literal
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tafkir.errors import BackendUnavailable
+from tafkir.serve.options import ServerOptions
 
-__all__ = ["serve"]
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+__all__ = ["HttpServer", "serve"]
 
 logger = logging.getLogger(__name__)
-
-_GRACE_S = 5
 
 
 def serve(
@@ -29,24 +37,25 @@ def serve(
     kv_cache: Literal["auto", "fp8", "nvfp4"] = "auto",
     max_queue: int = 256,
     num_threads: int | None = None,
+    options: ServerOptions | None = None,
 ) -> None:
-    """Serve a checkpoint until SIGINT or SIGTERM; running requests get a few seconds to finish.
+    """Serve a checkpoint until SIGINT or SIGTERM; then nothing more is taken, and what runs may finish.
 
     Args:
         checkpoint: a checkpoint folder with a tokenizer.
-        host: address to listen on; the default is reachable from this machine alone, and there is no password.
+        host: address to listen on; the default is reachable from this machine alone.
         port: 0 takes a free one, which the log names.
-        model_name, max_batch, max_context, max_cache_bytes, kv_cache, max_queue, num_threads: as in `build_app`.
+        model_name, max_batch, max_context, max_cache_bytes, kv_cache, max_queue, num_threads, options: as in
+            `build_app`.
 
     Raises:
         BackendUnavailable: the address cannot be used.
         CheckpointError, DataError: the checkpoint or its tokenizer is missing or damaged.
         CapacityError: the sizes do not fit the model.
     """
-    import uvicorn
-
     from tafkir.serve.app import build_app
 
+    options = options or ServerOptions()
     listener = _listen(host, port)
     try:
         app = build_app(
@@ -58,18 +67,70 @@ def serve(
             kv_cache=kv_cache,
             max_queue=max_queue,
             num_threads=num_threads,
+            options=options,
         )
     except BaseException:
         listener.close()
         raise
     address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
     logger.info("%s: chat at %s, OpenAI API at %s/v1 (Ctrl-C stops)", app.state.model_name, address, address)
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_GRACE_S)
+    if host not in ("127.0.0.1", "::1", "localhost") and not options.api_keys:
+        logger.warning("%s is open to everyone who reaches it: --api-key asks for a key", address)
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        HttpServer(app, options).run(sockets=[listener])
     finally:
         app.state.worker.stop()
         listener.close()
+
+
+class HttpServer(uvicorn.Server):
+    """Runs an app of `build_app`; told to stop, it finishes what it has, takes nothing more, and ends.
+
+    Args:
+        app: the application.
+        options: limits, as the app got them.
+        settings: further ones of uvicorn.
+    """
+
+    def __init__(self, app: FastAPI, options: ServerOptions, **settings: Any) -> None:
+        class Protocol(_PatientProtocol):
+            head_timeout_s = options.body_timeout_s
+
+        settings = {"log_level": "warning", "access_log": False, "server_header": False, **settings}
+        grace_s = max(1, round(options.drain_s))
+        super().__init__(uvicorn.Config(app, http=Protocol, timeout_graceful_shutdown=grace_s, **settings))
+        self._app = app
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._app.state.worker.drain()
+        super().handle_exit(sig, frame)
+
+
+class _PatientProtocol(H11Protocol):
+    """HTTP/1.1 that closes a connection whose request head does not come in time (slow-loris)."""
+
+    head_timeout_s: float
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._late = self.loop.call_later(self.head_timeout_s, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._disarm()
+        elif self._late is None and not self.transport.is_closing():
+            self._late = self.loop.call_later(self.head_timeout_s, self.transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._disarm()
+        super().connection_lost(exc)
+
+    def _disarm(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
 
 
 def _listen(host: str, port: int) -> socket.socket:

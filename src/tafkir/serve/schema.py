@@ -8,26 +8,37 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from tafkir.records import Message, SamplingParams
+from tafkir.records import SamplingParams
 
 __all__ = [
     "MAX_CHOICES",
     "ChatMessage",
     "ChatRequest",
     "CompletionRequest",
+    "DetokenizeRequest",
+    "FunctionTool",
     "GenerationRequest",
+    "OutputRules",
+    "ResponseFormatRequest",
     "StreamOptions",
     "TokenizeRequest",
 ]
 
 MAX_CHOICES = 64
 _MAX_STOPS = 16
+_MAX_BIASES = 1024
+_MAX_TOOLS = 128
+# Below it, logits divided by the temperature leave what float32 holds.
+_COLDEST = 1e-3
+
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+# The first bad item ends the check: a million of them would each become an error to report.
+TokenIds = Annotated[list[int], FailFast()]
 
 _WITHOUT_EFFECT = frozenset(
     {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
@@ -36,22 +47,12 @@ _WITHOUT_EFFECT = frozenset(
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
-    "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logit_bias": ({},),
-    "min_p": (0,),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
-    "presence_penalty": (0,),
     "reasoning_effort": (),
-    "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -67,6 +68,47 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool = False
 
 
+class _JsonSchema(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = "answer"
+    description: str | None = None
+    strict: bool | None = None
+    json_schema: dict[str, Any] | bool = Field(alias="schema")
+
+
+class ResponseFormatRequest(BaseModel):
+    """OpenAI's `response_format`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: _JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _a_schema_where_one_is_named(self) -> ResponseFormatRequest:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema comes with type json_schema, and only with it")
+        return self
+
+
+class OutputRules(BaseModel):
+    """What an answer must look like, in vLLM's spelling (`structured_outputs`): exactly one of the four."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    json_: dict[str, Any] | bool | None = Field(None, alias="json")
+    regex: str | None = Field(None, max_length=10_000)
+    choice: list[str] | None = Field(None, min_length=1, max_length=1000)
+    grammar: str | None = Field(None, max_length=100_000)
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> OutputRules:
+        if sum(value is not None for value in (self.json_, self.regex, self.choice, self.grammar)) != 1:
+            raise ValueError("exactly one of json, regex, choice and grammar must be given")
+        return self
+
+
 class GenerationRequest(BaseModel):
     """What chat and plain completions share."""
 
@@ -76,11 +118,22 @@ class GenerationRequest(BaseModel):
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    temperature: float = Field(1.0, ge=0, allow_inf_nan=False)
+    temperature: float = Field(1.0, ge=0, le=100, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=-1, description="0 or -1: no cut.")
+    top_k: int = Field(0, ge=-1, lt=1 << 31, description="0 or -1: no cut.")
     seed: int | None = None
     stop: list[str] = Field(default_factory=list, max_length=_MAX_STOPS)
+    stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=_MAX_STOPS)
+    min_p: float = Field(0.0, ge=0, le=1)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10)
+    logit_bias: dict[str, float] = Field(default_factory=dict, max_length=_MAX_BIASES)
+    min_tokens: int = Field(0, ge=0)
+    ignore_eos: bool = False
+    prompt_logprobs: int | None = Field(None, ge=0, le=20, description="Log-probabilities of the prompt, as vLLM's.")
+    response_format: ResponseFormatRequest | None = None
+    structured_outputs: OutputRules | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -117,6 +170,31 @@ class GenerationRequest(BaseModel):
             raise ValueError("a stop string must not be empty")
         return value
 
+    @field_validator("temperature")
+    @classmethod
+    def _not_too_cold(cls, value: float) -> float:
+        if 0 < value < _COLDEST:
+            raise ValueError(f"{value} is neither 0 (greedy) nor at least {_COLDEST}")
+        return value
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _biases_of_tokens(cls, value: dict[str, float]) -> dict[str, float]:
+        for token, bias in value.items():
+            if not (token.isascii() and token.isdigit() and len(token) < 10):
+                raise ValueError(f"{token[:20]!r} is no token id")
+            if not -100 <= bias <= 100:
+                raise ValueError(f"the bias of token {token} is {bias}; expected -100 to 100")
+        return value
+
+    @model_validator(mode="after")
+    def _prompt_logprobs_come_whole(self) -> GenerationRequest:
+        if self.prompt_logprobs is not None and self.stream:
+            raise PydanticCustomError(
+                "invalid_value", "prompt_logprobs needs stream=false", {"param": "prompt_logprobs"}
+            )
+        return self
+
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
@@ -135,7 +213,17 @@ class GenerationRequest(BaseModel):
             max_tokens=max_tokens,
             seed=seed,
             stop=tuple(self.stop),
+            stop_token_ids=tuple(self.stop_token_ids),
         )
+
+    @property
+    def rules(self) -> OutputRules | None:
+        """What binds the answer, by either of its names."""
+        if self.structured_outputs is not None or self.response_format is None:
+            return self.structured_outputs
+        if self.response_format.json_schema is not None:
+            return OutputRules(json=self.response_format.json_schema.json_schema)
+        return OutputRules(json={"type": "object"}) if self.response_format.type == "json_object" else None
 
 
 class _TextPart(BaseModel):
@@ -145,14 +233,68 @@ class _TextPart(BaseModel):
     text: str
 
 
+class _FunctionCall(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    arguments: str
+
+
+class _ToolCall(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: _FunctionCall
+
+
+class _Function(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] = Field(default_factory=lambda: {"type": "object", "properties": {}})
+    strict: bool | None = None
+
+
+class FunctionTool(BaseModel):
+    """A function that the model may call."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["function"]
+    function: _Function
+
+
+class _FunctionName(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+
+
+class _NamedTool(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["function"]
+    function: _FunctionName
+
+
+class _TemplateOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    enable_thinking: bool | None = None
+
+
 class ChatMessage(BaseModel):
     """One turn of a conversation. `content` may be a string or a list of text parts."""
 
     model_config = ConfigDict(extra="forbid")
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str = ""
     reasoning_content: str | None = None
+    tool_calls: list[_ToolCall] = Field(default_factory=list, max_length=_MAX_TOOLS)
+    tool_call_id: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -169,10 +311,6 @@ class ChatMessage(BaseModel):
             return value
         return "".join(_TextPart.model_validate(part).text for part in value)
 
-    def to_message(self) -> Message:
-        role = "system" if self.role == "developer" else self.role
-        return Message(role, self.content, self.reasoning_content)
-
 
 class ChatRequest(GenerationRequest):
     """Body of POST /v1/chat/completions."""
@@ -182,6 +320,36 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: int | None = Field(None, ge=1, description="The same; wins over max_tokens.")
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
+    enable_thinking: bool | None = Field(None, description="False: answer at once. True: think, then answer.")
+    max_thinking_tokens: int | None = Field(None, ge=0)
+    chat_template_kwargs: _TemplateOptions | None = None
+    tools: list[FunctionTool] = Field(default_factory=list, max_length=_MAX_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | _NamedTool = "auto"
+    parallel_tool_calls: bool = True
+
+    @property
+    def thinking(self) -> bool | None:
+        """`enable_thinking`, by either of its names."""
+        if self.enable_thinking is None and self.chat_template_kwargs is not None:
+            return self.chat_template_kwargs.enable_thinking
+        return self.enable_thinking
+
+    @property
+    def forced_tools(self) -> list[FunctionTool]:
+        """The tools of which one must be called; none where the model may choose."""
+        if isinstance(self.tool_choice, _NamedTool):
+            return [tool for tool in self.tools if tool.function.name == self.tool_choice.function.name]
+        return self.tools if self.tool_choice == "required" else []
+
+    @model_validator(mode="after")
+    def _tools_to_choose_from(self) -> ChatRequest:
+        forced = isinstance(self.tool_choice, _NamedTool) or self.tool_choice == "required"
+        if forced and not self.forced_tools:
+            raise PydanticCustomError("invalid_value", "tool_choice names no tool of tools", {"param": "tool_choice"})
+        if forced and self.rules is not None:
+            message = "response_format and a forced tool_choice exclude each other"
+            raise PydanticCustomError("invalid_value", message, {"param": "response_format"})
+        return self
 
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> ChatRequest:
@@ -194,10 +362,21 @@ class CompletionRequest(GenerationRequest):
     """Body of POST /v1/completions. `prompt`: a text, token ids, or a list of either."""
 
     prompt: str | list[int] | list[str] | list[list[int]]
-    max_tokens: int = Field(16, ge=1)
+    max_tokens: int = Field(16, ge=0, description="0 only with echo: nothing is generated.")
     logprobs: int | None = Field(None, ge=0, le=20)
-    stop_token_ids: list[int] = Field(default_factory=list, max_length=_MAX_STOPS)
+    echo: bool = Field(False, description="Show the prompt before the answer, with logprobs its own as well.")
     return_token_ids: bool = Field(False, description="Report token ids, the stop token and its log-probability too.")
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _texts_or_ids(cls, value: Any) -> Any:
+        """Refuse a mixed list at its first odd item: a million of them would each become an error to report."""
+        if isinstance(value, list) and value:
+            kind = type(value[0])
+            flat = kind in (int, str) and all(type(item) is kind for item in value)
+            if not flat and not all(type(ids) is list and all(type(id) is int for id in ids) for ids in value):
+                raise ValueError("expected a text, token ids, or a list of either")
+        return value
 
     @model_validator(mode="after")
     def _token_ids_come_whole(self) -> CompletionRequest:
@@ -207,8 +386,15 @@ class CompletionRequest(GenerationRequest):
             )
         return self
 
-    def sampling(self, max_tokens: int, seed: int | None) -> SamplingParams:
-        return replace(super().sampling(max_tokens, seed), stop_token_ids=tuple(self.stop_token_ids))
+    @model_validator(mode="after")
+    def _echo_comes_whole(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise PydanticCustomError("invalid_value", "max_tokens=0 needs echo=true", {"param": "max_tokens"})
+        if self.echo and (self.stream or self.return_token_ids):
+            raise PydanticCustomError(
+                "invalid_value", "echo needs stream=false and return_token_ids=false", {"param": "echo"}
+            )
+        return self
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -220,10 +406,28 @@ class CompletionRequest(GenerationRequest):
 
 
 class TokenizeRequest(BaseModel):
-    """Body of POST /tokenize, as vLLM has it. No token is ever added to a text."""
+    """Body of POST /tokenize, as vLLM has it: a text, to which nothing is added, or a chat."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = None
-    prompt: str
+    prompt: str | None = None
+    messages: list[ChatMessage] = Field(default_factory=list)
     add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> TokenizeRequest:
+        if (self.prompt is None) == (not self.messages):
+            raise PydanticCustomError("invalid_value", "one of prompt and messages is needed", {"param": "prompt"})
+        return self
+
+
+class DetokenizeRequest(BaseModel):
+    """Body of POST /detokenize, as vLLM has it. Special tokens are shown."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str | None = None
+    tokens: TokenIds = Field(max_length=1_000_000)

@@ -9,8 +9,17 @@ from typing import Any, Protocol
 from tafkir.engine.sequence import TokenEvent
 from tafkir.engine.text import StopBuffer, TextStream
 from tafkir.records import FinishReason
+from tafkir.serve.tools import ToolCall, ToolCallSplitter
 
-__all__ = ["ChoiceStream", "Delta", "ReasoningSplitter", "TokenText", "chat_logprobs", "completion_logprobs"]
+__all__ = [
+    "ChoiceStream",
+    "Delta",
+    "ReasoningSplitter",
+    "TokenText",
+    "chat_logprobs",
+    "completion_logprobs",
+    "token_name",
+]
 
 _START, _END = "<think>", "</think>"
 
@@ -101,6 +110,7 @@ class Delta:
     reasoning: str = ""
     content: str = ""
     finish_reason: FinishReason | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
 
     @property
     def empty(self) -> bool:
@@ -115,16 +125,24 @@ class ChoiceStream:
         stop_ids: tokens that end a completion and are no part of its text.
         stops: stop strings; neither they nor what follows is shown.
         split_reasoning: whether to tell the chain of thought from the answer.
+        split_tools: whether to take tool calls out of the answer.
     """
 
     def __init__(
-        self, tokenizer: TokenText, stop_ids: Sequence[int], stops: Sequence[str], *, split_reasoning: bool
+        self,
+        tokenizer: TokenText,
+        stop_ids: Sequence[int],
+        stops: Sequence[str],
+        *,
+        split_reasoning: bool,
+        split_tools: bool = False,
     ) -> None:
         self._stream, self._buffer = TextStream(tokenizer.decode), StopBuffer(stops)
         self._stop_ids = frozenset(stop_ids)
         self._splitter = ReasoningSplitter() if split_reasoning else None
+        self._tools = ToolCallSplitter() if split_tools else None
         self._decoded = 0
-        self.num_tokens = self.num_reasoning_tokens = 0
+        self.num_tokens = self.num_reasoning_tokens = self.num_tool_calls = 0
         self.shown: list[tuple[TokenEvent, int]] = []
         """Tokens that belong to the text, each with the offset of its first character."""
         self.sampled: list[tuple[TokenEvent, int]] = []
@@ -148,7 +166,13 @@ class ChoiceStream:
         if event.finish_reason:
             last_reasoning, last_content = self._splitter.flush()
             reasoning, content = reasoning + last_reasoning, content + last_content
-        return Delta(text, reasoning, content, event.finish_reason)
+        if self._tools is None:
+            return Delta(text, reasoning, content, event.finish_reason)
+        content, calls = self._tools.push(content)
+        self.num_tool_calls += len(calls)
+        if event.finish_reason:
+            content += self._tools.flush()
+        return Delta(text, reasoning, content, event.finish_reason, tuple(calls))
 
 
 def _token_entry(tokenizer: TokenText, token_id: int, logprob: float) -> dict[str, Any]:
@@ -171,7 +195,7 @@ def chat_logprobs(tokenizer: TokenText, shown: Sequence[tuple[TokenEvent, int]])
     return {"content": content, "refusal": None}
 
 
-def _token_name(tokenizer: TokenText, token_id: int) -> str:
+def token_name(tokenizer: TokenText, token_id: int) -> str:
     """A token's text, or its bytes as OpenAI spells them where it is no whole character: `bytes:\\xd9`."""
     raw = tokenizer.token_bytes(token_id)
     try:
@@ -184,13 +208,11 @@ def completion_logprobs(tokenizer: TokenText, shown: Sequence[tuple[TokenEvent, 
     """The `logprobs` object of a plain completion's choice."""
 
     def name(token_id: int) -> str:
-        return _token_name(tokenizer, token_id)
+        return token_name(tokenizer, token_id)
 
     return {
         "tokens": [name(event.token_id) for event, _ in shown],
         "token_logprobs": [event.logprob for event, _ in shown],
-        "top_logprobs": [
-            {_token_name(tokenizer, token): logprob for token, logprob in event.top} for event, _ in shown
-        ],
+        "top_logprobs": [{token_name(tokenizer, token): logprob for token, logprob in event.top} for event, _ in shown],
         "text_offset": [offset for _, offset in shown],
     }

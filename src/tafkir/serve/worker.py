@@ -8,27 +8,40 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from tafkir.errors import TafkirError
 from tafkir.records import Request
+from tafkir.serve.metrics import ServerMetrics
 
 if TYPE_CHECKING:
     from tafkir.engine.engine import Engine
+    from tafkir.engine.prompt_scores import PromptScores
     from tafkir.engine.sequence import TokenEvent
+    from tafkir.engine.shaping import Shaper
 
-__all__ = ["EngineWorker", "Overloaded", "Stopped", "Subscriber", "WorkerStats"]
+__all__ = ["EngineWorker", "Overloaded", "Stopped", "Subscriber"]
 
 logger = logging.getLogger(__name__)
 
+# Prompts that are scored between two steps of those that generate.
+_SCORE_TOKENS = 4096
+
 
 class Overloaded(Exception):
-    """Too many requests wait already."""
+    """Too many requests wait already. `retry_after_s` is when a place may be free."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
 
 
 class Stopped(Exception):
-    """The worker has ended, or its engine has failed."""
+    """The worker has ended or is about to, or its engine has failed."""
 
 
 class Subscriber(Protocol):
@@ -38,25 +51,22 @@ class Subscriber(Protocol):
 
 
 @dataclass(slots=True)
-class WorkerStats:
-    """Counters for the metrics page. Seconds are wall time."""
-
-    requests: int = 0
-    refused: int = 0
-    finished: dict[str, int] = field(default_factory=lambda: {"stop": 0, "length": 0, "cancelled": 0})
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    first_tokens: int = 0
-    time_to_first_token_s: float = 0.0
-
-
-@dataclass(slots=True)
 class _Job:
     request: Request
     top_logprobs: int
     subscriber: Subscriber
+    shaper: Shaper | None
     queued_at: float
-    started: bool = False
+    first_at: float = 0.0
+    last_at: float = 0.0
+    num_tokens: int = 0
+
+
+@dataclass(slots=True)
+class _Scoring:
+    token_ids: tuple[int, ...]
+    count: int
+    future: Future[PromptScores]
 
 
 class EngineWorker:
@@ -71,15 +81,17 @@ class EngineWorker:
         self._build, self._max_queue = build, max_queue
         self._wake = threading.Condition()
         self._inbox: list[_Job] = []
+        self._scorings: deque[_Scoring] = deque()
         self._cancelled: list[str] = []
         self._jobs: dict[str, _Job] = {}
-        self._stopping = False
+        self._stopping = self._draining = False
+        self._beat = time.monotonic()
         self.failure: Exception | None = None
         """What ended the engine."""
         self._ready = threading.Event()
         self._engine: Engine | None = None
         self._thread = threading.Thread(target=self._main, name="tafkir-engine", daemon=True)
-        self.stats = WorkerStats()
+        self.metrics = ServerMetrics()
 
     def start(self) -> None:
         """Build the engine and start to serve; raises what building it raises."""
@@ -87,6 +99,10 @@ class EngineWorker:
         self._ready.wait()
         if self.failure is not None:
             raise self.failure
+
+    def drain(self) -> None:
+        """Take nothing more; what runs or waits goes on to its end."""
+        self._draining = True
 
     def stop(self) -> None:
         """End the thread; requests that still run are told so."""
@@ -107,15 +123,46 @@ class EngineWorker:
         return self._ready.is_set() and self.failure is None and self._thread.is_alive()
 
     @property
+    def draining(self) -> bool:
+        return self._draining or self._stopping
+
+    @property
+    def stalled_s(self) -> float:
+        """Seconds since the engine's last step while there is work; 0 where there is none."""
+        return time.monotonic() - self._beat if self._jobs or self._scorings else 0.0
+
+    @property
     def num_running(self) -> int:
         return self._engine.num_running if self._engine else 0
 
     @property
     def num_waiting(self) -> int:
-        return max(0, len(self._jobs) - self.num_running)
+        return max(0, len(self._jobs) - self.num_running) + len(self._scorings)
 
-    def submit(self, requests: Sequence[Request], subscriber: Subscriber, *, top_logprobs: int = 0) -> None:
-        """Queue requests whose ids are fresh, all or none.
+    @property
+    def _num_served(self) -> int:
+        return len(self._jobs) + len(self._scorings)
+
+    def check_open(self, count: int = 1) -> None:
+        """Raises Stopped or Overloaded where so many more requests would not be taken."""
+        if self.draining or self.failure is not None:
+            raise Stopped("the server is shutting down" if self.failure is None else "the engine has stopped")
+        if self._num_served + count > self.engine.max_batch + self._max_queue:
+            self.metrics.refused.add(amount=count)
+            latency = self.metrics.latency
+            mean_s = latency.sum / latency.count if latency.count else 1.0
+            wait_s = min(60.0, max(1.0, mean_s * self.num_waiting / self.engine.max_batch))
+            raise Overloaded(f"{self._num_served} requests are being served already", wait_s)
+
+    def submit(
+        self,
+        requests: Sequence[Request],
+        subscriber: Subscriber,
+        *,
+        top_logprobs: int = 0,
+        shapers: Sequence[Shaper | None] = (),
+    ) -> None:
+        """Queue requests whose ids are fresh, all or none; `shapers` are theirs, one each where any are given.
 
         Raises:
             RequestError, CapacityError: one of them could never run.
@@ -126,17 +173,26 @@ class EngineWorker:
             self.engine.check(request, top_logprobs=top_logprobs)
         now = time.monotonic()
         with self._wake:
-            if self._stopping or self.failure is not None:
-                raise Stopped("the engine has stopped")
-            if len(self._jobs) + len(requests) > self.engine.max_batch + self._max_queue:
-                self.stats.refused += len(requests)
-                raise Overloaded(f"{len(self._jobs)} requests are being served already")
-            for request in requests:
-                job = _Job(request, top_logprobs, subscriber, now)
+            self.check_open(len(requests))
+            for request, shaper in zip(requests, shapers or [None] * len(requests), strict=True):
+                job = _Job(request, top_logprobs, subscriber, shaper, now)
                 self._jobs[request.id] = job
                 self._inbox.append(job)
-            self.stats.requests += len(requests)
+            self.metrics.accepted.add(amount=len(requests))
             self._wake.notify()
+
+    def score(self, token_ids: Sequence[tuple[int, ...]], count: int) -> list[Future[PromptScores]]:
+        """Queue prompts to be scored, each with the `count` most probable tokens; a cancelled future is not run.
+
+        Raises:
+            Overloaded, Stopped: as `submit`.
+        """
+        with self._wake:
+            self.check_open(len(token_ids))
+            jobs = [_Scoring(ids, count, Future()) for ids in token_ids]
+            self._scorings.extend(jobs)
+            self._wake.notify()
+        return [job.future for job in jobs]
 
     def cancel(self, request_ids: Sequence[str]) -> None:
         """Drop requests; those that have finished are no error."""
@@ -156,7 +212,11 @@ class EngineWorker:
             self._ready.set()
         try:
             while self._take_orders():
-                self._deliver(self._engine.step())
+                self._beat = time.monotonic()
+                if self._scorings:
+                    self._score_some()
+                if self.engine.has_work:
+                    self._deliver(self.engine.step())
             self._end_all(Stopped("the server is shutting down"))
         except Exception as error:  # the server's edge: recorded, told to every client, and shown by /health
             logger.exception("the engine failed")
@@ -168,43 +228,82 @@ class EngineWorker:
         """Wait until there is work; False when it is time to stop. An idle engine takes no CPU time."""
         engine = self.engine
         with self._wake:
-            while not (self._inbox or self._cancelled or self._stopping or engine.has_work):
+            while not (self._inbox or self._cancelled or self._scorings or self._stopping or engine.has_work):
                 self._wake.wait()
             inbox, self._inbox = self._inbox, []
             cancelled, self._cancelled = self._cancelled, []
             if self._stopping:
                 return False
         for job in inbox:
-            engine.add_request(job.request, top_logprobs=job.top_logprobs)
+            engine.add_request(job.request, top_logprobs=job.top_logprobs, shaper=job.shaper)
         for request_id in cancelled:
             if engine.cancel(request_id) is not None:
-                self._forget(request_id, "cancelled")
+                self._forget(self._jobs[request_id], "abort")
         return True
+
+    def _score_some(self) -> None:
+        """Score waiting prompts up to a number of tokens, so that those that generate are not held up for long."""
+        from tafkir.engine.prompt_scores import score_prompts
+
+        taken: list[_Scoring] = []
+        size = 0
+        while self._scorings and (not taken or size + len(self._scorings[0].token_ids) <= _SCORE_TOKENS):
+            job = self._scorings.popleft()
+            if job.future.set_running_or_notify_cancel():
+                taken.append(job)
+                size += len(job.token_ids)
+        if not taken:
+            return
+        try:
+            found = score_prompts(self.engine.decoder, [job.token_ids for job in taken], max(j.count for j in taken))
+        except TafkirError as error:
+            for job in taken:
+                job.future.set_exception(error)
+            return
+        for job, scores in zip(taken, found, strict=True):
+            job.future.set_result(scores)
+            self.metrics.prompt_tokens.add(amount=len(job.token_ids))
 
     def _deliver(self, events: list[TokenEvent]) -> None:
         batches: dict[int, tuple[Subscriber, list[TokenEvent]]] = {}
         now = time.monotonic()
-        self.stats.generation_tokens += len(events)
+        if events:
+            self.metrics.generation_tokens.add(amount=len(events))
+            self.metrics.iteration.observe(len(events))
         for event in events:
             job = self._jobs[event.request_id]
-            if not job.started:
-                job.started = True
-                self.stats.prompt_tokens += len(job.request.prompt_ids)
-                self.stats.first_tokens += 1
-                self.stats.time_to_first_token_s += now - job.queued_at
+            job.num_tokens += 1
+            if job.num_tokens == 1:
+                job.first_at = now
+                self.metrics.prompt_tokens.add(amount=len(job.request.prompt_ids))
+                self.metrics.ttft.observe(now - job.queued_at)
+            else:
+                self.metrics.inter_token.observe(now - job.last_at)
+            job.last_at = now
             batches.setdefault(id(job.subscriber), (job.subscriber, []))[1].append(event)
             if event.finish_reason:
-                self._forget(event.request_id, event.finish_reason)
+                self._forget(job, "abort" if event.finish_reason == "cancelled" else event.finish_reason)
         for subscriber, batch in batches.values():
             subscriber.deliver(batch)
 
-    def _forget(self, request_id: str, reason: str) -> None:
+    def _forget(self, job: _Job, reason: str) -> None:
         with self._wake:
-            del self._jobs[request_id]
-        self.stats.finished[reason] += 1
+            del self._jobs[job.request.id]
+        metrics = self.metrics
+        metrics.finished.add(reason)
+        metrics.request_prompt.observe(len(job.request.prompt_ids))
+        metrics.request_generated.observe(job.num_tokens)
+        if reason != "abort":
+            metrics.latency.observe(job.last_at - job.queued_at)
+            if job.num_tokens > 1:
+                metrics.per_token.observe((job.last_at - job.first_at) / (job.num_tokens - 1))
 
     def _end_all(self, error: Exception) -> None:
         with self._wake:
             jobs, self._jobs, self._inbox = list(self._jobs.values()), {}, []
+            scorings, self._scorings = list(self._scorings), deque()
         for subscriber in {id(job.subscriber): job.subscriber for job in jobs}.values():
             subscriber.deliver(error)
+        for scoring in scorings:
+            if scoring.future.set_running_or_notify_cancel():
+                scoring.future.set_exception(error)

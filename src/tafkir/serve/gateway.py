@@ -1,0 +1,149 @@
+"""What every request passes before the API sees it: id, key, rate, a full queue, and a body that came whole."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+
+from tafkir.serve.access import ApiKeys, RateLimiter
+from tafkir.serve.errors import ApiError, error_of, error_response
+from tafkir.serve.options import ServerOptions
+from tafkir.serve.worker import EngineWorker, Overloaded, Stopped
+
+__all__ = ["Gateway"]
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+# Open to probes and scrapers, which carry no key; the page itself is no secret either.
+_OPEN = frozenset({"/", "/health", "/ready", "/version", "/metrics", "/favicon.ico"})
+# A client that still sends would not read the answer: this many times the limit is read and thrown away first.
+_DISCARD = 16
+
+
+class Gateway:
+    """ASGI middleware around the whole application.
+
+    Args:
+        app: what it guards.
+        options: keys and limits.
+        worker: asked whether its queue is full, and told of HTTP statuses.
+    """
+
+    def __init__(self, app: App, options: ServerOptions, worker: EngineWorker) -> None:
+        self._app, self._options, self._worker = app, options, worker
+        self._keys = ApiKeys(options.api_keys)
+        self._limiter = RateLimiter(options.requests_per_minute)
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def reply(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+                self._worker.metrics.responses.add(str(message["status"]))
+            await send(message)
+
+        try:
+            self._admit(scope, headers)
+            receive = await self._whole_body(headers, receive)
+        except (ApiError, Overloaded, Stopped) as error:
+            await error_response(error_of(error))(scope, receive, reply)
+            return
+        except _Left:
+            return
+        await self._app(scope, receive, reply)
+
+    def _admit(self, scope: MutableMapping[str, Any], headers: Headers) -> None:
+        """Everything that can be refused without reading the body.
+
+        Raises:
+            ApiError: 401 without a known key, 429 above the rate.
+            Overloaded, Stopped: nothing can be taken.
+        """
+        if scope["path"] in _OPEN or scope["method"] == "OPTIONS":
+            return
+        client = scope.get("client")
+        caller: str | None = client[0] if client else "local"
+        if self._keys:
+            caller = self._keys.caller(headers.get("authorization", ""))
+        if caller is None:
+            message = "a known API key must come as `Authorization: Bearer KEY`"
+            raise ApiError(401, message, code="invalid_api_key")
+        if scope["method"] != "POST":
+            return
+        if wait := self._limiter.take(caller):
+            limit = self._options.requests_per_minute
+            message = f"more than {limit} requests a minute; try again in {wait:.1f} s"
+            raise ApiError(429, message, code="rate_limit_exceeded", retry_after_s=wait)
+        self._worker.check_open()
+
+    async def _whole_body(self, headers: Headers, receive: Receive) -> Receive:
+        """Read the body up to the limit, in time; what hands it on afterwards.
+
+        Raises:
+            ApiError: 400 for one that is too large, 408 for one that is too slow.
+        """
+        limit, timeout_s = self._options.max_body_bytes, self._options.body_timeout_s
+        chunks, size = [], 0
+        declared = headers.get("content-length", "")
+        if declared.isdigit() and int(declared) > limit * _DISCARD:
+            raise _too_large(int(declared), limit)
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise _Left
+                    chunk = message.get("body", b"")
+                    size += len(chunk)
+                    if size <= limit:
+                        chunks.append(chunk)
+                    if not message.get("more_body", False) or size > limit * _DISCARD:
+                        break
+        except TimeoutError:
+            message_text = f"the body did not come within {timeout_s:g} s ({size} bytes did)"
+            raise ApiError(408, message_text, code="request_timeout") from None
+        if size > limit:
+            raise _too_large(size, limit)
+        body: list[Message] = [{"type": "http.request", "body": _text_only(b"".join(chunks)), "more_body": False}]
+
+        async def replay() -> Message:
+            return body.pop() if body else await receive()
+
+        return replay
+
+
+class _Left(Exception):
+    """The client closed the connection before its request was whole."""
+
+
+def _text_only(body: bytes) -> bytes:
+    """The body with U+FFFD for halves of surrogate pairs, which JSON can spell and UTF-8 cannot hold."""
+    if not _SURROGATE.search(body):
+        return body
+    try:
+        text = json.dumps(json.loads(body), ensure_ascii=False)
+    except (ValueError, RecursionError):  # no JSON: the API's own parser says so
+        return body
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+
+
+def _too_large(size: int, limit: int) -> ApiError:
+    return ApiError(400, f"the body has {size} bytes or more; at most {limit} are read", code="request_too_large")
