@@ -14,7 +14,7 @@ from typing import Any
 
 from tafkir.errors import TafkirError
 from tafkir.plan import coefficients as table
-from tafkir.plan.coefficients import DATASHEET, Coefficients
+from tafkir.plan.coefficients import DATASHEET, Coefficients, fitted_coefficients
 from tafkir.plan.fit import LeaveOneOut, fit_coefficients, leave_one_out, median
 from tafkir.plan.references import REFERENCES, Reference, predict_reference, read_references
 
@@ -25,9 +25,13 @@ def main() -> None:
     """Fit, predict each point from the others, print and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=Path, default=REFERENCES, help="a table with the columns of the shipped one")
+    parser.add_argument("--try-rows", type=Path, metavar="FILE", help="predict a table with the shipped coefficients")
     parser.add_argument("--write", action="store_true", help="write the coefficients that the planner uses")
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
+    if args.try_rows:
+        try_rows(args.try_rows)
+        return
     start = time.process_time()
     references = read_references(args.rows)
     predictable, refused = split(references)
@@ -38,6 +42,17 @@ def main() -> None:
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if args.write:
         write(fitted, result)
+
+
+def try_rows(path: Path) -> None:
+    """Rows that nobody fitted, by what ships; refused ones with their reason."""
+    predictable, refused = split(read_references(path))
+    points = [predict_reference(reference, fitted_coefficients()) for reference in predictable]
+    unseen = [LeaveOneOut(row, p.ttft_s, p.tpot_s) for row, p in zip(predictable, points, strict=True)]
+    print_rows(unseen, refused)
+    for name in ("tpot", "ttft"):
+        errors = [abs(getattr(row, f"{name}_error")) for row in unseen]
+        print(f"median {name} error {median(errors):.1%} of {len(errors)}, {len(refused)} refused")
 
 
 def split(references: list[Reference]) -> tuple[list[Reference], dict[str, str]]:
@@ -94,6 +109,14 @@ def summary(fitted: Coefficients, left_out: list[LeaveOneOut], refused: dict[str
 
 def show(left_out: list[LeaveOneOut], refused: dict[str, str], result: dict[str, Any]) -> None:
     """Every row left out, then the medians."""
+    print_rows(left_out, refused)
+    for name in ("median_tpot_error", "median_ttft_error"):
+        print(name, {key: f"{value:.1%}" for key, value in result[name].items()})
+    print(result["coefficients"])
+
+
+def print_rows(left_out: list[LeaveOneOut], refused: dict[str, str]) -> None:
+    """Every row, and why others were refused."""
     print(f"{'row':<64} {'TPOT ms':>8} {'left out':>9} {'':>6}  {'TTFT ms':>8} {'left out':>9}")
     for row in left_out:
         measured = row.reference
@@ -103,9 +126,6 @@ def show(left_out: list[LeaveOneOut], refused: dict[str, str], result: dict[str,
         )
     for name, why in refused.items():
         print(f"refused {name}: {why}")
-    for name in ("median_tpot_error", "median_ttft_error"):
-        print(name, {key: f"{value:.1%}" for key, value in result[name].items()})
-    print(result["coefficients"])
 
 
 def write(fitted: Coefficients, result: dict[str, Any]) -> None:

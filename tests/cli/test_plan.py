@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tafkir.cli.main import app
-from tafkir.errors import CapacityError, RecipeError
+from tafkir.errors import CapacityError, CheckpointError, RecipeError
 from tests.conftest import ROOT, Cli
 
 RUN = CliRunner()
@@ -75,6 +75,13 @@ def test_recipes_and_folders_and_shapes_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(keys))
     for model in (str(tmp_path), "deepseek-ai/DeepSeek-R1-0528", "deepseek-v3"):
         assert "671.03B" in planned(model, "--hardware", "h200:8", "--precision", "fp8")
+    llama = {"architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 4096, "head_dim": None}
+    llama |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336}
+    (tmp_path / "config.json").write_text(json.dumps(llama))
+    assert "8.03B" in planned(str(tmp_path), "--hardware", "h100:1")
+    (tmp_path / "config.json").write_text(json.dumps(llama | {"hidden_size": None}))
+    with pytest.raises(CheckpointError, match="no sizes: hidden_size"):
+        planned(str(tmp_path))
     assert "70.55B" in planned("llama-3.3-70b", "--hardware", "h100:4", "--price", "2.5")
     assert "no price" in planned("base-tiny", "--hardware", "b300:1")
 
@@ -144,6 +151,7 @@ def test_errors_say_what_to_do(args: list[str], error: type[Exception], says: st
         planned(*args)
 
 
+@pytest.mark.slow
 def test_this_machine_is_measured() -> None:
     found = json.loads(planned("base-tiny", "--hardware", "cpu", "--workload", "chat", "--json"))
     chip = found["hardware"]

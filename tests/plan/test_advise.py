@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from tafkir.plan.precision import PRECISIONS
 from tafkir.plan.references import find_shape
 from tafkir.plan.serving import Deployment
 from tafkir.plan.workload import WORKLOADS, Workload, load_workload
+from tests.conftest import ROOT
 
 CHIPS = load_chips(own_only=True)
 CHAT = WORKLOADS["chat"]
@@ -185,3 +187,13 @@ def test_claims_come_out_as_the_sources_say() -> None:
     fleet = [claim for claim in found.values() if "fleet" in claim.system]
     assert [claim.verdict for claim in fleet] == ["holds"] * 3
     assert sum(claim.verdict == "contradiction" for claim in found.values()) == 4
+
+
+def test_the_page_says_what_the_tables_say() -> None:
+    """Chips, claims, training and minimum chips of docs/plan.md come out of the package as it is."""
+    spec = importlib.util.spec_from_file_location("plan_tables", ROOT / "benchmarks" / "plan_tables.py")
+    assert spec and spec.loader
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    page = tables.PAGE.read_text(encoding="utf-8")
+    assert tables.written(page) == page, "run benchmarks/plan_tables.py"

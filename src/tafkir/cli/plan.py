@@ -226,6 +226,9 @@ def _find_shape(name: str) -> tuple[str, str, ModelShape]:
 
     if name in list_shapes():
         return name, "published shape", load_shape(name)
+    plain = _plain_checkpoint(Path(name))
+    if plain:
+        return name, "checkpoint", plain
     try:
         found, kind, config = find_model(name)
     except RecipeError as error:
@@ -245,6 +248,34 @@ def _find_shape(name: str) -> tuple[str, str, ModelShape]:
             fix = f"`tafkir run {name} --dry-run` says what it takes"
             raise RecipeError("a recursive model is not planned here", where=name, fix=fix)
     return found, kind, shape_of(config, found)
+
+
+def _plain_checkpoint(path: Path) -> ModelShape | None:
+    """A checkpoint folder of a dense architecture that Tafkir counts and does not build.
+
+    Raises:
+        CheckpointError: a size is missing or no positive number.
+    """
+    from tafkir.errors import CheckpointError
+    from tafkir.plan.shapes import PLAIN_ARCHITECTURES, shape_of_table
+
+    config = path / "config.json" if path.is_dir() else path
+    if config.name != "config.json" or not config.is_file():
+        return None
+    try:
+        keys = json.loads(config.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        # Whoever reads the families' files says what is wrong with it.
+        return None
+    if not isinstance(keys, dict) or not set(keys.get("architectures") or ()) & set(PLAIN_ARCHITECTURES):
+        return None
+    needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    wrong = [key for key in needed if not isinstance(keys.get(key), int) or keys[key] < 1]
+    if wrong:
+        raise CheckpointError(f"no sizes: {', '.join(wrong)}", where=str(config), fix="take the model's own file")
+    heads = keys["num_attention_heads"]
+    whole = {"head_dim": keys["hidden_size"] // heads, "num_key_value_heads": heads}
+    return shape_of_table(str(path), whole | {key: value for key, value in keys.items() if value is not None})
 
 
 def _hardware(text: str, files: list[Path], price: float | None) -> tuple[Chip, int]:

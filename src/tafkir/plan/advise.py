@@ -11,7 +11,7 @@ from tafkir.plan.hardware import Chip
 from tafkir.plan.layout import Layout, cache_bytes, check_layout, weight_bytes_per_chip
 from tafkir.plan.load import CHUNK_TOKENS, Fleet, Point, predict_point
 from tafkir.plan.precision import Precision, mtp_bytes, part_bytes
-from tafkir.plan.serving import Deployment
+from tafkir.plan.serving import Deployment, Term
 from tafkir.plan.shapes import ModelShape
 from tafkir.plan.workload import Workload
 
@@ -35,6 +35,8 @@ MEMORY_SHARE, OTHER_BYTES = 0.9, 3.5e9
 # The rule of thumb of `minimum_chips`: a quarter of what is usable is for caches.
 _FOR_CACHES = 0.25
 _MOST_SEQUENCES = 4096
+
+Passes = dict[int, tuple[list[Term], float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,27 +235,28 @@ def _try(fleet: Fleet, workload: Workload, chips: int) -> Option | Refusal:
         why = f"one chip lacks {missing / 1e9:.1f} GB of {memory.usable / 1e9:.0f} GB usable"
         return Refusal(layout, "memory", missing / memory.usable, why)
     most = min(memory.sequences, _MOST_SEQUENCES)
-    first = _point(fleet, 1, workload)
+    passes: Passes = {}
+    first = _point(fleet, 1, workload, passes)
     if first.tpot_s > workload.tpot_s:
         why = f"{first.tpot_s * 1e3:.0f} ms a token for one user, {workload.tpot_s * 1e3:.0f} ms allowed"
         return Refusal(layout, "time per token", first.tpot_s / workload.tpot_s - 1, why)
     if first.ttft_s > workload.ttft_s:
         why = f"{first.ttft_s:.2f} s to the first token of one user, {workload.ttft_s:.2f} s allowed"
         return Refusal(layout, "time to first token", first.ttft_s / workload.ttft_s - 1, why)
-    batch, point, limit = _largest(fleet, workload, most)
+    batch, point, limit = _largest(fleet, workload, most, first, passes)
     return _option(fleet, workload, chips, batch, point, memory, limit)
 
 
-def _largest(fleet: Fleet, workload: Workload, most: int) -> tuple[int, Point, str]:
+def _largest(fleet: Fleet, workload: Workload, most: int, first: Point, passes: Passes) -> tuple[int, Point, str]:
     low, high = 1, most
-    point, limit = _point(fleet, 1, workload), "memory"
-    top = _point(fleet, most, workload)
+    point, limit = first, "memory"
+    top = _point(fleet, most, workload, passes)
     if _keeps(top, workload):
         return most, top, "memory" if most < _MOST_SEQUENCES else "engine's limit of sequences"
     # A tenth is close enough: the model is not finer.
     while high - low > max(1, low // 16):
         middle = (low + high) // 2
-        tried = _point(fleet, middle, workload)
+        tried = _point(fleet, middle, workload, passes)
         if _keeps(tried, workload):
             low, point = middle, tried
         else:
@@ -266,8 +269,10 @@ def _keeps(point: Point, workload: Workload) -> bool:
     return point.tpot_s <= workload.tpot_s and point.ttft_s <= workload.ttft_s
 
 
-def _point(fleet: Fleet, batch: int, workload: Workload) -> Point:
-    return predict_point(fleet, batch, workload.prompt_tokens, workload.output_tokens, cached=workload.cached)
+def _point(fleet: Fleet, batch: int, workload: Workload, passes: Passes | None = None) -> Point:
+    return predict_point(
+        fleet, batch, workload.prompt_tokens, workload.output_tokens, cached=workload.cached, passes=passes
+    )
 
 
 def _option(

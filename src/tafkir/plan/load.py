@@ -53,7 +53,13 @@ class Point:
 
 
 def predict_point(
-    fleet: Fleet, batch: float, prompt_tokens: float, output_tokens: float, *, cached: float = 0.0
+    fleet: Fleet,
+    batch: float,
+    prompt_tokens: float,
+    output_tokens: float,
+    *,
+    cached: float = 0.0,
+    passes: dict[int, tuple[list[Term], float]] | None = None,
 ) -> Point:
     """A fixed number of users, each with one request at a time (closed loop), as serving benchmarks run.
 
@@ -62,6 +68,7 @@ def predict_point(
         batch: requests of one data-parallel group of a decoding worker.
         prompt_tokens: of a request. output_tokens: of its answer.
         cached: share of a prompt that the prefix cache holds.
+        passes: what prefill took in earlier calls for the same fleet and lengths, to be read and filled.
     """
     decode = fleet.decode
     c = decode.coefficients
@@ -69,7 +76,11 @@ def predict_point(
     step = decode_step(decode, batch, prompt_tokens + output_tokens / 2)
     yields = decode.speculation.yields
     pace = total(step) / yields
-    pass_terms, prompt_s = _prefill_pass(fleet, batch, prompt_tokens, cached)
+    packed = max(1, int(min(batch, CHUNK_TOKENS // max(1.0, prompt_tokens * (1 - cached)))))
+    known = {} if passes is None else passes
+    if packed not in known:
+        known[packed] = _prefill_pass(fleet, packed, prompt_tokens, cached)
+    pass_terms, prompt_s = known[packed]
     round_s = users * prompt_s
     busy = round_s / (output_tokens * pace)
     others = (users - 1) / users * round_s
@@ -100,10 +111,8 @@ def predict_point(
     return Point(users, ttft_s, tpot_s, rate, busy, tuple(ttft), tuple(tpot))
 
 
-def _prefill_pass(fleet: Fleet, batch: float, tokens: float, cached: float) -> tuple[list[Term], float]:
-    """The terms of a pass over one prompt, and the fleet's time for each of many prompts, packed into chunks."""
+def _prefill_pass(fleet: Fleet, packed: int, tokens: float, cached: float) -> tuple[list[Term], float]:
+    """The terms of a pass over one prompt, and the fleet's time for each of many prompts, `packed` in a pass."""
     worker, count = (fleet.prompts, fleet.num_prefill) if fleet.prompts else (fleet.decode, fleet.num_decode)
-    fresh = tokens * (1 - cached)
-    packed = max(1, int(min(batch, CHUNK_TOKENS // max(1.0, fresh))))
     whole = total(prefill(worker, tokens, cached=cached, prompts=packed))
     return prefill(worker, tokens, cached=cached), whole / (packed * worker.layout.dp * count)

@@ -12,9 +12,12 @@ from typing import Any
 from tafkir.plan.params import block_matrices
 from tafkir.recipe.model import ModelConfig
 
-__all__ = ["ModelShape", "list_shapes", "load_shape", "shape_of"]
+__all__ = ["PLAIN_ARCHITECTURES", "ModelShape", "list_shapes", "load_shape", "shape_of", "shape_of_table"]
 
 _TABLE = Path(__file__).resolve().parent / "tables" / "shapes.toml"
+PLAIN_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+"""Dense decoders with grouped-query attention that are counted from their config.json, and not built here."""
+
 # A linear layer's state is kept in float32.
 _STATE_BYTES = 4
 
@@ -228,7 +231,14 @@ def load_shape(name: str) -> ModelShape:
     Raises:
         KeyError: there is none of that name.
     """
-    table = _tables()[name]
+    return shape_of_table(name, _tables()[name])
+
+
+def shape_of_table(name: str, table: Mapping[str, Any]) -> ModelShape:
+    """A decoder's parts from the keys of a config.json, with the tables `mla`, `linear` and `windowed` of our own.
+
+    Biases and norms are counted as two norms a layer: close, not exact.
+    """
     hidden, layers = table["hidden_size"], table["num_hidden_layers"]
     heads = table["num_attention_heads"]
     linear, windowed, mla = table.get("linear", {}), table.get("windowed", {}), table.get("mla")
