@@ -59,6 +59,15 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 """Fields of the OpenAI API that are not done, with the values (beside null) that ask for nothing."""
 
 
+def _as_accepted(schema: dict[str, Any]) -> None:
+    """Make the OpenAPI text say what is taken: null leaves a field out, and fields without effect may come."""
+    fields = schema["properties"]
+    for name in fields.keys() - set(schema.get("required", ())):
+        fields[name] = {"anyOf": [fields[name], {"type": "null"}]}
+    fields |= {name: {} for name in sorted(_WITHOUT_EFFECT)}
+    fields |= {name: {"enum": [None, *values]} for name, values in _NEUTRAL.items()}
+
+
 class StreamOptions(BaseModel):
     """How a stream ends."""
 
@@ -112,7 +121,7 @@ class OutputRules(BaseModel):
 class GenerationRequest(BaseModel):
     """What chat and plain completions share."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_as_accepted)
 
     model: str | None = None
     n: int = Field(1, ge=1, le=MAX_CHOICES)

@@ -88,12 +88,13 @@ def plan_requests(load: Load, lengths: Lengths, tokens_per_word: float, seed: in
     Args:
         tokens_per_word: of the server's tokenizer, as measured.
     """
-    rng = random.Random(seed)
+    # Apart, so that lengths and arrivals are the same whatever the server's tokenizer makes of a word.
+    rng, words_rng = random.Random(seed), random.Random(~seed)
     planned, at_s = [], 0.0
     for i in range(load.num_requests):
         prompt, answer = lengths.draw(rng)
         count = max(1, round(prompt / tokens_per_word))
-        words = [str(i), *rng.choices(_WORDS, k=count)][:count]
+        words = [str(i), *words_rng.choices(_WORDS, k=count)][:count]
         if load.rate is not None:
             at_s += rng.expovariate(load.rate)
         planned.append(Planned(" ".join(words), prompt, answer, at_s))
