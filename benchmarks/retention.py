@@ -74,9 +74,10 @@ def distilled(name: str, checkpoint: Path, folder: Path, overrides: Sequence[str
     stages = [f"{stage}=" for stage in ("sft", "rlvr", "eval", "report")]
     keys = [f"base={json.dumps(str(checkpoint))}", "threads=1", "qat.baseline=false", *stages, *formats, *overrides]
     loaded = resolve_recipe(load_recipe(["wordmath-tiny", "quantized"], keys))
-    run = RunDir(folder / f"qad-{name}")
+    run = RunDir(folder / f"run-{name}")
     result = run_recipe(loaded, run, select_stages(loaded.recipe))
-    return run.stage("qat").checkpoint_dir, dict(result["qat"])
+    assert loaded.recipe.qat is not None
+    return run.stage("qat").checkpoint_dir, {**result["qat"], "learning_rate": loaded.recipe.qat.learning_rate}
 
 
 def answers(checkpoint: Path, examples: Sequence[Any], args: argparse.Namespace, name: str) -> list[EvalRecord]:
@@ -137,7 +138,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         origin, row = source, dict[str, Any]()
         if variant != name:
             origin, stage = distilled(name, source, args.work, args.set)
-            row["qat"] = {key: stage[key] for key in ("steps", "cpu_s", "peak_rss_bytes", "kl_before", "kl_after")}
+            told = ("steps", "learning_rate", "cpu_s", "peak_rss_bytes", "kl_before", "kl_after")
+            row["qat"] = {key: stage[key] for key in told}
         folder = args.work / variant.replace(" ", "-")
         if not folder.exists():
             quantize_checkpoint(origin, folder, QuantizeConfig.model_validate(FORMATS[name]))

@@ -232,7 +232,7 @@ def _summarise(
 def _retention(answers: Mapping[str, Sequence[EvalRecord]]) -> list[dict[str, Any]]:
     """What the quantized checkpoints keep of the score of the model that they were made of, where it is scored."""
     own = [name for name in answers if name not in _QUANTIZED]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in _QUANTIZED:
         if own and name in answers:
             before, after = answers[own[-1]], answers[name]

@@ -60,7 +60,8 @@ class QuantizedExperts(nn.Module):
         y_PD = _apart(hidden_PI, self.down_proj, counts) * weights_P1.to(x_ND.dtype)
         inverse_P = torch.empty_like(order_P)
         inverse_P[order_P] = torch.arange(len(order_P), device=order_P.device)
-        return y_PD.index_select(0, inverse_P).unflatten(0, (-1, active)).sum(1)
+        y_NAD: Tensor = y_PD.index_select(0, inverse_P).unflatten(0, (-1, active))
+        return y_NAD.sum(1)
 
 
 def _apart(x_PK: Tensor, weights_ERK: Tensor, counts: list[int]) -> Tensor:

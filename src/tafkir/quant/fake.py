@@ -58,7 +58,8 @@ class FakeQuantizer:
         trained = dict(decoder.named_parameters())
         self._names = {names.name: names for names in resolve_names(decoder) if names.name in trained}
         self._shapes = {name: parameter.shape for name, parameter in trained.items()}
-        shapes, places = {}, {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        places: dict[str, tuple[str, int]] = {}
         for name, names in self._names.items():
             for index, (theirs, piece) in enumerate(split_pieces(trained[name], names)):
                 shapes[theirs], places[theirs] = tuple(piece.shape), (name, index)

@@ -226,7 +226,7 @@ def run_qat(ctx: StageContext, *, build_quantizer: BuildQuantizer) -> dict[str, 
         finally:
             trainer.leave()
 
-    heldout: list[Document] = list(heldout_conversations(corpus.validation, tokenizer))[:_HELDOUT]
+    heldout: list[Document] = list(heldout_conversations(corpus.validation, tokenizer)[:_HELDOUT])
 
     def validate() -> Mapping[str, float]:
         with trainer.quantized():
