@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -303,21 +303,15 @@ def auto_quantize(
     found = measured or measure_sensitivities(source, config, auto, documents)
     if auto.kl is not None:
         allocation, formats, kl = _search_kl(found, auto.kl)
-        first = formats
     else:
-        budget = _budget(found, auto)
-        allocation, formats = choose(found, budget)
-        first, kl = formats, found.measure(formats)
-        for _ in range(auto.refine):
-            formats, kl = _refine(found, budget, formats, kl)
+        allocation, formats = choose(found, _budget(found, auto))
+        kl = found.measure(formats)
     rules = exact_rules({g.tensors: f for g, f in zip(found.groups, formats, strict=True)}, found.names)
     fixed = [RuleConfig(tensors=pattern, format=format) for pattern, format in rules]
     choices = []
     for i, (group, sizes) in enumerate(zip(found.groups, found.sizes, strict=True)):
         losses: dict[FormatName, float] = {**found.losses[i], "keep": 0.0}
         reason = _reason(formats[i], losses, sizes, allocation.price)
-        if formats[i] != first[i]:
-            reason += f"; {first[i]} alone, but better so among the others"
         whose = (group.name, group.layer, group.kind, group.component, group.numel)
         choices.append(GroupChoice(*whose, losses, sizes, formats[i], reason))
     return AutoResult(
@@ -359,22 +353,6 @@ def choose(found: Sensitivities, budget: int) -> tuple[Allocation, list[FormatNa
         )
     allocation = allocate(_options(found), budget)
     return allocation, [list(sizes)[pick] for sizes, pick in zip(found.sizes, allocation.picks, strict=True)]
-
-
-def _refine(found: Sensitivities, budget: int, formats: list[FormatName], kl: float) -> tuple[list[FormatName], float]:
-    """Another choice, from losses among the formats that the others have now; the one given where it is no better.
-
-    A group's loss by itself says less the more the others lose: divergences do not add up where they are large.
-    """
-    losses: list[dict[FormatName, float]] = []
-    with Progress("refine", len(found.groups)) as progress:
-        for i, sizes in enumerate(found.sizes):
-            among = {f: kl if f == formats[i] else found.measure([*formats[:i], f, *formats[i + 1 :]]) for f in sizes}
-            losses.append({f: max(0.0, loss - among["keep"]) for f, loss in among.items() if f != "keep"})
-            progress.update(i + 1, kl=kl)
-    _, other = choose(replace(found, losses=losses), budget)
-    measured = found.measure(other)
-    return (other, measured) if measured < kl else (formats, kl)
 
 
 def _search_kl(found: Sensitivities, target: float) -> tuple[Allocation, list[FormatName], float]:

@@ -288,14 +288,16 @@ def fisher_losses(
     weights: Mapping[FormatName, Mapping[str, Tensor]],
     documents: Sequence[Sequence[int]],
     amax: Mapping[str, float],
+    *,
+    draws: int = 4,
     seed: int = 0,
 ) -> list[dict[FormatName, float]]:
-    """Estimates of what `kl_losses` measures, for all groups by one forward and one backward pass.
+    """Estimates of what `kl_losses` measures, for all groups at once by a few forward and backward passes.
 
     To second order, KL is half of d^T F d for a change d of a layer's outputs, with the Fisher information F = E[g g^T]
     of gradients g under labels that the model itself draws. So a document's share is half of E[(sum of g . d)^2] over
-    its tokens, with the change d = Q(x) Q(W)^T - x W^T of each. One draw of labels stands for the expectation, and the
-    more documents there are, the less it scatters (by sqrt(2 / documents)).
+    its tokens, with the change d = Q(x) Q(W)^T - x W^T of each. A few draws of labels stand for the expectation; the
+    estimate scatters by about sqrt(2 / (draws x documents)). Changes of a router's choice are not seen.
     """
     watch = _Watch(groups, formats)
     generator = torch.Generator().manual_seed(seed)
@@ -312,7 +314,7 @@ def fisher_losses(
                 change = partial(_watched, watch, index, list(formats[index]), path, (weights, amax))
                 stack.callback(modules[path].register_forward_hook(change).remove)
         with torch.enable_grad():
-            for ids, bounds in _chunks(documents):
+            for ids, bounds in [chunk for _ in range(draws) for chunk in _chunks(documents)]:
                 logs_NV = _log_probs(decoder, ids, bounds)
                 drawn_N = torch.multinomial(logs_NV.detach().exp(), 1, generator=generator)
                 (-logs_NV.gather(1, drawn_N)).sum().backward()  # type: ignore[no-untyped-call]

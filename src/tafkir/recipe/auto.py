@@ -34,10 +34,7 @@ class AutoConfig(Table):
     )
     sensitivity: Sensitivity = Field(
         "kl",
-        description="Loss of a group by a forward pass for each format (kl), or all by one backward pass (fisher).",
-    )
-    refine: int = Field(
-        1, ge=0, description="Rounds in which losses are measured again, among the formats found; for bits and bytes."
+        description="Loss of a group by a forward pass for each format (kl), or of all at once by gradients (fisher).",
     )
     text: str = Field(
         "task", min_length=1, description="`task` (made-up word problems), or a file: text or JSON lines."

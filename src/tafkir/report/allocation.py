@@ -20,6 +20,7 @@ _COLORS = {
 _STYLE = """
 text { font: 12px system-ui, 'Segoe UI', Roboto, 'Noto Sans', 'Noto Sans Arabic', sans-serif; fill: #5c626b; }
 .paper { fill: #faf9f6; } .title { font-size: 16px; font-weight: 650; fill: #1c1e22; } .strong { fill: #1c1e22; }
+.leader { fill: none; stroke: #8a8f98; }
 .grid { stroke: #e5e2da; } .four { --c: #0d7f6b; } .eight { --c: #2464c9; } .whole { --c: #a86a12; }
 .cell { fill: var(--c); } .on { fill: #fff; font-size: 11px; } .line { fill: none; stroke: #0d7f6b; stroke-width: 2.2; }
 .dot { fill: #0d7f6b; stroke: #faf9f6; stroke-width: 1.5; } .ring { fill: #faf9f6; stroke: #b0456f; stroke-width: 2.5; }
@@ -104,7 +105,7 @@ def _curve(result: Data, others: Sequence[tuple[str, float, float]], top: float)
     marks = [("this mixture", result["bits"], result["measured_kl"]), *others]
     most = max([loss for _, loss in result["frontier"]] + [kl for _, _, kl in marks])
     # What is far below the marks is of no interest, and would press them together.
-    line = [(bits, loss) for bits, loss in result["frontier"] if loss > most / 1e4]
+    line = [(bits, loss) for bits, loss in result["frontier"] if loss > most / 1e3]
     values = [loss for _, loss in line] + [kl for _, _, kl in marks if kl > 0]
     if not line or not values:
         return ""
@@ -129,18 +130,16 @@ def _curve(result: Data, others: Sequence[tuple[str, float, float]], top: float)
     parts += [f'<text x="{x(t):.1f}" y="{bottom + 20}" text-anchor="middle">{t:g}</text>' for t in ticks]
     path = " ".join(f"{x(bits):.1f},{y(loss):.1f}" for bits, loss in line)
     parts.append(f'<polyline class="line" points="{path}"/>')
-    low_side = set(sorted(range(len(marks)), key=lambda i: marks[i][1])[1::2])
-    for i, (name, bits, kl) in enumerate(marks):
+    # The names stand to the upper right, where the line does not come.
+    column, at = max(0.62 * _WIDTH, max(x(bits) for _, bits, _ in marks) + 30), top - 13
+    for name, bits, kl in sorted(marks, key=lambda mark: -mark[2]):
         if kl <= 0:
             continue
-        kind, place = ("ring" if i else "dot"), (x(bits), y(kl))
-        anchor, beside = ("end", -11) if place[0] > _WIDTH - 150 else ("start", 11)
-        # Names of neighbours stand on different sides of the line.
-        below = 19 if i in low_side else -8
-        parts.append(f'<circle class="{kind}" cx="{place[0]:.1f}" cy="{place[1]:.1f}" r="{5.5 if i else 6.5}"/>')
-        parts.append(
-            f'<text class="strong" x="{place[0] + beside:.1f}" y="{place[1] + below:.1f}" text-anchor="{anchor}">'
-            f"{escape(name)} {number(kl, 2)}</text>"
-        )
+        place, kind = (x(bits), y(kl)), "dot" if name == marks[0][0] else "ring"
+        at += 17
+        parts.append(f'<path class="leader" d="M{place[0]:.1f} {place[1]:.1f}L{column:.1f} {at:.1f}h14"/>')
+        parts.append(f'<circle class="{kind}" cx="{place[0]:.1f}" cy="{place[1]:.1f}" r="5.5"/>')
+        words = f"{escape(name)} {number(kl, 2)}"
+        parts.append(f'<text class="strong" x="{column + 19:.1f}" y="{at + 4:.1f}">{words}</text>')
     note = "Line: the best mixture for each budget, as the sum of its groups' own losses. Dots: measured as a whole."
     return "".join([*parts, f'<text x="{_LEFT}" y="{bottom + 48}">{note}</text>'])
