@@ -76,6 +76,10 @@ def add_generation_routes(app: FastAPI, served: Served) -> None:
     def embeddings() -> None:
         raise ApiError(404, "this model generates text and has no embeddings", code="embeddings_not_supported")
 
+    _add_token_routes(app, served)
+
+
+def _add_token_routes(app: FastAPI, served: Served) -> None:
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         from tafkir.data.chat import encode_chat
