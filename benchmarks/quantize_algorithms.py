@@ -16,6 +16,7 @@ import math
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from tafkir.recipe.quantize import QuantizeConfig
 
 RESULTS = Path(__file__).parent / "results" / "quantize_algorithms.json"
 CALIBRATION_TOKENS, MEASURED_TOKENS, FIRST_STORY = 16_384, 8_192, 4 * 10**9
+_BATCH = 64  # documents in one forward
 
 # Name: scales, GPTQ and its order, ranges of activations (None: a scale of one, without data).
 VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
@@ -77,9 +79,14 @@ def familiar_texts(folder: Path) -> list[Text]:
 def predictions(decoder: Decoder, texts: Sequence[Text]) -> list[Tensor]:
     """Log-probabilities of each token of the solution, [tokens, vocabulary]."""
     found = []
-    for ids, mask in texts:
-        out = decoder(torch.tensor(ids[:-1]), torch.arange(len(ids) - 1), VarlenCausal([0, len(ids) - 1]))
-        found.append(F.log_softmax(decoder.logits(out.hidden_ND[torch.tensor(mask[1:])]), dim=-1))
+    for start in range(0, len(texts), _BATCH):
+        batch = texts[start : start + _BATCH]
+        lengths = [len(ids) - 1 for ids, _ in batch]
+        flat = torch.tensor([token for ids, _ in batch for token in ids[:-1]])
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        out = decoder(flat, positions, VarlenCausal([0, *accumulate(lengths)]))
+        for hidden_ND, (_, mask) in zip(out.hidden_ND.split(lengths), batch, strict=True):
+            found.append(F.log_softmax(decoder.logits(hidden_ND[torch.tensor(mask[1:])]), dim=-1))
     return found
 
 
@@ -139,6 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help="bundled names, folders, or NAME=FOLDER")
     parser.add_argument("--only", nargs="*", default=list(VARIANTS), help="variants")
+    parser.add_argument("--missing", action="store_true", help="those alone that are not measured yet")
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
@@ -152,6 +160,8 @@ def main() -> None:
         found |= {"perplexity": perplexity(reference, texts), "tokens": sum(sum(mask) for _, mask in texts)}
         with tempfile.TemporaryDirectory() as work:
             for variant in options.only:
+                if options.missing and variant in found["variants"]:
+                    continue
                 found["variants"][variant] = measure(source, variant, Path(work), texts, reference)
                 print(variant, json.dumps(found["variants"][variant]), flush=True)
                 found["variants"] = {key: found["variants"][key] for key in VARIANTS if key in found["variants"]}
