@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -156,7 +157,11 @@ def _gsm8k_answer(text: str) -> tuple[Fraction, list[str]]:
     return _number_field(match[1], "the answer after ####"), _ANNOTATION.findall(text)
 
 
-def _gsm8k_rows(split_operations: bool) -> Iterator[tuple[str, Callable[[], Problem]]]:
+_Rows = Iterator[tuple[str, Callable[[], Problem]]]
+"""Where each row stands, and what reads it."""
+
+
+def _gsm8k_rows(split_operations: bool) -> _Rows:
     parts: tuple[Literal["train", "test"], ...] = ("train", "test")
     for part in parts:
         where = f"gsm8k/{part}.jsonl.gz"
@@ -173,7 +178,7 @@ def _gsm8k_rows(split_operations: bool) -> Iterator[tuple[str, Callable[[], Prob
             yield f"{where}:{number}", build
 
 
-def _svamp_rows(split_operations: bool) -> Iterator[tuple[str, Callable[[], Problem]]]:
+def _svamp_rows(split_operations: bool) -> _Rows:
     where = "svamp/svamp.jsonl.gz"
     for number, line in _lines(files("tafkir") / "datasets" / "svamp" / "svamp.jsonl.gz", where):
 
@@ -193,7 +198,7 @@ def _svamp_rows(split_operations: bool) -> Iterator[tuple[str, Callable[[], Prob
         yield f"{where}:{number}", build
 
 
-def _own_rows(path: Path, split_operations: bool) -> Iterator[tuple[str, Callable[[], Problem]]]:
+def _own_rows(path: Path, split_operations: bool) -> _Rows:
     name = path.name.removesuffix(".gz").removesuffix(".jsonl")
     for number, line in _lines(path, str(path)):
 
@@ -236,12 +241,21 @@ def read_source(
     Raises:
         DataError: the file is missing or unreadable, a row is malformed, or no row is valid.
     """
-    if source == "gsm8k":
-        rows = _gsm8k_rows(split_operations)
-    elif source == "svamp":
-        rows = _svamp_rows(split_operations)
-    else:
-        rows = _own_rows(Path(source), split_operations)
+    if isinstance(source, str) and source in BUNDLED_SETS:
+        problems, report = _read_bundled(source, split_operations)
+        return list(problems), report
+    return _read(str(source), _own_rows(Path(source), split_operations), on_bad_row)
+
+
+@lru_cache(maxsize=2 * len(BUNDLED_SETS))
+def _read_bundled(source: str, split_operations: bool) -> tuple[tuple[Problem, ...], SourceReport]:
+    """A set of the package, whose rows are checked once in a process: every stage of a run reads it again."""
+    rows = {"gsm8k": _gsm8k_rows, "svamp": _svamp_rows}[source](split_operations)
+    problems, report = _read(source, rows, "error")
+    return tuple(problems), report
+
+
+def _read(source: str, rows: _Rows, on_bad_row: Literal["error", "skip"]) -> tuple[list[Problem], SourceReport]:
     problems: list[Problem] = []
     bad_rows: list[str] = []
     for where, build in rows:
@@ -255,8 +269,8 @@ def read_source(
     if not problems:
         raise DataError(
             f"no valid rows ({len(bad_rows)} malformed)",
-            where=str(source),
+            where=source,
             expected='lines like {"question": "...", "answer": "... #### 72"}',
         )
     flaws = Counter(problem.flaw for problem in problems if problem.flaw)
-    return problems, SourceReport(str(source), len(problems), tuple(bad_rows), dict(flaws))
+    return problems, SourceReport(source, len(problems), tuple(bad_rows), dict(flaws))
