@@ -71,6 +71,8 @@ def test_what_is_said() -> None:
     everywhere, halted = ([plain(cell) for cell in row] for row in trm_rows(RESULT))
     assert everywhere[1:] == ["98.5 %", "95.7 % to 99.5 %", "3", "200"] and "99.8 % of the cells" in everywhere[0]
     assert halted[3] == "1.8" and "4 never halt" in halted[0]
+    sure = {**RESULT, "test": {**RESULT["test"], "surest": estimate(0.99, 0.964, 0.997)}}
+    assert [plain(cell) for cell in trm_rows(sure)[1]][1:] == ["99.0 %", "96.4 % to 99.7 %", "3", "200"]
     points = {figure.name: figure.lines[0].points for figure in trm_figures(RESULT)}
     assert points["exact-by-step"] == [(1.0, 0.4), (2.0, 0.9), (3.0, 0.985)]
     assert points["halting-depth"] == [(1.0, 0.4), (2.0, 0.45), (3.0, 0.15)]

@@ -289,10 +289,15 @@ def test_scores() -> None:
     solved.q_halt[2, 1] = 0.5
     assert solved.halts(0.0).tolist() == [5, 2, 5, 5, 5, 5]
     assert (solved.pick(solved.halts(0.0))[1] == solved.answers[2, 1]).all()
+    assert solved.surest().tolist() == [0, 2, 0, 0, 0, 0]
     found = score_puzzles(trainer.model, PUZZLES.test)
     assert len(found["by_step"]) == 4 and found["exact"]["value"] == found["by_step"][-1]
     assert sum(found["halting"]["histogram"]) == found["puzzles"] == 6 and found["halting"]["never"] == 6
     assert found["halting"]["mean_steps"] == 4
+    four = solve_puzzles(trainer.model, PUZZLES.test.inputs)
+    right = [max(range(4), key=lambda step, i=i: four.q_halt[step, i]) for i in range(6)]
+    whole_grids = four.right(PUZZLES.test.labels).all(-1)
+    assert found["surest"]["value"] == sum(whole_grids[step, i] for i, step in enumerate(right)) / 6
 
 
 def test_the_best_weights_are_kept() -> None:

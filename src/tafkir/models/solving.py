@@ -42,6 +42,11 @@ class Solved:
         first: NDArray[np.int64] = above.argmax(0)
         return first
 
+    def surest(self) -> NDArray[np.int64]:
+        """The step (from 0) of the highest q, the first one of equals; [N]."""
+        best: NDArray[np.int64] = self.q_halt.argmax(0)
+        return best
+
     def pick(self, steps: NDArray[np.int64]) -> Cells:
         """Each puzzle's answer after its own step; [N, L]."""
         picked: Cells = self.answers[steps, np.arange(self.answers.shape[1])]

@@ -83,13 +83,20 @@ def _arc_rows(result: Result) -> list[list[str]]:
     return [[name, percent(found["value"]), _interval(found), taken, tasks] for name, found, taken in rows]
 
 
+def _surest_rows(test: Mapping[str, Any], steps: str, puzzles: str) -> list[list[str]]:
+    found = test.get("surest")
+    if not isinstance(found, Mapping):
+        return []
+    return [["after all steps, the answer of the highest q", percent(found["value"]), _interval(found), steps, puzzles]]
+
+
 def trm_rows(result: Result) -> list[list[str]]:
     """Table rows, see `TRM_HEAD`: after all steps, and where the model halts itself."""
     test = _test(result)
     if not test:
         return []
     halting, puzzles = test["halting"], f"{test['puzzles']:,}"
-    never = halting["never"]
+    never, steps = halting["never"], str(len(test["by_step"]))
     taken = f"at the first step with q above {halting['threshold']:g}" + (f"\n{never} never halt" if never else "")
     return [
         *_arc_rows(result),
@@ -97,9 +104,11 @@ def trm_rows(result: Result) -> list[list[str]]:
             f"after all steps\n{percent(test['cells'])} of the cells right",
             percent(test["exact"]["value"]),
             _interval(test["exact"]),
-            str(len(test["by_step"])),
+            steps,
             puzzles,
         ],
+        # Runs of earlier versions do not say.
+        *_surest_rows(test, steps, puzzles),
         [
             taken,
             percent(halting["exact"]["value"]),

@@ -29,7 +29,8 @@ def score_puzzles(
 
     Returns:
         `exact`: share of whole grids right after N_sup steps, with Wilson's interval; `cells`: share of cells;
-        `by_step`: share of grids right after each step; `halting`: the same of answers taken at the first step with q
+        `by_step`: share of grids right after each step; `surest`: of the answers at the step of the highest q, after
+        all steps, with its interval; `halting`: the same of answers taken at the first step with q
         above the threshold, the mean number of steps, how many puzzles halt after each, and how many never do.
     """
     solved = solve_together(
@@ -39,14 +40,16 @@ def score_puzzles(
     exact = np.all(right, axis=-1)
     halts = solved.halts(halt_threshold)
     steps = len(exact)
+    numbers = np.arange(len(puzzles))
     return {
         "puzzles": len(puzzles),
         "exact": accuracy(exact[-1].tolist()).to_dict(),
         "cells": float(right[-1].mean()),
         "by_step": [float(share) for share in exact.mean(1)],
+        "surest": accuracy(exact[solved.surest(), numbers].tolist()).to_dict(),
         "halting": {
             "threshold": halt_threshold,
-            "exact": accuracy(exact[halts, np.arange(len(puzzles))].tolist()).to_dict(),
+            "exact": accuracy(exact[halts, numbers].tolist()).to_dict(),
             "mean_steps": float(halts.mean() + 1),
             "histogram": np.bincount(halts, minlength=steps).tolist(),
             "never": int((solved.q_halt <= halt_threshold).all(0).sum()),
