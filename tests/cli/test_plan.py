@@ -109,6 +109,13 @@ def test_percentiles_and_scripts() -> None:
     assert planned(*args, "--emit", "vllm", "--checkpoint", "Qwen/Qwen3-32B").startswith("#!/usr/bin/env bash")
 
 
+def test_a_day() -> None:
+    args = ["qwen3-32b", "--hardware", "h100:2", "--day", "1000"]
+    days = json.loads(planned(*args, "--json"))
+    assert days["scaled"]["replica_hours"] < 0.9 * days["as at noon"]["replica_hours"]
+    assert "chip hours" in planned(*args)
+
+
 def test_tables_of_chips_and_claims(tmp_path: Path) -> None:
     mine = tmp_path / "mine.toml"
     mine.write_text("[chips.h100.price]\nlow = 1\nmid = 1.5\nhigh = 2\n")

@@ -86,6 +86,9 @@ Router = Annotated[
     str | None,
     typer.Option("--router", help="With --simulate: all replicas behind random, round_robin or least_loaded."),
 ]
+DayRate = Annotated[
+    float, typer.Option("--day", min=0.0, metavar="RATE", help="Show a day whose traffic peaks at RATE requests/s.")
+]
 Emit = Annotated[
     str | None, typer.Option("--emit", metavar="ENGINE", help="Print the script that starts it: vllm or sglang.")
 ]
@@ -134,6 +137,7 @@ def plan_model(
     train_engine: TrainEngine = None,
     simulate: Simulate = 0,
     router: Router = None,
+    day: DayRate = 0.0,
     emit: Emit = None,
     checkpoint: CheckpointName = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show the terms that every number is made of.")] = False,
@@ -171,6 +175,9 @@ def plan_model(
     asked = _Asked(name, kind, count, deployment, load_workload(workload), workload, only)
     if emit:
         _emit(asked, objective, emit, checkpoint or model)
+        return
+    if day:
+        _plan_day(asked, objective, day, as_json)
         return
     _plan_serving(asked, objective, top, explain, as_json, simulate, router)
 
@@ -354,6 +361,52 @@ def _plan_serving(
         _show_curve(whole, curve, router)
     if explain:
         _explain(asked, options[0])
+
+
+def _plan_day(asked: _Asked, objective: str, peak: float, as_json: bool) -> None:
+    """A day of as many replicas of the best layout as the traffic wants: as many as at noon, or scaled."""
+    from dataclasses import asdict
+
+    from tafkir.plan.advise import advise
+    from tafkir.plan.day import Scaler, Traffic, run_day
+    from tafkir.plan.precision import checkpoint_bytes
+    from tafkir.plan.training import Failures
+
+    options, refusals = advise(asked.deployment, asked.workload, asked.chips, objective=objective, only=asked.only)
+    if not options:
+        _refuse(asked, refusals)
+    best, d = options[0], asked.deployment
+    capacity = best.point.tokens_per_s / asked.workload.output_tokens
+    nodes = max(1.0, best.fleet.chips / 8)
+    # A minute of starting up, and the weights at 2 GB/s a node; nodes fail as Llama-3's did.
+    start_s = 60 + checkpoint_bytes(d.shape, d.precision) / nodes / 2e9
+    failures = Failures().per_node_day * nodes
+    fixed = Scaler(start_s=start_s).wanted(peak, capacity, 1)
+    scalers = {
+        "as at noon": Scaler(start_s=start_s, fixed=fixed),
+        "scaled": Scaler(start_s=start_s),
+        "scaled, halving": Scaler(start_s=start_s, consolidates=False),
+    }
+    days = {
+        name: run_day(Traffic(peak), scaler, capacity, failures_per_day=failures, days=2)
+        for name, scaler in scalers.items()
+    }
+    if as_json:
+        print(json.dumps({name: asdict(day) for name, day in days.items()}, indent=2))
+        return
+    price = d.chip.price
+    print(
+        f"a day of {best.name} ({best.fleet.chips} chips a replica, {capacity:.2f} requests/s each, {start_s:.0f} s to "
+        f"start), traffic from {Traffic(peak).trough * peak:,.1f} to {peak:,.1f} requests/s"
+    )
+    rows = []
+    for name, day in days.items():
+        hours = day.replica_hours * best.fleet.chips
+        dollars = "no price" if price is None else "/".join(f"{level:,.0f}" for level in price.scaled(hours))
+        line = (f"{day.late:.1%}", f"{day.longest_wait_s:,.0f}", f"{day.changes:,}", f"{day.turns:,}")
+        rows.append((name, f"{day.most * best.fleet.chips:,}", f"{hours:,.0f}", dollars, *line))
+    head = ("replicas", "chips at most", "chip hours", "$ low/mid/high", "in line", "longest s", "changes", "turns")
+    _print_table(head, rows, left=(0,))
 
 
 def _emit(asked: _Asked, objective: str, engine: str, checkpoint: str) -> None:
