@@ -399,7 +399,7 @@ def _plan_day(asked: _Asked, objective: str, peak: float, as_json: bool) -> None
         f"a day of {best.name} ({best.fleet.chips} chips a replica, {capacity:.2f} requests/s each, {start_s:.0f} s to "
         f"start), traffic from {Traffic(peak).trough * peak:,.1f} to {peak:,.1f} requests/s"
     )
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, day in days.items():
         hours = day.replica_hours * best.fleet.chips
         dollars = "no price" if price is None else "/".join(f"{level:,.0f}" for level in price.scaled(hours))
