@@ -47,7 +47,15 @@ def test_ticks_are_round_and_cover_the_range(low: float, width: float) -> None:
 
 @pytest.mark.parametrize(
     ("value", "words"),
-    [(1234567, "1,234,567"), (0.03123, "0.0312"), (-2.5, "−2.5"), (2.4e-7, "2.4e−7"), (None, "–"), (math.nan, "–")],
+    [
+        (1234567, "1,234,567"),
+        (8.84295e18, "8.8e18"),
+        (0.03123, "0.0312"),
+        (-2.5, "−2.5"),
+        (2.4e-7, "2.4e−7"),
+        (None, "–"),
+        (math.nan, "–"),
+    ],
 )
 def test_numbers_read_well(value: float | None, words: str) -> None:
     assert number(value) == words

@@ -81,11 +81,13 @@ class _Scale:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number for reading: `1,234`, `0.0312`, `3.1e-6`, with a true minus sign; a dash for None."""
+    """A number for reading: `1,234`, `0.0312`, `3.1e-6`, `8.8e18`, with a true minus sign; a dash for None."""
     if value is None or not math.isfinite(value):
         return "–"
     size = abs(value)
-    if size >= 1000 or (value == int(value) and size < 1e15):
+    if size >= 1e15:
+        text = f"{value:.1e}".replace("e+", "e")
+    elif size >= 1000 or value == int(value):
         text = f"{value:,.0f}"
     elif size < 1e-4:
         text = f"{value:.1e}".replace("e-0", "e-")
