@@ -67,7 +67,7 @@ def unlike(peer: str, case: str, name: str, mine: str, theirs: str) -> str:
         same_bytes = mine.split()[0] == theirs.split()[0] and mine.rsplit(" ", 1)[1] == theirs.rsplit(" ", 1)[1]
         if name.endswith("weight_scale") and same_bytes:
             return "ModelOpt drops dims of one from the scales; vLLM wants [rows, 1, columns, 1]"
-        if any(part in name for part in ("q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj")):
+        if any(part in name for part in ("q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj", "shared_experts.")):
             return "a matrix of one block counts as one scale there, and gets that of its siblings"
         if ".experts." in name and ("gate_proj" in name or "up_proj" in name):
             return "an expert's gate and up get the larger of their scales there, block by block"

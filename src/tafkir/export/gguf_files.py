@@ -1,7 +1,7 @@
 """A checkpoint as one GGUF file, for llama.cpp and what builds on it.
 
-Matrices become F32, F16, BF16 or Q8_0; with `auto`, NVFP4 and MXFP4 codes and scales are carried over bit for bit in
-the order that GGUF has for them. Norms, routers and biases are F32, as llama.cpp wants them. One matrix is in memory
+Matrices become F32, F16, BF16 or Q8_0; with `auto`, MXFP4 and NVFP4 codes and scales are carried over bit for bit in
+the order that GGUF has for them, where llama.cpp can use them. Norms, routers and biases are F32, as llama.cpp wants them. One matrix is in memory
 at a time, whatever the size of the checkpoint.
 """
 
@@ -38,6 +38,9 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 # Bytes of a block and numbers in it, by GGUF's names.
 _BLOCKS = {"F32": (4, 1), "F16": (2, 1), "BF16": (2, 1), "Q8_0": (34, 32), "MXFP4": (17, 32), "NVFP4": (36, 64)}
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32, "MXFP4": 38, "NVFP4": 39}
+
+# The families whose graph in llama.cpp multiplies by NVFP4's global scale; others would compute without it.
+_WITH_GLOBAL_SCALES = frozenset({"qwen3", "qwen3_moe"})
 
 Bytes = NDArray[np.uint8]
 
@@ -158,24 +161,27 @@ def _entries(
         elif name.endswith("kv_b_proj.weight"):
             entries += _absorbed(files, config, name, type, mapped)
         else:
-            entries += _whole(files, [name], mapped(name), type)
+            entries += _whole(files, [name], mapped(name), type, config)
     if config.tie_word_embeddings and not config.model_type.startswith("qwen3"):
         # Only Qwen3's graph reads the embedding as the head.
         table = next(name for name in files.names if name.endswith(("embed_tokens.weight", "word_embeddings.weight")))
-        entries += _whole(files, [table], "output.weight", type)
+        entries += _whole(files, [table], "output.weight", type, config)
     for stacked, members in experts.items():
         if sorted(members) != list(range(config.num_experts)):
             raise CheckpointError("experts are missing", where=stacked, expected=f"{config.num_experts} of them")
-        entries += _whole(files, [members[i] for i in range(config.num_experts)], mapped(stacked), type, stacked=True)
+        weights = [members[i] for i in range(config.num_experts)]
+        entries += _whole(files, weights, mapped(stacked), type, config, stacked=True)
     return entries, left_out
 
 
 def _whole(
-    files: WeightFiles, members: list[str], name: str, type: GgufType, *, stacked: bool = False
+    files: WeightFiles, members: list[str], name: str, type: GgufType, config: ModelConfig, *, stacked: bool = False
 ) -> Iterator[_Entry]:
     """A weight, or one of each expert, with the scales that GGUF keeps beside NVFP4."""
     shape = files.shape(members[0])
     kind = _type_of(files, members, shape, name, type)
+    if kind == "NVFP4" and config.model_type not in _WITH_GLOBAL_SCALES:
+        kind = "BF16"
     full = (len(members), *shape) if stacked else shape
     encoded = [files.encoded.get(member) for member in members]
     if kind == "NVFP4":
