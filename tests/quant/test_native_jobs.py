@@ -109,16 +109,14 @@ def test_bad_numbers_and_changed_bytes_are_named(
         assert name in str(caught.value)
 
 
-def test_torch_is_not_imported(sources: dict[str, Path], native_library: Path, tmp_path: Path) -> None:
+def test_torch_is_not_imported(
+    sources: dict[str, Path], native_library: Path, cli_env: dict[str, str], tmp_path: Path
+) -> None:
     script = (
-        "import sys\nfrom tafkir.quant.convert import quantize_checkpoint\n"
-        "from tafkir.recipe.quantize import QuantizeConfig\n"
-        "quantize_checkpoint(sys.argv[1], sys.argv[2], QuantizeConfig())\n"
-        "print(sorted({'torch', 'numpy'} & set(sys.modules)))"
+        "import atexit, sys\nfrom tafkir.cli.main import main\n"
+        "atexit.register(lambda: print(sorted({'torch', 'numpy'} & set(sys.modules))))\nmain()"
     )
-    command = [sys.executable, "-c", script, str(sources["FP8"]), str(tmp_path / "out")]
-    done = subprocess.run(
-        command, env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(native_jobs.__file__).parents[2]),
-        "TAFKIR_KERNELS": "native", "HOME": str(Path.home())}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert done.stdout.strip() == "[]"
+    command = [sys.executable, "-c", script, "quantize", str(sources["FP8"]), str(tmp_path / "out")]
+    env = cli_env | {"TAFKIR_KERNELS": "native"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]" and (tmp_path / "out" / "config.json").exists()

@@ -45,6 +45,7 @@ def push(registry: Registry, version: Version, repo_id: str, *, private: bool, r
                 "its files lie in an object store", where=repo_id, fix="get the version, add it to a folder, push that"
             )
         operations.append(CommitOperationAdd(path_in_repo=name, path_or_fileobj=path))
+    failures: tuple[type[Exception], ...] = (HfHubHTTPError, OSError, *_network_errors())
     api = HfApi(library_name="tafkir")
     label = f"{version.name}@{version.version}"
     try:
@@ -52,7 +53,7 @@ def push(registry: Registry, version: Version, repo_id: str, *, private: bool, r
         made = api.create_commit(repo_id, operations, commit_message=f"Add {label}", revision=revision)
     except HFValidationError as error:
         raise RegistryError(str(error), where=repo_id, expected="ORGANISATION/NAME") from error
-    except (HfHubHTTPError, OSError, *_network_errors()) as error:
+    except failures as error:
         fix = "set HF_TOKEN to one that may write there, or try again"
         raise RegistryError(f"the Hub refuses or cannot be reached ({error})", where=repo_id, fix=fix) from error
     return str(made.commit_url)
