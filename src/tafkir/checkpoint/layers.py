@@ -20,7 +20,7 @@ from tafkir.models.decoder import Decoder, DecoderLayer
 from tafkir.models.experts import MoE
 from tafkir.models.hf import Resolved, architecture_of, config_from_hf, drop_absent_mtp, resolve_names, split_pieces
 from tafkir.models.hf.convert import check_names, repeated_names
-from tafkir.models.residual import build_residual
+from tafkir.models.residual import ResidualStream, build_residual
 from tafkir.models.router import Router
 from tafkir.recipe.bundled import find_checkpoint
 
@@ -77,7 +77,7 @@ class LayerReader:
             made.append(weight)
         return made[0], made[1]
 
-    def ends(self) -> nn.Module:
+    def ends(self) -> ResidualStream:
         """The ends of the residual stream."""
         with torch.device("meta"):
             module = build_residual(self.config)

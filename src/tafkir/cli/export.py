@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from tafkir.cli.quantize import Layout
+from tafkir.cli.quantize_options import Layout
 
 __all__ = ["app", "convert"]
 

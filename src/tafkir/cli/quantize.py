@@ -7,156 +7,69 @@ import os
 import tomllib
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+from tafkir.cli.quantize_options import (
+    AsJson,
+    AutoOption,
+    CalibrateOption,
+    ColdExpertsOption,
+    ConfigFile,
+    Destination,
+    DryRun,
+    GptqOption,
+    InputScale,
+    KvCacheOption,
+    LayoutOption,
+    MinExpertTokens,
+    NonFiniteOption,
+    PresetOption,
+    RangesOption,
+    RecordOption,
+    RuleOption,
+    RulesFile,
+    ScalesOption,
+    SchemeOption,
+    SensitivityOption,
+    ShardSize,
+    Source,
+    TokensOption,
+    Workers,
+)
 
 if TYPE_CHECKING:
+    from tafkir.quant.convert import QuantizeResult
     from tafkir.recipe.quantize import QuantizeConfig
 
 __all__ = ["quantize"]
 
 
-class Scheme(StrEnum):
-    """`recipe.quantize.SchemeName`, as a command line names it."""
-
-    NVFP4 = "nvfp4"
-    NVFP4_W4A16 = "nvfp4_w4a16"
-    MXFP4 = "mxfp4"
-    MXFP8 = "mxfp8"
-    FP8 = "fp8"
-    FP8_CHANNEL = "fp8_channel"
-    FP8_BLOCK = "fp8_block"
-    INT8 = "int8"
-    INT4 = "int4"
-
-
-class Preset(StrEnum):
-    """`recipe.quantize.PresetName`."""
-
-    TAFKIR = "tafkir"
-    R1_FP4 = "r1-fp4"
-    R1_FP4_V2 = "r1-fp4-v2"
-    NEMOTRON = "nemotron"
-    ALL_LINEAR = "all-linear"
-
-
-class Scales(StrEnum):
-    """`recipe.quantize.ScaleChoice`."""
-
-    MAX = "max"
-    FOUR_OVER_SIX = "four_over_six"
-    MSE = "mse"
-    LOCAL_HESSIAN = "local_hessian"
-
-
-class Layout(StrEnum):
-    """`recipe.quantize.LayoutName`."""
-
-    MODELOPT = "modelopt"
-    COMPRESSED_TENSORS = "compressed-tensors"
-
-
-class Ranges(StrEnum):
-    """`recipe.quantize.InputRange`."""
-
-    MAX = "max"
-    PERCENTILE = "percentile"
-    HEADROOM = "headroom"
-
-
-class ColdExperts(StrEnum):
-    """`recipe.quantize.ColdExperts`."""
-
-    ERROR = "error"
-    FORCE = "force"
-    BALANCE = "balance"
-    DATA_FREE = "data_free"
-
-
-class KvCache(StrEnum):
-    """`recipe.quantize.QuantizeConfig.kv_cache`."""
-
-    NONE = "none"
-    FP8 = "fp8"
-    NVFP4 = "nvfp4"
-
-
-class Sensitivity(StrEnum):
-    """`recipe.auto.Sensitivity`."""
-
-    KL = "kl"
-    FISHER = "fisher"
-
-
-class NonFinite(StrEnum):
-    """`recipe.quantize.QuantizeConfig.non_finite`."""
-
-    REFUSE = "refuse"
-    KEEP = "keep"
-
-
 def quantize(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="Checkpoint folder, run directory, or bundled name.")],
-    out: Annotated[Path, typer.Argument(metavar="DST", help="The new folder; must not be there.")],
-    scheme: Annotated[
-        Scheme | None, typer.Option("--scheme", help="Format of what the preset quantizes (nvfp4).")
-    ] = None,
-    preset: Annotated[
-        Preset | None, typer.Option("--preset", help="Which parts are quantized, and what becomes of others (tafkir).")
-    ] = None,
-    rule: Annotated[
-        list[str] | None,
-        typer.Option("--rule", metavar="PATTERN=FORMAT", help="Format by tensor name, before the preset; repeatable."),
-    ] = None,
-    scales: Annotated[Scales | None, typer.Option("--scales", help="How NVFP4's block scales are chosen.")] = None,
-    layout: Annotated[Layout | None, typer.Option("--layout", help="Whose names and config files (modelopt).")] = None,
-    input_scale: Annotated[
-        float | None, typer.Option("--input-scale", help="Global scale of NVFP4 activations (1: up to 2688).")
-    ] = None,
-    non_finite: Annotated[
-        NonFinite | None, typer.Option("--non-finite", help="Weights with NaN or infinities (refuse).")
-    ] = None,
-    kv_cache: Annotated[KvCache | None, typer.Option("--kv-cache", help="Cache that engines shall use (none).")] = None,
-    calibrate: Annotated[
-        str | None, typer.Option("--calibrate", metavar="TEXT", help="Run the model on a file, or on `task`, first.")
-    ] = None,
-    tokens: Annotated[
-        int | None, typer.Option("--calibration-tokens", min=1, help="Tokens that it reads (32,768).")
-    ] = None,
-    ranges: Annotated[
-        Ranges | None, typer.Option("--ranges", help="What the calibrated scale of activations covers (max).")
-    ] = None,
-    gptq: Annotated[bool, typer.Option("--gptq", help="Round NVFP4 weights by GPTQ on that text.")] = False,
-    cold_experts: Annotated[
-        ColdExperts | None, typer.Option("--cold-experts", help="What to do about experts with few tokens (error).")
-    ] = None,
-    min_expert_tokens: Annotated[
-        int | None, typer.Option("--min-expert-tokens", min=1, help="Fewer leave an expert cold (16).")
-    ] = None,
-    record: Annotated[
-        Path | None,
-        typer.Option("--calibration-record", metavar="DIR", help="Keep what was calibrated, or use it again."),
-    ] = None,
-    auto: Annotated[
-        str | None,
-        typer.Option("--auto", metavar="BUDGET", help="Choose formats by measured loss: bits=5.0, bytes=4.2GB, kl=1%."),
-    ] = None,
-    sensitivity: Annotated[
-        Sensitivity | None, typer.Option("--sensitivity", help="How --auto measures what a format loses (kl).")
-    ] = None,
-    rules_file: Annotated[
-        Path | None, typer.Option("--rules", metavar="FILE", help="Rules and settings that --auto has written.")
-    ] = None,
-    config_file: Annotated[
-        Path | None, typer.Option("--config", metavar="FILE", help="TOML with the same keys; options go before it.")
-    ] = None,
-    shard_size: Annotated[float, typer.Option("--shard-size", min=1e-6, metavar="GB", help="Of a file.")] = 5.0,
-    workers: Annotated[
-        int, typer.Option("--workers", min=0, help="Weights worked on at once; 0 takes the cores, at most 4.")
-    ] = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would become of every part, and stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; with --dry-run, every tensor.")] = False,
+    source: Source,
+    out: Destination,
+    scheme: SchemeOption = None,
+    preset: PresetOption = None,
+    rule: RuleOption = None,
+    scales: ScalesOption = None,
+    layout: LayoutOption = None,
+    input_scale: InputScale = None,
+    non_finite: NonFiniteOption = None,
+    kv_cache: KvCacheOption = None,
+    calibrate: CalibrateOption = None,
+    tokens: TokensOption = None,
+    ranges: RangesOption = None,
+    gptq: GptqOption = False,
+    cold_experts: ColdExpertsOption = None,
+    min_expert_tokens: MinExpertTokens = None,
+    record: RecordOption = None,
+    auto: AutoOption = None,
+    sensitivity: SensitivityOption = None,
+    rules_file: RulesFile = None,
+    config_file: ConfigFile = None,
+    shard_size: ShardSize = 5.0,
+    workers: Workers = 0,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a quantized copy of a checkpoint, of any size, on any machine; memory stays below a gigabyte.
 
@@ -202,19 +115,9 @@ def quantize(
     if dry_run:
         _show_plan(folder, config, shard_size, as_json)
         return
-    workers = workers or min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
     if not as_json:
         _show_plan(folder, config, shard_size, False)
-    options: dict[str, Any] = {"max_shard_bytes": int(shard_size * 1e9), "workers": workers}
-    if config.calibration is None:
-        # Without data nothing runs the model, and torch need not be imported.
-        from tafkir.quant.convert import quantize_checkpoint
-
-        result, found = quantize_checkpoint(folder, out, config, **options), None
-    else:
-        from tafkir.quant.calibrated import write_quantized
-
-        result, found = write_quantized(folder, out, config, record=record, **options)
+    result, found = _write(folder, out, config, record, shard_size, workers)
     if as_json:
         keys = ("source_bytes", "output_bytes", "resumed_bytes", "rows")
         said = {"path": str(result.path), **{key: getattr(result, key) for key in keys}, "calibration": found}
@@ -225,6 +128,22 @@ def quantize(
     ratio = result.source_bytes / max(1, result.output_bytes)
     resumed = f", of which {_size(result.resumed_bytes)} were there already" if result.resumed_bytes else ""
     print(f"{out}: {_size(result.output_bytes)}{resumed}; {ratio:.2f} times smaller, checked")
+
+
+def _write(
+    folder: Path, out: Path, config: QuantizeConfig, record: Path | None, shard_size: float, workers: int
+) -> tuple[QuantizeResult, dict[str, Any] | None]:
+    """What was done, and what calibration found where there was one."""
+    workers = workers or min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+    max_bytes = int(shard_size * 1e9)
+    if config.calibration is None:
+        # Without data nothing runs the model, and torch need not be imported.
+        from tafkir.quant.convert import quantize_checkpoint
+
+        return quantize_checkpoint(folder, out, config, max_shard_bytes=max_bytes, workers=workers), None
+    from tafkir.quant.calibrated import write_quantized
+
+    return write_quantized(folder, out, config, record=record, max_shard_bytes=max_bytes, workers=workers)
 
 
 def _plain(value: Any) -> Any:
