@@ -59,7 +59,7 @@ def guarded(checkpoint: Path) -> Iterator[Server]:
 
 
 def post(server: Server, body: Any = PROMPT, key: str = "first-key", **options: Any) -> httpx.Response:
-    headers = {"authorization": f"Bearer {key}", **options.pop("headers", {})}
+    headers = {"authorization": f"Bearer {key}".strip(), **options.pop("headers", {})}
     return httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=20, **options)
 
 
@@ -193,7 +193,7 @@ def test_a_full_queue_refuses_at_once_and_keeps_its_word(checkpoint: Path) -> No
     with serving(checkpoint, max_batch=1, max_queue=1) as server:
         results: list[httpx.Response] = []
         running = [
-            threading.Thread(target=lambda: results.append(post(server, {**ENDLESS, "max_tokens": 250})))
+            threading.Thread(target=lambda: results.append(post(server, {**ENDLESS, "max_tokens": 120})))
             for _ in range(2)
         ]
         for thread in running:
