@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -26,7 +26,7 @@ from tafkir.recipe.bundled import find_checkpoint
 from tafkir.recipe.schema import EvalConfig
 from tafkir.recipe.seeds import derive_seed
 from tafkir.recipe.stage import StageContext
-from tafkir.records import Example
+from tafkir.records import Example, StageName
 from tafkir.tasks.baselines import fit_single_operator, sum_of_numbers
 from tafkir.tasks.math import WordProblems
 from tafkir.tasks.mixture import TaskMixture
@@ -132,8 +132,10 @@ def _checkpoint_of(ctx: StageContext, name: str) -> Path:
     if name == "base":
         assert ctx.recipe.base is not None
         return find_checkpoint(ctx.recipe.base)
-    # What is quantized without having been trained for it is the quantize stage's second copy.
-    return ctx.run.stage("quantize").path / "ptq" if name == "ptq" else ctx.run.stage(name).checkpoint_dir
+    if name == "ptq":
+        # What is quantized without having been trained for it: the quantize stage's second copy.
+        return ctx.run.stage("quantize").path / "ptq"
+    return ctx.run.stage(cast(StageName, name)).checkpoint_dir
 
 
 def _evaluate_checkpoint(
@@ -238,7 +240,8 @@ def _retention(answers: Mapping[str, Sequence[EvalRecord]]) -> list[dict[str, An
             before, after = answers[own[-1]], answers[name]
             for metric in METRICS:
                 for source in (ALL, *sources_of(after)):
-                    found = paired_ratio(*(problem_scores(side, metric, source) for side in (before, after)))
+                    scores = [problem_scores(side, metric, source) for side in (before, after)]
+                    found = paired_ratio(scores[0], scores[1])
                     if found is not None:
                         high = found.high if math.isfinite(found.high) else None
                         row = {"before": own[-1], "after": name, "source": source, "metric": metric}
