@@ -91,7 +91,7 @@ def measure(
             rows.append({"choice": f"auto, {way}", "bits": result.bits, "kl": kl, "whole_over_sum": ratio})
             if (way, bits) == ("kl", 5.0):
                 shown = result
-    presets = []
+    presets: list[tuple[str, float, float]] = []
     for preset in PRESETS:
         formats = preset_formats(found["kl"], preset)
         presets.append((preset, bits_of(found["kl"], formats), found["kl"].measure_on(formats, others, exact)))

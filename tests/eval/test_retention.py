@@ -95,7 +95,7 @@ def test_from_answers_to_a_verdict_and_again_from_the_files(tmp_path: Path) -> N
     settings = RetentionSettings(samples=1)
 
     def measure() -> dict[str, Any]:
-        return measure_retention(str(problems), *sides, tokenizer, settings, tmp_path)
+        return measure_retention(str(problems), (sides[0], sides[1]), tokenizer, settings, tmp_path)
 
     found = measure()
     assert found["before"]["all"]["average"]["value"] == pytest.approx(8 / 9)

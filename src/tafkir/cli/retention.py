@@ -44,13 +44,13 @@ def measure_tasks(
         build_problems(task, settings)
     run, found, tokenizer = RunDir.create(run_path), [], Tokenizer.load(before)
     mark = " quantized" if served else ""
-    sides = [
+    first, second = (
         Side(name, checkpoint_fingerprint(folder) + mark, partial(_engine, folder, tokenizer, served))
         for name, folder in (("before", before), ("after", after))
-    ]
+    )
     with run.lock():
         for task in tasks:
-            found.append(measure_retention(task, *sides, tokenizer, settings, run.eval_dir))
+            found.append(measure_retention(task, (first, second), tokenizer, settings, run.eval_dir))
         verdicts = [task["verdict"] for task in found]
         result = {
             "min_retention": settings.min_retention,

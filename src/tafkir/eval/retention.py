@@ -107,7 +107,7 @@ def build_problems(name: str, settings: RetentionSettings) -> tuple[Task, list[E
 
 def _task_config(name: str) -> TaskConfig:
     found = _KIND.fullmatch(name)
-    levels = LEVELS.get(found[1]) if found else None  # type: ignore[call-overload]  # any word is asked for
+    levels = next((number for kind, number in LEVELS.items() if found and kind == found[1]), None)
     if found is None or levels is None or found[1] == "word_problems":
         known = ", ".join([*_SOURCES, *(kind for kind in LEVELS if kind != "word_problems")])
         raise RecipeError(
@@ -120,7 +120,7 @@ def _task_config(name: str) -> TaskConfig:
 
 
 def measure_retention(
-    name: str, before: Side, after: Side, tokenizer: Tokenizer, settings: RetentionSettings, folder: Path
+    name: str, sides: tuple[Side, Side], tokenizer: Tokenizer, settings: RetentionSettings, folder: Path
 ) -> dict[str, Any]:
     """Ask both sides the same problems with the same seeds, and say what the second keeps.
 
@@ -128,6 +128,7 @@ def measure_retention(
 
     Args:
         name: of the task, as `build_problems` takes it.
+        sides: the source, and what was made of it.
         tokenizer: of the source; both sides read the same tokens.
 
     Returns:
@@ -143,9 +144,9 @@ def measure_retention(
     label = Path(name).stem if name.endswith(".jsonl") else name.replace(":", "-")
     answers = {
         side.name: _answers(side, tokenizer, task, examples, settings, folder / f"retention-{label}-{side.name}.jsonl")
-        for side in (before, after)
+        for side in sides
     }
-    pair = answers[before.name], answers[after.name]
+    pair = answers[sides[0].name], answers[sides[1].name]
     metric: Metric = "average" if settings.samples else "greedy"
     retention = {one: _retention(*pair, one) for one in (("average", "greedy") if settings.samples else ("greedy",))}
     return {
@@ -160,7 +161,7 @@ def measure_retention(
         "metric": metric,
         "before": score_table(pair[0]),
         "after": score_table(pair[1]),
-        "differences": difference_table(*pair, (before.name, after.name)),
+        "differences": difference_table(*pair, (sides[0].name, sides[1].name)),
         "retention": retention,
         "verdict": verdict_of(retention[metric], settings.min_retention),
         "lengths": _lengths(*pair),
@@ -190,7 +191,8 @@ class _Lazy:
     """A completer that is built when it is first asked for something."""
 
     def __init__(self, build: Callable[[], Completer]) -> None:
-        self._build, self._built = build, None
+        self._build = build
+        self._built: Completer | None = None
 
     def __getattr__(self, name: str) -> Any:
         self._built = self._built or self._build()

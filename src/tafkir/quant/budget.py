@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
+from typing import Any
 
 from tafkir.errors import RecipeError
 
@@ -126,7 +127,8 @@ def _relax(
             picks[group], left = pick, left - more
         else:
             # The first step that does not fit sets the price; what comes later only fills the gap.
-            price, _ = (price or slope), closed.add(group)
+            price = price or slope
+            closed.add(group)
     return price, picks
 
 
@@ -197,10 +199,11 @@ def _search(
             states = sorted(sorted(states, key=lambda state: state[2])[:_MAX_STATES], key=lambda state: state[:2])
     if not states:
         return None
-    chain = states[-1][3]
+    chain: Any = states[-1][3]
     picks = [0] * len(groups)
     for group in reversed(order):
-        chain, picks[group] = chain  # type: ignore[misc,assignment]  # a linked list
+        # A linked list: what came before, and the pick.
+        chain, picks[group] = chain
     return picks
 
 

@@ -317,7 +317,7 @@ def fisher_losses(
             for ids, bounds in [chunk for _ in range(draws) for chunk in _chunks(documents)]:
                 logs_NV = _log_probs(decoder, ids, bounds)
                 drawn_N = torch.multinomial(logs_NV.detach().exp(), 1, generator=generator)
-                (-logs_NV.gather(1, drawn_N)).sum().backward()  # type: ignore[no-untyped-call]
+                (-logs_NV.gather(1, drawn_N)).sum().backward()
                 watch.square(bounds)
                 count += len(ids)
     return [{format: 0.5 * total / count for format, total in own.items()} for own in watch.totals]

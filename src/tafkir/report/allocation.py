@@ -135,10 +135,10 @@ def _curve(result: Data, others: Sequence[tuple[str, float, float]], top: float)
     for name, bits, kl in sorted(marks, key=lambda mark: -mark[2]):
         if kl <= 0:
             continue
-        place, kind = (x(bits), y(kl)), "dot" if name == marks[0][0] else "ring"
+        right, height, kind = x(bits), y(kl), "dot" if name == marks[0][0] else "ring"
         at += 17
-        parts.append(f'<path class="leader" d="M{place[0]:.1f} {place[1]:.1f}L{column:.1f} {at:.1f}h14"/>')
-        parts.append(f'<circle class="{kind}" cx="{place[0]:.1f}" cy="{place[1]:.1f}" r="5.5"/>')
+        parts.append(f'<path class="leader" d="M{right:.1f} {height:.1f}L{column:.1f} {at:.1f}h14"/>')
+        parts.append(f'<circle class="{kind}" cx="{right:.1f}" cy="{height:.1f}" r="5.5"/>')
         words = f"{escape(name)} {number(kl, 2)}"
         parts.append(f'<text class="strong" x="{column + 19:.1f}" y="{at + 4:.1f}">{words}</text>')
     note = "Line: the best mixture for each budget, as the sum of its groups' own losses. Dots: measured as a whole."

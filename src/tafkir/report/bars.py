@@ -41,7 +41,8 @@ def share_plot(rows: Sequence[Share], limit: float, *, title: str) -> str:
     """What is kept, with intervals, on an axis around 100 %; a line at the limit, a bold one at 100 %."""
     if not rows:
         return ""
-    ends = [end for row in rows for end in (row.value, row.low, row.high) if end is not None]
+    known = [row for row in rows if row.value is not None]
+    ends = [end for row in known for end in (row.value, row.low, row.high) if end is not None]
     # Far-off ends are cut, so that the space around the limit stays readable.
     low, high = (min(limit, *ends), max(1.0, *ends)) if ends else (limit, 1.0)
     low, high = max(low, 1 - 20 * (1 - limit) - 0.2), min(high, 1 + 20 * (1 - limit) + 0.2)

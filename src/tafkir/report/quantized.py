@@ -193,7 +193,7 @@ def _lost(lost: Sequence[Data]) -> str:
         for one in lost
     )
     return (
-        f"<details><summary>{len(lost)} answers that were right before and are wrong now</summary>"
+        f"<details><summary>Right before and wrong now: {len(lost)} of the answers</summary>"
         f'<div class="chains">{cards}</div></details>'
     )
 
