@@ -37,7 +37,7 @@ def draw_load(measured: Sequence[Measured], report: LoadReport, path: Path) -> N
             [m.sent_s for m in lost], [m.latency_s for m in lost], s=14, color=_BAD, marker="x", label="not"
         )
         axes[2].legend(frameon=False)
-    axes[2].set(xlabel="sent at, s", ylabel="whole answer, s", ylim=(0, None))
+    axes[2].set(xlabel="sent at, s", ylabel="whole answer, s", ylim=(0, 1.08 * max(m.latency_s for m in measured)))
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
         each.grid(alpha=0.25)
