@@ -87,7 +87,13 @@ def verify(
         run = runs_dir / (name or f"verify-{after.resolve().name}")
         limit = min_retention / 100
         summary["retention"] = _retention(task, before, after, run, not exact_activations, limit, given)
-    tensors = [asdict(audit) for audit in audits]
+    _tell(summary, [asdict(audit) for audit in audits], html, as_json)
+    if task and summary["retention"]["verdict"] == "below":
+        raise typer.Exit(EXIT_BELOW)
+
+
+def _tell(summary: dict[str, Any], tensors: list[dict[str, Any]], html: Path | None, as_json: bool) -> None:
+    """The page where it is asked for, and JSON or text on stdout."""
     if html:
         from tafkir.report.quantized import render_verification
         from tafkir.runlog.atomic import write_text
@@ -97,8 +103,6 @@ def verify(
         print(json.dumps({**summary, "tensors": tensors}, indent=2))
     else:
         _show(summary, html)
-    if task and summary["retention"]["verdict"] == "below":
-        raise typer.Exit(EXIT_BELOW)
 
 
 def _retention(

@@ -199,11 +199,11 @@ def _search(
             states = sorted(sorted(states, key=lambda state: state[2])[:_MAX_STATES], key=lambda state: state[:2])
     if not states:
         return None
-    chain: Any = states[-1][3]
+    link: Any = states[-1][3]
     picks = [0] * len(groups)
     for group in reversed(order):
         # A linked list: what came before, and the pick.
-        chain, picks[group] = chain
+        link, picks[group] = link
     return picks
 
 
