@@ -17,8 +17,8 @@ from tafkir.quant.auto import Sensitivities, auto_quantize, measure_sensitivitie
 from tafkir.quant.convert import quantize_checkpoint
 from tafkir.quant.policy import component_of, decide
 from tafkir.quant.rules import exact_rules
-from tafkir.quant.sensitivity import find_groups, fisher_losses
-from tafkir.quant.texts import familiar_problems
+from tafkir.quant.sensitivity import find_groups, fisher_losses, read_predictions
+from tafkir.quant.texts import Passage, familiar_problems
 from tafkir.quant.verify import audit_checkpoint, compare_logits
 from tafkir.recipe.auto import AutoConfig, parse_auto
 from tafkir.recipe.bundled import find_checkpoint
@@ -35,16 +35,16 @@ def config(**auto: object) -> QuantizeConfig:
 
 
 @pytest.fixture(scope="module")
-def texts() -> list[list[int]]:
-    return familiar_problems(BASE, 240, 7 * 10**9)
+def texts() -> list[Passage]:
+    # Questions count, too: their errors are large enough for gradients to estimate.
+    return [Passage.whole(passage.ids) for passage in familiar_problems(BASE, 240, 7 * 10**9)]
 
 
 @pytest.fixture(scope="module")
-def measured(texts: list[list[int]]) -> Sensitivities:
-    # A comparison of checkpoints leaves out what follows the last token.
+def measured(texts: list[Passage]) -> Sensitivities:
     asked = config(bits=6.0)
     assert asked.auto
-    return measure_sensitivities(BASE, asked, asked.auto, [ids[:-1] for ids in texts])
+    return measure_sensitivities(BASE, asked, asked.auto, texts)
 
 
 def test_groups_hold_every_matrix_of_the_layers_once() -> None:
@@ -62,7 +62,7 @@ def test_groups_hold_every_matrix_of_the_layers_once() -> None:
 
 
 def test_a_loss_is_that_of_the_checkpoint_on_disk(
-    measured: Sensitivities, texts: list[list[int]], tmp_path: Path
+    measured: Sensitivities, texts: list[Passage], tmp_path: Path
 ) -> None:
     """One group alone is quantized; weights and activations, as `verify` computes them."""
     before = {name: tensor.clone() for name, tensor in measured.decoder.state_dict().items()}
@@ -78,7 +78,7 @@ def test_a_loss_is_that_of_the_checkpoint_on_disk(
     assert not any(module._forward_pre_hooks for module in measured.decoder.modules())
 
 
-def test_the_rules_reproduce_the_mixture(measured: Sensitivities, texts: list[list[int]], tmp_path: Path) -> None:
+def test_the_rules_reproduce_the_mixture(measured: Sensitivities, texts: list[Passage], tmp_path: Path) -> None:
     result = auto_quantize(BASE, config(bits=6.0), texts, measured=measured)
     assert 5.5 < result.bits <= 6.0 and result.bound <= result.predicted_kl
     assert {group.format for group in result.groups} >= {"nvfp4", "fp8_block"}
@@ -86,6 +86,12 @@ def test_the_rules_reproduce_the_mixture(measured: Sensitivities, texts: list[li
     quantize_checkpoint(BASE, tmp_path / "out", QuantizeConfig.model_validate(keys))
     found = compare_logits(BASE, tmp_path / "out", texts, served=True)
     assert result.measured_kl == pytest.approx(found["kl_mean"], rel=1e-3)
+    solutions = familiar_problems(BASE, 240, 7 * 10**9)
+    found = compare_logits(BASE, tmp_path / "out", solutions, served=True)
+    formats = [group.format for group in result.groups]
+    kl = measured.measure_on(formats, solutions, read_predictions(measured.decoder, solutions))
+    assert kl == pytest.approx(found["kl_mean"], rel=1e-2) and kl < result.measured_kl / 5
+    assert found["tokens"] == sum(sum(passage.counted) for passage in solutions)
     audits = {audit.name: audit for audit in audit_checkpoint(BASE, tmp_path / "out")}
     stored = sum(audits[name].output_bytes for group in measured.groups for name in group.tensors)
     # Two numbers a matrix stand beside the codes.
@@ -97,7 +103,7 @@ def test_the_rules_reproduce_the_mixture(measured: Sensitivities, texts: list[li
     assert json.loads(json.dumps(result.to_dict()))["groups"][0]["losses"]["keep"] == 0
 
 
-def test_more_bits_lose_less_and_budgets_hold(measured: Sensitivities, texts: list[list[int]], tmp_path: Path) -> None:
+def test_more_bits_lose_less_and_budgets_hold(measured: Sensitivities, texts: list[Passage], tmp_path: Path) -> None:
     results = [auto_quantize(BASE, config(bits=bits), texts, measured=measured) for bits in (4.5, 5.0, 16)]
     losses = [result.predicted_kl for result in results]
     assert losses == sorted(losses, reverse=True) and losses[-1] == 0 and results[0].bits == 4.5
@@ -109,12 +115,11 @@ def test_more_bits_lose_less_and_budgets_hold(measured: Sensitivities, texts: li
     assert 2_100_000 < written.output_bytes <= 2_200_000
 
 
-def test_gradients_estimate_what_is_measured(measured: Sensitivities, texts: list[list[int]]) -> None:
+def test_gradients_estimate_what_is_measured(measured: Sensitivities, texts: list[Passage]) -> None:
     """Where errors are small and no router comes behind them, the estimate is that of a second-order expansion."""
     formats = [dict(losses) for losses in measured.losses]
-    inputs = [ids[:-1] for ids in texts]
     decoder, groups = measured.decoder, measured.groups
-    fisher = fisher_losses(decoder, groups, formats, measured.weights, inputs, measured.amax, draws=12)
+    fisher = fisher_losses(decoder, groups, formats, measured.weights, texts, measured.amax, draws=12)
     last = [i for i, group in enumerate(groups) if group.layer == 3 and "q/k/v" not in group.kind and group.kind != "o"]
     assert len(last) == 3
     for i in last:
@@ -140,7 +145,7 @@ def test_what_cannot_be_asked() -> None:
         decide({"model.norm.weight": (4,)}, config(bits=5.0), 1)
 
 
-def test_budgets_that_cannot_be_met_say_what_it_takes(measured: Sensitivities, texts: list[list[int]]) -> None:
+def test_budgets_that_cannot_be_met_say_what_it_takes(measured: Sensitivities, texts: list[Passage]) -> None:
     with pytest.raises(RecipeError, match=r"too small for these formats; expected bits=4\.50"):
         auto_quantize(BASE, config(bits=4.0), texts, measured=measured)
     with pytest.raises(RecipeError, match="no mixture of these formats stays within 1e-12"):

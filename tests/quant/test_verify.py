@@ -15,6 +15,7 @@ from tafkir.errors import CheckpointError
 from tafkir.models.attention import VarlenCausal
 from tafkir.ops.nvfp4 import fake_quantize_nvfp4
 from tafkir.quant.convert import quantize_checkpoint
+from tafkir.quant.texts import Passage
 from tafkir.quant.verify import audit_checkpoint, compare_logits, summarize_audit
 from tafkir.recipe.bundled import find_checkpoint
 from tafkir.recipe.quantize import QuantizeConfig, RuleConfig
@@ -70,9 +71,9 @@ def test_saturated_weights_are_counted(quantized: Path, tmp_path: Path) -> None:
 
 def test_logits_against_two_forwards_by_hand(quantized: Path) -> None:
     ids = [5, 9, 100, 7, 30, 31]
-    found = compare_logits("base-tiny", quantized, [ids, ids[:3], ids[:1]])
+    found = compare_logits("base-tiny", quantized, [Passage.whole(part) for part in (ids, ids[:3], ids[:1])])
     assert found["tokens"] == 5 + 2
-    same = compare_logits("base-tiny", "base-tiny", [ids])
+    same = compare_logits("base-tiny", "base-tiny", [Passage.whole(ids)])
     assert same["kl_mean"] == 0 and same["top1_agreement"] == 1
     assert same["perplexity_source"] == same["perplexity_quantized"]
     assert 0 < found["kl_mean"] < found["kl_max"] and found["perplexity_quantized"] != found["perplexity_source"]
@@ -82,10 +83,13 @@ def test_logits_against_two_forwards_by_hand(quantized: Path) -> None:
         hidden = decoder(torch.tensor(ids), torch.arange(6), VarlenCausal([0, 6])).hidden_ND
         logs = F.log_softmax(hidden @ decoder.head_weight.T, -1)
     nll = -logs[:-1].gather(1, torch.tensor(ids[1:])[:, None]).mean()
-    alone = compare_logits("base-tiny", quantized, [ids])
+    alone = compare_logits("base-tiny", quantized, [Passage.whole(ids)])
     assert alone["perplexity_quantized"] == pytest.approx(float(nll.exp()), rel=1e-4)
+    end = compare_logits("base-tiny", quantized, [Passage(ids, [False] * 4 + [True] * 2)])
+    nll = -logs[3:5].gather(1, torch.tensor(ids[4:])[:, None]).mean()
+    assert end["tokens"] == 2 and end["perplexity_quantized"] == pytest.approx(float(nll.exp()), rel=1e-4)
     with pytest.raises(CheckpointError, match="no text"):
-        compare_logits("base-tiny", quantized, [[1]])
+        compare_logits("base-tiny", quantized, [Passage.whole([1])])
 
 
 def test_what_does_not_belong_together_is_refused(quantized: Path, tmp_path: Path) -> None:

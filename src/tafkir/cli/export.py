@@ -91,7 +91,8 @@ def gguf(
     llama-cli -m base-tiny.gguf -p 'What is 12 + 30?'
 
     Qwen3, Qwen3-MoE, Ling and Ring 2.0, DeepSeek-V3 and R1, GLM-4.5; with tokenizer and chat template. MXFP4, and
-    NVFP4 of Qwen3, stay bit for bit what they are; FP8 becomes BF16 or what --type says. Weights of multi-token prediction stay behind.
+    NVFP4 of Qwen3, stay bit for bit what they are; FP8 becomes BF16 or what --type says. Weights of multi-token
+    prediction stay behind.
     Needs `pip install 'tafkir[gguf]'`.
     """
     from tafkir.cli.completer import checkpoint_of

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from tafkir.quant.texts import Passage
 
 __all__ = ["EXIT_BELOW", "verify"]
 
@@ -80,8 +83,8 @@ def verify(
     audits = audit_checkpoint(before, after)
     summary: dict[str, Any] = {"source": source, "quantized": quantized, **summarize_audit(audits)}
     if logits or task:
-        texts = _documents(before, text, max_tokens)
-        summary["logits"] = compare_logits(before, after, texts, served=not exact_activations)
+        passages = _passages(before, text, max_tokens)
+        summary["logits"] = compare_logits(before, after, passages, served=not exact_activations)
     if task:
         given = {"samples": samples, "max_tokens": answer_tokens, "max_problems": problems, "seed": seed}
         run = runs_dir / (name or f"verify-{after.resolve().name}")
@@ -115,11 +118,11 @@ def _retention(
     return measure_tasks(tasks, before, after, settings, run, served=served)
 
 
-def _documents(source: Path, text: Path | None, max_tokens: int) -> list[list[int]]:
-    """Token ids of a file's text in windows of 512, or of made-up word problems."""
+def _passages(source: Path, text: Path | None, max_tokens: int) -> list[Passage]:
+    """A file's text in windows of 512 tokens, or made-up word problems, of which the solutions count."""
     from tafkir.data.tokenizer import Tokenizer
     from tafkir.errors import DataError
-    from tafkir.quant.texts import familiar_problems
+    from tafkir.quant.texts import Passage, familiar_problems
 
     if text is None:
         return familiar_problems(source, max_tokens, _FIRST_STORY)
@@ -127,7 +130,7 @@ def _documents(source: Path, text: Path | None, max_tokens: int) -> list[list[in
         ids = Tokenizer.load(source).encode(text.read_text(encoding="utf-8"), allow_special=False)[:max_tokens]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read the text ({error})", where=str(text)) from error
-    return [ids[start : start + 512] for start in range(0, len(ids), 512)]
+    return [Passage.whole(ids[start : start + 512]) for start in range(0, len(ids), 512)]
 
 
 def _show(summary: dict[str, Any], html: Path | None) -> None:

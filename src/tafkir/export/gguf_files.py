@@ -1,8 +1,8 @@
 """A checkpoint as one GGUF file, for llama.cpp and what builds on it.
 
 Matrices become F32, F16, BF16 or Q8_0; with `auto`, MXFP4 and NVFP4 codes and scales are carried over bit for bit in
-the order that GGUF has for them, where llama.cpp can use them. Norms, routers and biases are F32, as llama.cpp wants them. One matrix is in memory
-at a time, whatever the size of the checkpoint.
+the order that GGUF has for them, where llama.cpp can use them. Norms, routers and biases are F32, as llama.cpp wants
+them. One matrix is in memory at a time, whatever the size of the checkpoint.
 """
 
 from __future__ import annotations

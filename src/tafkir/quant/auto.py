@@ -33,7 +33,7 @@ from tafkir.quant.sensitivity import (
     read_input_amax,
     read_predictions,
 )
-from tafkir.quant.texts import familiar_problems
+from tafkir.quant.texts import Passage, familiar_problems
 from tafkir.recipe.auto import AutoConfig
 from tafkir.recipe.quantize import CalibrationConfig, FormatName, QuantizeConfig, RuleConfig
 from tafkir.runlog.progress import Progress
@@ -91,7 +91,7 @@ class AutoResult:
         groups: every group with its choice.
         goal: as asked for.
         sensitivity: how losses were measured.
-        tokens: of the text they were measured on.
+        tokens: that count of the text they were measured on.
         bits: stored bits for each weight of the groups.
         predicted_kl: sum of the groups' own losses, nats a token.
         measured_kl: of the whole mixture on the same text.
@@ -146,7 +146,7 @@ class Sensitivities:
         amax: largest magnitudes that inputs are scaled for, by parameter.
         sizes: bytes by format, for each group, keep among them.
         weights: what parameters become in each format.
-        documents: the text.
+        passages: the text.
         reference: the source's predictions on it.
         other_bytes: of the tensors in no group, and of single numbers beside the codes.
         names: of all tensors of the checkpoint.
@@ -158,7 +158,7 @@ class Sensitivities:
     amax: Mapping[str, float]
     sizes: list[dict[FormatName, int]]
     weights: Mapping[FormatName, Mapping[str, Tensor]]
-    documents: Sequence[Sequence[int]]
+    passages: Sequence[Passage]
     reference: Sequence[Tensor]
     other_bytes: int
     names: list[str]
@@ -170,18 +170,18 @@ class Sensitivities:
 
     def measure(self, formats: Sequence[FormatName]) -> float:
         """KL of a whole mixture, one format a group, nats a token."""
-        return self.measure_on(formats, self.documents, self.reference)
+        return self.measure_on(formats, self.passages, self.reference)
 
     def measure_on(
-        self, formats: Sequence[FormatName], documents: Sequence[Sequence[int]], reference: Sequence[Tensor]
+        self, formats: Sequence[FormatName], passages: Sequence[Passage], reference: Sequence[Tensor]
     ) -> float:
         """The same on another text, with the source's predictions on it (`read_predictions`)."""
         with quantized_groups(self.decoder, list(zip(self.groups, formats, strict=True)), self.weights, self.amax):
-            return measure_kl(self.decoder, documents, reference)
+            return measure_kl(self.decoder, passages, reference)
 
 
 def measure_sensitivities(
-    source: Path | str, config: QuantizeConfig, auto: AutoConfig, documents: Sequence[Sequence[int]]
+    source: Path | str, config: QuantizeConfig, auto: AutoConfig, passages: Sequence[Passage]
 ) -> Sensitivities:
     """Measure what each group of a checkpoint loses in each format.
 
@@ -189,7 +189,7 @@ def measure_sensitivities(
         source: checkpoint of a family that Tafkir runs; it is held in memory, and once more for each format.
         config: choice of scales, layout, and what becomes of tensors that are in no group.
         auto: formats, and how to measure.
-        documents: token ids.
+        passages: the text.
 
     Raises:
         CheckpointError: as `load_checkpoint`; or there is no text.
@@ -215,14 +215,14 @@ def measure_sensitivities(
             weights[format] = FakeQuantizer(decoder, uniform, dtype)(decoder.state_dict())
     if not weights:
         raise RecipeError("no matrix can be any of these", where=f"auto.formats = {list(auto.formats)}")
-    reference = read_predictions(decoder, documents)
+    reference = read_predictions(decoder, passages)
     amax = {name: INPUT_AMAX * config.input_scale for group in groups for name in group.parameters}
     if config.calibration is not None:
-        amax = read_input_amax(decoder, groups, documents)
+        amax = read_input_amax(decoder, groups, passages)
     if auto.sensitivity == "fisher":
-        losses = fisher_losses(decoder, groups, options, weights, documents, amax)
+        losses = fisher_losses(decoder, groups, options, weights, passages, amax)
     else:
-        losses = kl_losses(decoder, groups, options, weights, documents, reference, amax)
+        losses = kl_losses(decoder, groups, options, weights, passages, reference, amax)
     sizes = [_sizes(group, [*option, "keep"], plan, config) for group, option in zip(groups, options, strict=True)]
     theirs = {
         piece.name
@@ -234,14 +234,15 @@ def measure_sensitivities(
     other = sum(p.num_bytes for pieces in plan.shards.values() for p in pieces if p.name not in theirs)
     # Beside the codes, engines want at most two numbers a matrix.
     other += 8 * len(own)
-    return Sensitivities(decoder, groups, losses, amax, sizes, weights, documents, reference, other, list(shapes))
+    return Sensitivities(decoder, groups, losses, amax, sizes, weights, passages, reference, other, list(shapes))
 
 
-def read_auto_text(source: Path, auto: AutoConfig) -> list[list[int]]:
-    """Token ids of the text that losses are measured on: a file's, or made-up problems as the model is used to them."""
+def read_auto_text(source: Path, auto: AutoConfig) -> list[Passage]:
+    """The text that losses are measured on: a file's, or made-up problems as the model is used to them."""
     if auto.text == "task":
         return familiar_problems(source, auto.tokens, _FIRST_STORY)
-    return read_calibration_text(source, CalibrationConfig(text=auto.text, tokens=auto.tokens))
+    ids = read_calibration_text(source, CalibrationConfig(text=auto.text, tokens=auto.tokens))
+    return [Passage.whole(window) for window in ids]
 
 
 def _plain(config: QuantizeConfig) -> QuantizeConfig:
@@ -281,7 +282,7 @@ def _sizes(
 def auto_quantize(
     source: Path | str,
     config: QuantizeConfig,
-    documents: Sequence[Sequence[int]],
+    passages: Sequence[Passage],
     *,
     measured: Sensitivities | None = None,
 ) -> AutoResult:
@@ -290,7 +291,7 @@ def auto_quantize(
     Args:
         source: checkpoint of a family that Tafkir runs.
         config: with `auto` set; its rules go before what is found here.
-        documents: token ids to measure on.
+        passages: the text to measure on.
         measured: what `measure_sensitivities` found before, such as for another budget.
 
     Raises:
@@ -300,7 +301,7 @@ def auto_quantize(
     auto = config.auto
     if auto is None:
         raise RecipeError("there is no budget", where="quantize.auto", expected="one of bits, bytes and kl")
-    found = measured or measure_sensitivities(source, config, auto, documents)
+    found = measured or measure_sensitivities(source, config, auto, passages)
     if auto.kl is not None:
         allocation, formats, kl = _search_kl(found, auto.kl)
     else:
@@ -319,7 +320,7 @@ def auto_quantize(
         groups=choices,
         goal=auto.goal,
         sensitivity=auto.sensitivity,
-        tokens=sum(map(len, documents)),
+        tokens=sum(len(passage.places) for passage in passages),
         bits=8 * sum(sizes[f] for sizes, f in zip(found.sizes, formats, strict=True)) / found.numel,
         predicted_kl=sum(losses.get(f, 0.0) for losses, f in zip(found.losses, formats, strict=True)),
         measured_kl=kl,

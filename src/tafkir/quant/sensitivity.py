@@ -1,7 +1,7 @@
 """What quantizing one group of matrices does to a model's predictions: measured exactly, or estimated for all at once.
 
 A group is what engines read in one format: q/k/v, gate/up, all experts of a layer, or a matrix alone.
-Shapes: N tokens, V vocabulary, D width of a group's output.
+Shapes: N tokens, C of them counted, V vocabulary, D width of a group's output.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from tafkir.models.layers import Linear
 from tafkir.ops.moe import swiglu
 from tafkir.quant.activations import INPUT_AMAX, QuantizedExperts, quantize_inputs
 from tafkir.quant.policy import component_of, layer_of, sibling_group
+from tafkir.quant.texts import Passage
 from tafkir.recipe.quantize import FormatName
 from tafkir.runlog.progress import Progress
 
@@ -160,7 +161,7 @@ def _rounded_argument(module: nn.Module, args: tuple[Any, ...], *, amax: float) 
 
 
 @torch.no_grad()
-def read_input_amax(decoder: Decoder, groups: Sequence[Group], documents: Sequence[Sequence[int]]) -> dict[str, float]:
+def read_input_amax(decoder: Decoder, groups: Sequence[Group], passages: Sequence[Passage]) -> dict[str, float]:
     """The largest magnitude of every matrix's inputs on a text, by parameter; what calibration would scale them for."""
     found: dict[str, float] = {}
     modules = dict(decoder.named_modules())
@@ -174,8 +175,8 @@ def read_input_amax(decoder: Decoder, groups: Sequence[Group], documents: Sequen
     with ExitStack() as stack:
         for path in dict.fromkeys(name.rpartition(".")[0] for group in groups for name in group.parameters):
             stack.callback(modules[path].register_forward_pre_hook(partial(look, path)).remove)
-        for ids, bounds in _chunks(documents):
-            _log_probs(decoder, ids, bounds)
+        for chunk in _chunks(passages):
+            _log_probs(decoder, *chunk)
     return {name: value for name, value in found.items() if value > 0}
 
 
@@ -191,48 +192,49 @@ def _expert_inputs(experts: Experts, x_ND: Tensor, ids_NA: Tensor, weights_NA: T
 # ---- exact -----------------------------------------------------------------------------------------------------------
 
 
-def _chunks(documents: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, list[int]]]:
-    """Token ids of documents that fit together, and their boundaries."""
+def _chunks(passages: Sequence[Passage]) -> Iterator[tuple[Tensor, list[int], Tensor]]:
+    """Token ids of passages that fit together, their boundaries, and the places where a counted token is predicted."""
     ids: list[int] = []
-    bounds = [0]
-    for document in documents:
-        if len(ids) and len(ids) + len(document) > _CHUNK_TOKENS:
-            yield torch.tensor(ids), bounds
-            ids, bounds = [], [0]
-        ids = ids + list(document)
+    bounds, places = [0], list[int]()
+    for passage in passages:
+        if len(ids) and len(ids) + len(passage.ids) > _CHUNK_TOKENS:
+            yield torch.tensor(ids), bounds, torch.tensor(places, dtype=torch.long)
+            ids, bounds, places = [], [0], []
+        places += [len(ids) + place for place in passage.places]
+        ids = ids + list(passage.ids)
         bounds = [*bounds, len(ids)]
     if ids:
-        yield torch.tensor(ids), bounds
+        yield torch.tensor(ids), bounds, torch.tensor(places, dtype=torch.long)
 
 
-def _log_probs(decoder: Decoder, ids_N: Tensor, bounds: Sequence[int]) -> Tensor:
+def _log_probs(decoder: Decoder, ids_N: Tensor, bounds: Sequence[int], places: Tensor) -> Tensor:
+    """[places, V]: of the successors of the tokens at these places."""
     positions = torch.cat([torch.arange(end - start) for start, end in pairwise(bounds)])
     hidden_ND = decoder(ids_N, positions, VarlenCausal(bounds)).hidden_ND
-    return F.log_softmax(decoder.logits(hidden_ND), dim=-1)
+    return F.log_softmax(decoder.logits(hidden_ND[places]), dim=-1)
 
 
 @torch.no_grad()
-def read_predictions(decoder: Decoder, documents: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Log-probabilities [N, V] of every token's successor, for each run of documents.
+def read_predictions(decoder: Decoder, passages: Sequence[Passage]) -> list[Tensor]:
+    """Log-probabilities [counted tokens, V], for each run of passages.
 
     Raises:
         CheckpointError: there is no text.
     """
-    found = [_log_probs(decoder, ids, bounds) for ids, bounds in _chunks(documents)]
-    if not found:
-        raise CheckpointError("no text to measure on", expected="documents of two tokens or more")
+    found = [_log_probs(decoder, *chunk) for chunk in _chunks(passages)]
+    if not sum(map(len, found)):
+        raise CheckpointError("no text to measure on", expected="passages of two tokens or more")
     return found
 
 
 @torch.no_grad()
-def measure_kl(decoder: Decoder, documents: Sequence[Sequence[int]], reference: Sequence[Tensor]) -> float:
-    """Mean KL, in nats a token, of the reference predictions from the decoder's as it is now."""
-    total, count = 0.0, 0
-    for (ids, bounds), p in zip(_chunks(documents), reference, strict=True):
-        q = _log_probs(decoder, ids, bounds)
+def measure_kl(decoder: Decoder, passages: Sequence[Passage], reference: Sequence[Tensor]) -> float:
+    """Mean KL, in nats a counted token, of the reference predictions from the decoder's as it is now."""
+    total = 0.0
+    for chunk, p in zip(_chunks(passages), reference, strict=True):
+        q = _log_probs(decoder, *chunk)
         total += float((p.exp() * (p - q)).sum(-1).clamp_min(0).sum(dtype=torch.float64))
-        count += len(ids)
-    return total / count
+    return total / sum(map(len, reference))
 
 
 def kl_losses(
@@ -240,7 +242,7 @@ def kl_losses(
     groups: Sequence[Group],
     formats: Sequence[Mapping[FormatName, object]],
     weights: Mapping[FormatName, Mapping[str, Tensor]],
-    documents: Sequence[Sequence[int]],
+    passages: Sequence[Passage],
     reference: Sequence[Tensor],
     amax: Mapping[str, float],
 ) -> list[dict[FormatName, float]]:
@@ -252,7 +254,7 @@ def kl_losses(
             losses.append({})
             for format in own:
                 with quantized_groups(decoder, [(group, format)], weights, amax):
-                    losses[-1][format] = measure_kl(decoder, documents, reference)
+                    losses[-1][format] = measure_kl(decoder, passages, reference)
                 done += 1
                 progress.update(done, kl=losses[-1][format])
     return losses
@@ -262,7 +264,7 @@ def kl_losses(
 
 
 class _Watch:
-    """Sums what a group's error does to a document's loss, to first order: gradients times changes of outputs."""
+    """Sums what a group's error does to a passage's loss, to first order: gradients times changes of outputs."""
 
     def __init__(self, groups: Sequence[Group], formats: Sequence[Mapping[FormatName, object]]) -> None:
         self.sums: list[dict[FormatName, Tensor]] = [{} for _ in groups]
@@ -273,7 +275,7 @@ class _Watch:
         self.sums[group][format] = change_N if seen is None else seen + change_N
 
     def square(self, bounds: Sequence[int]) -> None:
-        """Ends a pass: squares what each document came to."""
+        """Ends a pass: squares what each passage came to."""
         for sums, totals in zip(self.sums, self.totals, strict=True):
             for format, change_N in sums.items():
                 whole = torch.stack([change_N[a:b].sum(dtype=torch.float64) for a, b in pairwise(bounds)])
@@ -286,7 +288,7 @@ def fisher_losses(
     groups: Sequence[Group],
     formats: Sequence[Mapping[FormatName, object]],
     weights: Mapping[FormatName, Mapping[str, Tensor]],
-    documents: Sequence[Sequence[int]],
+    passages: Sequence[Passage],
     amax: Mapping[str, float],
     *,
     draws: int = 4,
@@ -295,9 +297,9 @@ def fisher_losses(
     """Estimates of what `kl_losses` measures, for all groups at once by a few forward and backward passes.
 
     To second order, KL is half of d^T F d for a change d of a layer's outputs, with the Fisher information F = E[g g^T]
-    of gradients g under labels that the model itself draws. So a document's share is half of E[(sum of g . d)^2] over
+    of gradients g under labels that the model itself draws. So a passage's share is half of E[(sum of g . d)^2] over
     its tokens, with the change d = Q(x) Q(W)^T - x W^T of each. A few draws of labels stand for the expectation; the
-    estimate scatters by about sqrt(2 / (draws x documents)). Changes of a router's choice are not seen.
+    estimate scatters by about sqrt(2 / (draws x passages)). Changes of a router's choice are not seen.
     """
     watch = _Watch(groups, formats)
     generator = torch.Generator().manual_seed(seed)
@@ -314,12 +316,12 @@ def fisher_losses(
                 change = partial(_watched, watch, index, list(formats[index]), path, (weights, amax))
                 stack.callback(modules[path].register_forward_hook(change).remove)
         with torch.enable_grad():
-            for ids, bounds in [chunk for _ in range(draws) for chunk in _chunks(documents)]:
-                logs_NV = _log_probs(decoder, ids, bounds)
-                drawn_N = torch.multinomial(logs_NV.detach().exp(), 1, generator=generator)
-                (-logs_NV.gather(1, drawn_N)).sum().backward()
+            for ids, bounds, places in [chunk for _ in range(draws) for chunk in _chunks(passages)]:
+                logs_CV = _log_probs(decoder, ids, bounds, places)
+                drawn_C = torch.multinomial(logs_CV.detach().exp(), 1, generator=generator)
+                (-logs_CV.gather(1, drawn_C)).sum().backward()
                 watch.square(bounds)
-                count += len(ids)
+                count += len(places)
     return [{format: 0.5 * total / count for format, total in own.items()} for own in watch.totals]
 
 

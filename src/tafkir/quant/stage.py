@@ -9,13 +9,11 @@ from typing import Any
 
 import torch
 
-from tafkir.data.chat import encode_document
-from tafkir.data.stories import make_story
-from tafkir.data.tokenizer import Tokenizer
 from tafkir.errors import RecipeError
 from tafkir.ops.native import select_kernels
 from tafkir.quant.auto import auto_quantize, read_auto_text
 from tafkir.quant.calibrated import write_quantized
+from tafkir.quant.texts import familiar_problems
 from tafkir.quant.verify import audit_checkpoint, compare_logits, summarize_audit
 from tafkir.recipe.bundled import find_checkpoint
 from tafkir.recipe.stage import StageContext
@@ -41,9 +39,9 @@ def run_quantize(ctx: StageContext) -> dict[str, Any]:
     """Quantize the checkpoint before, as the recipe's `[quantize]` says; a killed stage goes on with its shards.
 
     Returns:
-        Bytes before and after, the audit by component, the divergence of both models' predictions on made-up word
-        problems, and what calibration read and found, where there is one. What it does to answers is the `eval`
-        stage's business: name `quantize` in `eval.stages`.
+        Bytes before and after, the audit by component, the divergence of both models' predictions on solutions of
+        made-up word problems, and what calibration read and found, where there is one. What it does to answers is the
+        `eval` stage's business: name `quantize` in `eval.stages`.
 
     Raises:
         RecipeError: there is no checkpoint before.
@@ -73,10 +71,7 @@ def run_quantize(ctx: StageContext) -> dict[str, Any]:
         shutil.rmtree(untrained, ignore_errors=True)
         write_quantized(_before_qat(ctx), untrained, config, lineage=lineage)
     summary = summarize_audit(audit_checkpoint(ctx.previous, out))
-    tokenizer = Tokenizer.load(out)
-    documents: list[list[int]] = []
-    while sum(map(len, documents)) < _TOKENS:
-        documents.append(encode_document(tokenizer, make_story(_FIRST_STORY + len(documents)))[0])
+    passages = familiar_problems(ctx.previous, _TOKENS, _FIRST_STORY)
     return {
         "preset": config.preset,
         "scheme": config.scheme,
@@ -85,7 +80,7 @@ def run_quantize(ctx: StageContext) -> dict[str, Any]:
         **summary,
         "calibration": calibration,
         "auto": chosen.to_dict() if chosen else None,
-        "logits": dict(compare_logits(ctx.previous, out, documents)),
+        "logits": dict(compare_logits(ctx.previous, out, passages)),
         "wall_s": time.perf_counter() - began,
         "cpu_s": time.process_time() - began_cpu,
     }

@@ -24,6 +24,7 @@ from tafkir.models.decoder import Decoder
 from tafkir.quant.convert import open_source
 from tafkir.quant.policy import component_of, layer_of
 from tafkir.quant.served import load_served
+from tafkir.quant.texts import Passage
 from tafkir.quant.validate import check_scales
 from tafkir.runlog.progress import Progress
 
@@ -207,7 +208,7 @@ def summarize_audit(audits: Sequence[TensorAudit]) -> dict[str, Any]:
 
 @torch.no_grad()
 def compare_logits(
-    source: Path | str, quantized: Path | str, documents: Sequence[Sequence[int]], *, served: bool = False
+    source: Path | str, quantized: Path | str, passages: Sequence[Passage], *, served: bool = False
 ) -> dict[str, Any]:
     """How far the quantized model's predictions of the next token are from the source's, on text.
 
@@ -217,26 +218,26 @@ def compare_logits(
     Args:
         source: checkpoint of a family that Tafkir runs.
         quantized: made of it.
-        documents: token ids, two or more each.
+        passages: the text.
         served: round the inputs of matrices that are stored in NVFP4 together with theirs.
 
     Returns:
-        tokens; kl_mean, kl_max: of the source's distribution from the quantized one's, in nats; kl_quantiles, by
-        share; kl_histogram: pairs of a bin's lower end (six to a power of ten) and its tokens, with those below
-        1e-8 in the first; perplexity_source, perplexity_quantized; top1_agreement: share of tokens with the same
-        likeliest successor.
+        tokens: that count; kl_mean, kl_max: of the source's distribution from the quantized one's, in nats;
+        kl_quantiles, by share; kl_histogram: pairs of a bin's lower end (six to a power of ten) and its tokens, with
+        those below 1e-8 in the first; perplexity_source, perplexity_quantized; top1_agreement: share of tokens with
+        the same likeliest successor.
     """
-    texts = [list(ids) for ids in documents if len(ids) > 1]
+    texts = [passage for passage in passages if passage.places]
     if not texts:
-        raise CheckpointError("no text to compare on", expected="documents of two tokens or more")
+        raise CheckpointError("no text to compare on", expected="passages of two tokens or more")
     load = load_served if served else (lambda name: load_checkpoint(name).decoder)
     decoder = load(source)
-    reference = [_log_probs(decoder, ids) for ids in texts]
+    reference = [_log_probs(decoder, passage) for passage in texts]
     del decoder
     decoder = load(quantized)
     kl, nll, same, count = [], [0.0, 0.0], 0, 0
-    for ids, p in zip(texts, reference, strict=True):
-        q, targets = _log_probs(decoder, ids), torch.tensor(ids[1:])
+    for passage, p in zip(texts, reference, strict=True):
+        q, targets = _log_probs(decoder, passage), torch.tensor([passage.ids[place + 1] for place in passage.places])
         kl.append((p.exp() * (p - q)).sum(-1).clamp_min(0))
         for i, logs in enumerate((p, q)):
             nll[i] -= float(logs.gather(1, targets[:, None]).sum())
@@ -262,8 +263,8 @@ def _histogram(values: Tensor) -> list[tuple[float, int]]:
     return [(10 ** ((first + i) / _BINS_PER_POWER), count) for i, count in enumerate(counts)]
 
 
-def _log_probs(decoder: Decoder, ids: Sequence[int]) -> Tensor:
-    """[tokens - 1, vocabulary]: of each next token but the first."""
-    positions = torch.arange(len(ids) - 1)
-    out = decoder(torch.tensor(ids[:-1]), positions, VarlenCausal([0, len(ids) - 1]))
-    return F.log_softmax(out.hidden_ND.float() @ decoder.head_weight.float().T, dim=-1)
+def _log_probs(decoder: Decoder, passage: Passage) -> Tensor:
+    """[counted tokens, vocabulary]: of each, from what stands before it."""
+    ids = passage.ids
+    out = decoder(torch.tensor(ids[:-1]), torch.arange(len(ids) - 1), VarlenCausal([0, len(ids) - 1]))
+    return F.log_softmax(out.hidden_ND[passage.places].float() @ decoder.head_weight.float().T, dim=-1)
