@@ -101,7 +101,7 @@ def measure(
         {
             "checkpoint": name,
             "inputs": "calibrated" if calibrated else "input_scale 1",
-            "tokens": sum(map(len, texts)),
+            "tokens": sum(len(text.places) for text in texts),
             "groups": len(found["kl"].groups),
             "weights": found["kl"].numel,
             "fisher_correlation": correlation(found["kl"], found["fisher"]),
