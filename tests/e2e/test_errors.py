@@ -38,7 +38,10 @@ def half_written(run: Path) -> list[str]:
             "mine.toml:2: sft.lerning_rate: unknown key. Fix: did you mean sft.learning_rate?",
         ),
         ("[rlrv]\nsteps = 3", "mine.toml:1: rlrv: unknown key. Fix: did you mean rlvr?"),
-        ("[rlvr]\nbatch_problems = 3", "unknown key. Fix: did you mean pretrain.batch_problems or sft.batch_problems?"),
+        (
+            "[rlvr]\nbatch_problems = 3",
+            "unknown key. Fix: did you mean pretrain.batch_problems, sft.batch_problems or qat.batch_problems?",
+        ),
         ('[sft]\nsteps = "ten"', 'mine.toml:2: sft.steps: got "ten" (string); expected a valid integer'),
         ("[sft]\nsteps = 2.5", "mine.toml:2: sft.steps: got 2.5 (float); expected a valid integer"),
         ("[sft]\nsteps = 0", "mine.toml:2: sft.steps: got 0 (integer); expected greater than or equal to 1"),

@@ -158,7 +158,7 @@ def test_a_disk_that_fills_up(
     done = run(FULL, source, tmp_path, whole, env=cli_env | {"TAFKIR_KERNELS": "native"}, inside=inside)
     assert done.returncode == 0, done.stderr
     message, exists, resumed = done.stdout.splitlines()
-    assert message.endswith("the disk is full. Fix: free space, then run the command again")
+    assert "the disk is full. Fix: free some space, then run the same command again" in message
     assert exists == "False" and int(resumed) > 0
 
 

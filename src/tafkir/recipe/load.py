@@ -396,4 +396,5 @@ def _nearest(path: str) -> str:
         return f"did you mean {parent + '.' if parent else ''}{near[0]}?"
     elsewhere = [other for other in known if other.rpartition(".")[2] == key]
     elsewhere = elsewhere or difflib.get_close_matches(path, known, n=1, cutoff=0.0)
-    return f"did you mean {' or '.join(elsewhere[:3])}?"
+    *others, last = elsewhere[:3]
+    return f"did you mean {', '.join(others)} or {last}?" if others else f"did you mean {last}?"
