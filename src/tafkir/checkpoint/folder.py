@@ -73,7 +73,8 @@ def write_error(path: Path, error: Exception) -> CheckpointError:
     code = getattr(error, "errno", None)
     full = code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
     if full:
-        return CheckpointError("the disk is full", where=str(path), fix="free some space, then run the same command again")
+        fix = "free some space, then run the same command again"
+        return CheckpointError("the disk is full", where=str(path), fix=fix)
     if code == errno.EFBIG:
         fix = "raise the limit (ulimit -f), or write smaller files; then run the command again"
         what = "cannot write the checkpoint (a file would be larger than the system allows)"
