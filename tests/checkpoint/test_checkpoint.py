@@ -323,7 +323,7 @@ def test_a_place_that_cannot_be_written_is_named(decoder: Decoder, tmp_path: Pat
     "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("I/O error: No space left on device")]
 )
 def test_a_full_disk_is_called_one(error: Exception) -> None:
-    assert str(write_error(Path("runs/x"), error)).startswith("runs/x: the disk is full. Fix: free space")
+    assert str(write_error(Path("runs/x"), error)).startswith("runs/x: the disk is full. Fix: free some space")
 
 
 def test_a_dtype_that_is_not_for_weights_is_refused(decoder: Decoder, tmp_path: Path) -> None:
