@@ -46,7 +46,7 @@ def test_no_torch_where_it_is_not_needed(args: list[str], cli_env: dict[str, str
     command = [sys.executable, "-X", "importtime", "-m", "tafkir.cli.main", *args]
     done = subprocess.run(command, env=cli_env, cwd=tmp_path, capture_output=True, text=True, check=True)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "tafkir.cli.run" in imported
+    assert "tafkir.cli.loading" in imported
     assert {"torch", "transformers", "numpy"} & imported == set()
 
 

@@ -10,27 +10,7 @@ from typing import Annotated
 import typer
 
 import tafkir
-from tafkir.cli import (
-    bench,
-    card,
-    doctor,
-    evaluate,
-    export,
-    generate,
-    merge,
-    model,
-    plan,
-    quantize,
-    recipes,
-    registry,
-    report,
-    rollout_view,
-    run,
-    serve,
-    solve,
-    trm,
-    verify,
-)
+from tafkir.cli.loading import LoadOnUse
 from tafkir.errors import TafkirError
 
 __all__ = ["app", "main"]
@@ -48,34 +28,13 @@ _FIXES = {
 # Plain help: drawing boxes would double the time that `tafkir --help` takes.
 app = typer.Typer(
     name="tafkir",
+    cls=LoadOnUse,
     help="Build, train, serve and measure small reasoning models from one recipe.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-app.command("run")(run.run)
-app.add_typer(recipes.app, name="recipe")
-app.add_typer(model.app, name="model")
-app.add_typer(plan.app, name="plan")
-app.command("doctor")(doctor.doctor)
-app.command("serve")(serve.serve)
-app.command("chat")(serve.chat)
-app.command("generate")(generate.generate)
-app.add_typer(bench.app, name="bench")
-app.command("eval")(evaluate.evaluate)
-app.command("compare")(evaluate.compare)
-app.command("card")(card.card)
-app.command("report")(report.report)
-app.command("merge")(merge.merge)
-app.command("quantize")(quantize.quantize)
-app.command("convert")(export.convert)
-app.command("verify")(verify.verify)
-app.add_typer(export.app, name="export")
-app.add_typer(registry.app, name="registry")
-app.command("solve")(solve.solve)
-app.add_typer(trm.app, name="trm")
-app.command("rollouts")(rollout_view.rollouts)
 
 
 def _show_version(wanted: bool) -> None:
