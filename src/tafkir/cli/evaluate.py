@@ -1,4 +1,4 @@
-"""`tafkir eval CHECKPOINT` and `tafkir compare RUN RUN`: scores on held-out problems, and what changed them."""
+"""`tafkir eval CHECKPOINT`: scores on held-out problems, on puzzles, or on what is found in long texts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from tafkir.cli.serve import CacheNumbers
 
-__all__ = ["compare", "evaluate"]
+__all__ = ["evaluate"]
 
 
 def evaluate(
@@ -143,27 +143,6 @@ def _numbers(text: str, kind: type[int] | type[float], option: str) -> tuple[flo
         return tuple(kind(part) for part in text.split(","))
     except ValueError as error:
         raise RecipeError(f"{text!r} is no list of numbers", where=option, expected="numbers with commas") from error
-
-
-def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run directories with an evaluation.")],
-    stage: Annotated[str | None, typer.Option(help="Compare only this stage.")] = None,
-    pool: Annotated[
-        bool, typer.Option("--pool", help="Pool the change from sft to rlvr over the runs, such as several seeds.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Compare the scores of two runs, problem by problem.
-
-    With --pool, any number of runs of one recipe with different seeds is pooled instead.
-    """
-    from tafkir.errors import RecipeError
-    from tafkir.eval.compare import compare_runs, pool_runs
-
-    if not pool and len(runs) != 2:
-        raise RecipeError(f"{len(runs)} runs given", where="compare", expected="two, or any number with --pool")
-    compared = pool_runs(runs) if pool else compare_runs(*runs, stage=stage)
-    print(json.dumps(compared.to_dict(), indent=2) if as_json else "\n".join(compared.lines()))
 
 
 def _run_name(kind: str, checkpoint: Path) -> str:

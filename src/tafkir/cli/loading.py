@@ -24,7 +24,7 @@ _PLACES = {
     "generate": "generate.generate",
     "bench": "bench.app",
     "eval": "evaluate.evaluate",
-    "compare": "evaluate.compare",
+    "compare": "compare.compare",
     "card": "card.card",
     "report": "report.report",
     "merge": "merge.merge",
