@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "cancelled"]
 _BROKEN = frozenset({"sandbox", "start"})
-Outcome = Literal["correct", "wrong", "no_answer", "length", "error", "graded"]
+Outcome = Literal["correct", "wrong", "no_answer", "length", "timeout", "error", "graded"]
 Split = Literal["train", "validation", "test"]
 StageName = Literal[
     "tokenizer", "pretrain", "sft", "reward", "dpo", "rlvr", "rlhf", "qat", "quantize", "eval", "lab", "trm", "report"
@@ -42,7 +42,10 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One problem of a task. `answer` is the reference answer; `extra` carries what only its own task reads."""
+    """One problem of a task. `answer` is the reference answer; `extra` carries what only its own task reads.
+
+    `subject` and `difficulty` are what the data set itself says ("Algebra", "Level 3"), empty where it says nothing.
+    """
 
     id: str
     source: str
@@ -50,13 +53,16 @@ class Example:
     question: str
     answer: str
     extra: Mapping[str, Any] = field(default_factory=dict)
+    subject: str = ""
+    difficulty: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What a grader says of one completion. `reason` tells why the outcome is not "correct".
 
-    "graded" is an answer that is better or worse, not right or wrong: its reward says all. `failure` names in a word
+    "graded" is an answer that is better or worse, not right or wrong: its reward says all. "timeout" is a comparison
+    that took the grader too long, "length" an answer that the length limit cut off. `failure` names in a word
     what went wrong in the grader itself, such as "sandbox" or "time"; it is empty where nothing did.
     """
 

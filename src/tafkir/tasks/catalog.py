@@ -1,0 +1,54 @@
+"""Every task that `tafkir eval` knows by name, and the user's own: one list, and one way to load each."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+from tafkir.errors import DataError
+from tafkir.tasks.published.base import EvalTask, TaskCard, TaskEntry, TaskSampling
+
+__all__ = ["EvalTask", "TaskCard", "TaskSampling", "list_tasks", "load_task"]
+
+FAMILIES = ("math",)
+"""Modules of `tafkir.tasks.published`; each has `TASKS`, a tuple of `TaskEntry`."""
+
+
+@cache
+def _table() -> Mapping[str, TaskEntry]:
+    entries: list[TaskEntry] = []
+    for family in FAMILIES:
+        entries += import_module(f"tafkir.tasks.published.{family}").TASKS
+    table = {entry.card.name: entry for entry in entries}
+    assert len(table) == len(entries), "two tasks have one name"
+    return table
+
+
+def list_tasks() -> list[TaskCard]:
+    """The cards of all published tasks, by family; reads no data."""
+    return [entry.card for entry in _table().values()]
+
+
+def load_task(name: str, data: Path | None = None) -> EvalTask:
+    """A task by its name, or one of the user's own.
+
+    Args:
+        name: as `list_tasks` has it; or `path/to/task.py`, or `path/to/items.jsonl:SCORER`.
+        data: a file or folder with the data set, for what the package does not have, or instead of what it has.
+
+    Raises:
+        DataError: the name is unknown (says the nearest); the data is missing (says how to get it) or has other columns
+            (says which).
+    """
+    entry = _table().get(name)
+    if entry is None:
+        near = difflib.get_close_matches(name, _table(), 1)
+        raise DataError(
+            f"no task is called {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+            where="--tasks",
+            expected="a name from `tafkir eval --list`, a Python file with a task, or items.jsonl:SCORER",
+        )
+    return entry.build(entry.card, data)

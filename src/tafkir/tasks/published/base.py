@@ -1,0 +1,250 @@
+"""What every published task is made of: its card, its rows, its prompt and its rule."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Protocol
+
+from tafkir.data.lines import BadRowError, numbered_lines, parse_row
+from tafkir.errors import DataError
+from tafkir.protocols import Task
+from tafkir.records import Example, Message, Outcome, Split, Verdict
+from tafkir.tasks.answers import Extraction
+
+__all__ = [
+    "EvalTask",
+    "PublishedTask",
+    "Rule",
+    "TaskCard",
+    "TaskEntry",
+    "TaskSampling",
+    "bad_row",
+    "find_file",
+    "read_rows",
+    "verdict",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSampling:
+    """How the published evaluation samples: `samples` answers a question, of at most `max_tokens` tokens each."""
+
+    temperature: float
+    top_p: float
+    max_tokens: int
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class TaskCard:
+    """What is known of a task without reading its data.
+
+    Attributes:
+        name: what the command line calls it.
+        version: changes with prompt, extraction, rule or data; results of two versions do not compare.
+        metric: "accuracy", "pass@1", "judge" or "perplexity".
+        language: an ISO 639 code, or "multi".
+        num_items: how many examples the split `test` has; None where the user's data decides.
+        source: where prompt, sampling and rule come from.
+        shipped: the data is in the package.
+        how_to_get: for data that is not: what to download, and what to pass as `--data`.
+    """
+
+    name: str
+    version: str
+    title: str
+    metric: str
+    language: str
+    num_items: int | None
+    license: str
+    source: str
+    shipped: bool
+    how_to_get: str
+    sampling: TaskSampling
+
+
+class EvalTask(Task, Protocol):
+    """A task with a card."""
+
+    @property
+    def card(self) -> TaskCard: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TaskEntry:
+    """A row of a family's table.
+
+    Attributes:
+        build: from the user's data (a file or a folder; None for what the package has) to the task. May raise
+            DataError.
+    """
+
+    card: TaskCard
+    build: Callable[[TaskCard, Path | None], EvalTask]
+
+
+class Rule(Protocol):
+    """The scoring rule of a family: where the answer stands, and whether it is right."""
+
+    def extract(self, example: Example, text: str, *, finished: bool) -> Extraction:
+        """The answer in an assistant turn, after its chain of thought."""
+        ...
+
+    def check(self, example: Example, answer: str) -> tuple[Outcome, str]:
+        """The outcome, and the reason where it is not "correct"."""
+        ...
+
+
+class PublishedTask:
+    """Rows of a data set with a published prompt and rule.
+
+    Args:
+        card: what is known of it.
+        read: gives the examples; called once, when they are first asked for.
+        ask: the prompt of an example.
+        rule: extracts and judges.
+    """
+
+    def __init__(
+        self, card: TaskCard, read: Callable[[], Iterable[Example]], ask: Callable[[Example], str], rule: Rule
+    ) -> None:
+        self._card, self._read, self._ask, self._rule = card, read, ask, rule
+
+    @property
+    def name(self) -> str:
+        return self._card.name
+
+    @property
+    def card(self) -> TaskCard:
+        return self._card
+
+    @cached_property
+    def _examples(self) -> Sequence[Example]:
+        return tuple(self._read())
+
+    def examples(self, split: Split) -> Sequence[Example]:
+        """The examples of one part, in the order of the data set; most benchmarks have `test` alone."""
+        return [example for example in self._examples if example.split == split]
+
+    def prompt(self, example: Example) -> list[Message]:
+        """One user turn."""
+        return [Message("user", self._ask(example))]
+
+    def grade(self, example: Example, text: str, *, finished: bool = True) -> Verdict:
+        """Reward 1 for a correct answer, else 0.
+
+        Only what follows the last `</think>` counts. A text that the length limit cut off is "correct" where the right
+        answer stands there already, and "length" in every other case, never "wrong".
+        """
+        found = self._rule.extract(example, text, finished=finished)
+        if found.text is None:
+            return verdict(example, "no_answer" if finished else "length", None, found.reason)
+        outcome, reason = self._rule.check(example, found.text)
+        if not finished and outcome != "correct":
+            outcome, reason = "length", f"cut off: {reason}"
+        return verdict(example, outcome, found.text[:1000], reason)
+
+
+def verdict(example: Example, outcome: Outcome, extracted: str | None, reason: str = "") -> Verdict:
+    """A verdict whose reward is 1 for "correct" and 0 for anything else; a timeout is a failure of the grader."""
+    failure = "time" if outcome == "timeout" else ""
+    return Verdict(outcome, 1.0 if outcome == "correct" else 0.0, extracted, example.answer, reason, failure)
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------
+
+
+def find_file(card: TaskCard, data: Path | None, names: Sequence[str], *, shipped: str = "") -> Any:
+    """The file of a data set: the one given, the first of `names` in the folder given, or the package's own.
+
+    Args:
+        names: file names or glob patterns to look for in a folder.
+        shipped: path below `tafkir/datasets`, for data that is in the package.
+
+    Raises:
+        DataError: nothing is given and nothing is shipped (says how to get it), or nothing of the kind is there.
+    """
+    if data is None:
+        if shipped:
+            return files("tafkir").joinpath("datasets", *shipped.split("/"))
+        raise DataError(f"the data of {card.name} is not in the package", where=card.name, fix=card.how_to_get)
+    if data.is_file():
+        return data
+    if not data.is_dir():
+        raise DataError("there is no such file or folder", where=str(data), fix=card.how_to_get or "correct the path")
+    for name in names:
+        found = sorted(data.glob(name))
+        if found:
+            return found[0]
+    raise DataError(
+        f"the folder holds no data of {card.name}",
+        where=str(data),
+        expected=" or ".join(names),
+        fix=card.how_to_get or "pass the file itself",
+    )
+
+
+def read_rows(path: Any, columns: Sequence[str]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The rows of a `.jsonl`, `.jsonl.gz`, `.json` (a list), `.csv` or `.parquet` file, each with where it stands.
+
+    Args:
+        path: a path, or a resource of the package.
+        columns: what every row must have.
+
+    Raises:
+        DataError: the file is missing, damaged or empty, or a row lacks a column (named, with those that are there).
+    """
+    where, name = str(path), path.name
+    rows: list[tuple[str, Mapping[str, Any]]]
+    if name.endswith(".csv"):
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            rows = [(f"{where}:{number}", row) for number, row in enumerate(csv.DictReader(stream), start=2)]
+    elif name.endswith(".parquet"):
+        rows = [(f"{where}:{number}", row) for number, row in enumerate(_read_parquet(path))]
+    elif name.endswith(".json"):
+        try:
+            listed = json.loads(path.read_text("utf-8"))
+        except ValueError as error:
+            raise DataError(f"not valid JSON ({error})", where=where) from None
+        rows = [(f"{where}:{number}", row) for number, row in enumerate(listed if isinstance(listed, list) else [])]
+    else:
+        rows = []
+        lines = numbered_lines(path, where, expected="a file of JSON lines", fix="correct the path")
+        for number, line in lines:
+            try:
+                rows.append((f"{where}:{number}", parse_row(line)))
+            except BadRowError as error:
+                raise bad_row(f"{where}:{number}", str(error)) from None
+    if not rows:
+        raise DataError("the file has no rows", where=where, expected=f"rows with {', '.join(columns)}")
+    for place, row in rows:
+        has = row if isinstance(row, Mapping) else {}
+        missing = [column for column in columns if column not in has]
+        if missing:
+            there = ", ".join(map(str, has)) or "nothing"
+            raise DataError(
+                f"the row lacks {', '.join(missing)}; it has {there}", where=place, fix="rename the columns"
+            )
+    return rows
+
+
+def bad_row(where: str, expected: str) -> DataError:
+    """The error for a row that is not what it should be."""
+    return DataError("the row cannot be used", where=where, expected=expected)
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(
+            "Parquet files need pyarrow", where=str(path), fix="pip install pyarrow, or convert the file to JSON lines"
+        ) from None
+    rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
+    return rows
