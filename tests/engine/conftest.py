@@ -11,6 +11,7 @@ from tafkir.engine.engine import Engine
 from tafkir.models.build import build_decoder
 from tafkir.models.decoder import Decoder
 from tafkir.recipe.model import ModelConfig
+from tests.models.test_mla import build as build_latent
 
 VOCAB = 64
 EOS = 3
@@ -45,6 +46,12 @@ def build_tiny(seed: int = 0) -> Decoder:
 @pytest.fixture(scope="session")
 def shared_decoder() -> Decoder:
     return build_tiny()
+
+
+@pytest.fixture(scope="session")
+def latent_decoder() -> Decoder:
+    """Multi-head latent attention, 61 tokens."""
+    return build_latent(initializer_range=0.1, max_position_embeddings=128)
 
 
 @pytest.fixture

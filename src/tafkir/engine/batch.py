@@ -122,6 +122,13 @@ class RunningBatch:
         ended_B = (stopped_B | (count_B >= ints[Column.LIMIT])) & (alive_B == 1)
         return token_B, logprob_B, ended_B, stopped_B
 
+    def truncate(self, count_B: Tensor) -> None:
+        """Keep only the first tokens of each row, int64, one at least; the last kept one is fed next."""
+        self.column(Column.COUNT).copy_(count_B)
+        rows_B = torch.arange(self.size, device=self._device)
+        self.column(Column.TOKEN).copy_(self._tokens[rows_B, count_B - 1])
+        self.longest = int((count_B * self.column(Column.ALIVE)).max())
+
     def end(self, rows: list[int]) -> list[tuple[list[int], list[float]]]:
         """Mark rows as ended; their tokens and logprobs, in the same order."""
         index = torch.tensor(rows, device=self._device)

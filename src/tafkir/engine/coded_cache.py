@@ -103,8 +103,8 @@ class CodedKVCache(Cache):
     def prefill_view(self, rows: Sequence[int], lengths: Sequence[int], device: torch.device) -> _KVPrefillView:
         return _KVPrefillView(self, rows, lengths, device)
 
-    def decode_view(self, grouping: Grouping, cached_B: Tensor, longest: int) -> _KVDecodeView:
-        return _KVDecodeView(self, grouping, cached_B, longest)
+    def decode_view(self, grouping: Grouping, cached_B: Tensor, longest: int, width: int = 1) -> _KVDecodeView:
+        return _KVDecodeView(self, grouping, cached_B, longest, width)
 
 
 class _KVPrefillView(PrefillView):
@@ -121,8 +121,8 @@ class _KVPrefillView(PrefillView):
 class _CodedDecodeView(DecodeView):
     """New tokens whose entries land in their sequences' rows as codes; arguments as for `DecodeView`."""
 
-    def __init__(self, store: CodedStore, grouping: Grouping, cached_B: Tensor, longest: int) -> None:
-        super().__init__(store.shape_like, grouping, cached_B, longest)
+    def __init__(self, store: CodedStore, grouping: Grouping, cached_B: Tensor, longest: int, width: int = 1) -> None:
+        super().__init__(store.shape_like, grouping, cached_B, longest, width)
 
     def _both(self, layer_idx: int, prompts: CodedStore, own: CodedStore, entries_NGK: Tensor) -> tuple[Tensor, Tensor]:
         """Write the new entries; what the prompts' rows hold, [P G, T, K], and the sequences', [B G, S, K]."""
@@ -132,8 +132,8 @@ class _CodedDecodeView(DecodeView):
 
 
 class _KVDecodeView(_CodedDecodeView):
-    def __init__(self, cache: CodedKVCache, grouping: Grouping, cached_B: Tensor, longest: int) -> None:
-        super().__init__(cache.keys, grouping, cached_B, longest)
+    def __init__(self, cache: CodedKVCache, grouping: Grouping, cached_B: Tensor, longest: int, width: int = 1) -> None:
+        super().__init__(cache.keys, grouping, cached_B, longest, width)
         self._cache = cache
 
     def attend(self, layer_idx: int, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
@@ -167,8 +167,8 @@ class CodedLatentCache(Cache):
     def prefill_view(self, rows: Sequence[int], lengths: Sequence[int], device: torch.device) -> _LatentPrefillView:
         return _LatentPrefillView(self, rows, lengths, device)
 
-    def decode_view(self, grouping: Grouping, cached_B: Tensor, longest: int) -> _LatentDecodeView:
-        return _LatentDecodeView(self, grouping, cached_B, longest)
+    def decode_view(self, grouping: Grouping, cached_B: Tensor, longest: int, width: int = 1) -> _LatentDecodeView:
+        return _LatentDecodeView(self, grouping, cached_B, longest, width)
 
 
 class _LatentPrefillView(PrefillView):
@@ -187,8 +187,10 @@ class _LatentPrefillView(PrefillView):
 class _LatentDecodeView(_CodedDecodeView):
     """Implements `LatentAttentionState`."""
 
-    def __init__(self, cache: CodedLatentCache, grouping: Grouping, cached_B: Tensor, longest: int) -> None:
-        super().__init__(cache.latents, grouping, cached_B, longest)
+    def __init__(
+        self, cache: CodedLatentCache, grouping: Grouping, cached_B: Tensor, longest: int, width: int = 1
+    ) -> None:
+        super().__init__(cache.latents, grouping, cached_B, longest, width)
         self._cache = cache
 
     def attend_latent(self, layer_idx: int, q_NHC: Tensor, latent_NC: Tensor, scale: float) -> Tensor:

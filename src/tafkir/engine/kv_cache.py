@@ -33,8 +33,8 @@ class KVCache(Cache):
     def prefill_view(self, rows: Sequence[int], lengths: Sequence[int], device: torch.device) -> KVPrefillView:
         return KVPrefillView(self, rows, lengths, device)
 
-    def decode_view(self, grouping: Grouping, cached_B: Tensor, longest: int) -> KVDecodeView:
-        return KVDecodeView(self, grouping, cached_B, longest)
+    def decode_view(self, grouping: Grouping, cached_B: Tensor, longest: int, width: int = 1) -> KVDecodeView:
+        return KVDecodeView(self, grouping, cached_B, longest, width)
 
 
 class KVPrefillView(PrefillView):
@@ -55,8 +55,8 @@ class KVPrefillView(PrefillView):
 class KVDecodeView(DecodeView):
     """New tokens whose keys and values land in their sequences' rows; arguments as for `DecodeView`."""
 
-    def __init__(self, cache: KVCache, grouping: Grouping, cached_B: Tensor, longest: int) -> None:
-        super().__init__(cache.keys.tensors[0], grouping, cached_B, longest)
+    def __init__(self, cache: KVCache, grouping: Grouping, cached_B: Tensor, longest: int, width: int = 1) -> None:
+        super().__init__(cache.keys.tensors[0], grouping, cached_B, longest, width)
         self._cache = cache
 
     def attend(self, layer_idx: int, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:

@@ -34,8 +34,8 @@ class LatentCache(Cache):
     def prefill_view(self, rows: Sequence[int], lengths: Sequence[int], device: torch.device) -> LatentPrefillView:
         return LatentPrefillView(self, rows, lengths, device)
 
-    def decode_view(self, grouping: Grouping, cached_B: Tensor, longest: int) -> LatentDecodeView:
-        return LatentDecodeView(self, grouping, cached_B, longest)
+    def decode_view(self, grouping: Grouping, cached_B: Tensor, longest: int, width: int = 1) -> LatentDecodeView:
+        return LatentDecodeView(self, grouping, cached_B, longest, width)
 
 
 class LatentPrefillView(PrefillView):
@@ -52,8 +52,8 @@ class LatentPrefillView(PrefillView):
 class LatentDecodeView(DecodeView):
     """New tokens whose latents land in their sequences' rows; implements `LatentAttentionState`."""
 
-    def __init__(self, cache: LatentCache, grouping: Grouping, cached_B: Tensor, longest: int) -> None:
-        super().__init__(cache.latents.tensors[0], grouping, cached_B, longest)
+    def __init__(self, cache: LatentCache, grouping: Grouping, cached_B: Tensor, longest: int, width: int = 1) -> None:
+        super().__init__(cache.latents.tensors[0], grouping, cached_B, longest, width)
         self._cache = cache
 
     def attend_latent(self, layer_idx: int, q_NHC: Tensor, latent_NC: Tensor, scale: float) -> Tensor:

@@ -1,6 +1,6 @@
 """Runs the decoder over prompts (prefill) and over one new token per sequence (decode).
 
-Shapes: N tokens, D hidden, P prompts, B sequences, V vocab.
+Shapes: N tokens, D hidden, P prompts, B sequences, W tokens of each, V vocab.
 """
 
 from __future__ import annotations
@@ -42,13 +42,28 @@ class Runner:
 
     def decode(self, batch: RunningBatch, grouping: Grouping) -> Tensor:
         """Feed every row's newest token; logits of the next one, [B, V]."""
+        return self.decoder.logits(self.feed(batch, grouping, batch.column(Column.TOKEN).unsqueeze(1)).hidden_ND)
+
+    def feed(self, batch: RunningBatch, grouping: Grouping, ids_BW: Tensor) -> DecoderOutput:
+        """Feed every row its newest token and given ones after it, such as drafts; N = B W, row after row.
+
+        What the batch counts stays: record the tokens that hold (`RunningBatch.record`), or count back
+        (`RunningBatch.truncate`); entries beyond a row's count are overwritten by the next step.
+
+        Args:
+            ids_BW: int64; the first column is the rows' newest tokens. The cache must have room for W - 1 tokens more
+                than the batch's longest row.
+        """
+        width = ids_BW.shape[1]
         cached_B = batch.column(Column.COUNT) - 1
-        view = self.cache.decode_view(grouping, cached_B, batch.longest)
-        positions_B = batch.column(Column.PROMPT_LENGTH) + cached_B
-        output: DecoderOutput = self.decoder(batch.column(Column.TOKEN), positions_B, view)
+        view = self.cache.decode_view(grouping, cached_B, batch.longest + width - 1, width)
+        place_N = (cached_B.unsqueeze(1) + torch.arange(width, device=self.device)).flatten()
+        positions_N = batch.column(Column.PROMPT_LENGTH).repeat_interleave(width) + place_N
+        output: DecoderOutput = self.decoder(ids_BW.flatten(), positions_N, view)
         if self.expert_log is not None:
-            self.expert_log.note_tokens(batch.sequences, cached_B, output.expert_ids)
-        return self.decoder.logits(output.hidden_ND)
+            rows = [seq for seq in batch.sequences for _ in range(width)]
+            self.expert_log.note_tokens(rows, place_N, output.expert_ids)
+        return output
 
     def score(self, sequences: SequenceOf[SequenceOf[int]]) -> list[Tensor]:
         """Log-probability of each token but the first, given those before it; nothing is cached."""

@@ -95,8 +95,8 @@ class Cache(abc.ABC):
         """Attention for whole prompts of these lengths; what it keeps lands in the prompt rows `rows`."""
 
     @abc.abstractmethod
-    def decode_view(self, grouping: Grouping, cached_B: Tensor, longest: int) -> DecodeView:
-        """Attention for one new token of each sequence; arguments as for `DecodeView`."""
+    def decode_view(self, grouping: Grouping, cached_B: Tensor, longest: int, width: int = 1) -> DecodeView:
+        """Attention for the newest tokens of each sequence; arguments as for `DecodeView`."""
 
     def bytes_for(self, prompt_rows: int, prompt_length: int, rows: int, length: int) -> int:
         """Bytes of the cache once it holds this much (lengths in tokens; 0 asks for nothing)."""

@@ -1,7 +1,8 @@
 """How prompts and new tokens attend, whatever the cache keeps of them; the views implement `AttentionState`.
 
 Shapes: N tokens, H query heads, G key-value heads, K width of queries and keys, V of values, R query heads per kv head
-(H = G R), P prompts, M most sequences of one prompt, B sequences, S cached length, T cached prompt length.
+(H = G R), P prompts, M most sequences of one prompt, B sequences, W new tokens of each, S cached length, T cached
+prompt length.
 """
 
 from __future__ import annotations
@@ -113,26 +114,28 @@ def _length_mask(lengths: Tensor, longest: int, dtype: torch.dtype) -> Tensor:
 
 
 class DecodeView:
-    """Attention for one new token of each sequence: over its prompt's row and its own row, under one softmax.
+    """Attention for the newest tokens of each sequence: over its prompt's row and its own row, under one softmax.
 
     The queries of all sequences that share a prompt meet its keys in one matmul. A cache's own view brings the keys and
-    values.
+    values. Entries beyond a sequence's length are never read, so a sequence is cut short by counting fewer of them.
 
     Args:
         store_BGSK: the sequence rows of one layer; all layers' have its shape.
         grouping: who shares which prompt.
-        cached_B: int64, tokens in each sequence's own row before this step; the new one is written there.
-        longest: upper bound of `cached_B`, plus one.
+        cached_B: int64, tokens in each sequence's own row before this step; the new ones are written from there on.
+        longest: upper bound of `cached_B`, plus `width`.
+        width: new tokens of each sequence, one sequence after the other in the batch; each sees those before it.
     """
 
-    def __init__(self, store_BGSK: Tensor, grouping: Grouping, cached_B: Tensor, longest: int) -> None:
-        self._grouping, self._longest = grouping, longest
+    def __init__(self, store_BGSK: Tensor, grouping: Grouping, cached_B: Tensor, longest: int, width: int = 1) -> None:
+        self._grouping, self._longest, self._width = grouping, longest, width
         self._batch, self._heads, self._capacity = len(cached_B), store_BGSK.shape[1], store_BGSK.shape[2]
         self._rows = self._batch * self._heads
-        cached_BG = cached_B.repeat_interleave(self._heads)
+        cached_BW = cached_B.unsqueeze(1) + torch.arange(width, device=cached_B.device)
         first_BG = torch.arange(0, self._rows * self._capacity, self._capacity, device=cached_B.device)
-        self._write_BG = first_BG + cached_BG
-        self._mask_B1S = _length_mask(cached_BG + 1, longest, store_BGSK.dtype)
+        self._write_BG = (first_BG.view(-1, 1, self._heads) + cached_BW.unsqueeze(2)).flatten()
+        lengths_BG = cached_BW.repeat_interleave(self._heads, dim=0).flatten() + 1
+        self._mask_BWS = _length_mask(lengths_BG, longest, store_BGSK.dtype).view(self._rows, width, longest)
 
     @property
     def _prompt_rows(self) -> int:
@@ -156,18 +159,24 @@ class DecodeView:
         """
         group, longest_prompt = self._grouping, self._longest_prompt
         (prompt_keys, prompt_values), (keys, values) = prompt, own
-        q_BGRK = q_NHK.reshape(self._batch, self._heads, -1, q_NHK.shape[-1])
+        q_BWGRK = q_NHK.reshape(self._batch, self._width, self._heads, -1, q_NHK.shape[-1])
+        repeats = q_BWGRK.shape[3]
+        # The tokens of a sequence stand in line with the query heads of a kv head: R is W R from here on.
+        q_BGRK = q_BWGRK.transpose(1, 2).flatten(2, 3)
+        mask_BRS = self._mask_BWS if self._width == 1 else self._mask_BWS.repeat_interleave(repeats, dim=1)
 
         prompt_scores = torch.baddbmm(group.mask_P1S, group.gather(q_BGRK), prompt_keys, alpha=scale)
-        own_scores = torch.baddbmm(self._mask_B1S, q_BGRK.flatten(0, 1), keys.transpose(1, 2), alpha=scale)
+        own_scores = torch.baddbmm(mask_BRS, q_BGRK.flatten(0, 1), keys.transpose(1, 2), alpha=scale)
         scores = (group.scatter(prompt_scores, self._heads), own_scores.view(*q_BGRK.shape[:3], -1))
         weights_BGRS = torch.cat(scores, dim=-1).softmax(dim=-1, dtype=torch.float32).to(values.dtype)
         own_out = torch.bmm(weights_BGRS[..., longest_prompt:].flatten(0, 1), values)
         prompt_out = torch.bmm(group.gather(weights_BGRS[..., :longest_prompt]), prompt_values)
-        return (own_out.view(*q_BGRK.shape[:3], -1) + group.scatter(prompt_out, self._heads)).flatten(1, 2)
+        out_BGRV = own_out.view(*q_BGRK.shape[:3], -1) + group.scatter(prompt_out, self._heads)
+        out_BWGRV = out_BGRV.unflatten(2, (self._width, repeats)).transpose(1, 2)
+        return out_BWGRV.reshape(len(q_NHK), -1, out_BGRV.shape[-1])
 
     def _append(self, cache_BGSK: Tensor, new_NGK: Tensor) -> Tensor:
-        """Write each sequence's new entry; the cached entries of every sequence and kv head, [B G, S, K]."""
+        """Write each sequence's new entries; the cached entries of every sequence and kv head, [B G, S, K]."""
         dim = new_NGK.shape[-1]
         cache_BGSK.view(-1, dim).index_copy_(0, self._write_BG, new_NGK.reshape(-1, dim))
         return cache_BGSK.flatten(0, 1)[: self._rows, : self._longest]
