@@ -19,6 +19,7 @@ OUTCOME_WORDS = {
     "wrong": "✗ wrong",
     "no_answer": "no answer found",
     "length": "cut off by the length limit",
+    "timeout": "took the grader too long",
     "error": "could not be graded",
     "graded": "graded, neither right nor wrong",
 }

@@ -18,10 +18,11 @@ __all__ = ["SymbolicResult", "SymbolicVerifier", "default_verifier"]
 
 @dataclass(frozen=True, slots=True)
 class SymbolicResult:
-    """`equal` is None when the comparison failed; `reason` then says why."""
+    """`equal` is None when the comparison failed; `reason` then says why, and `timed_out` whether it took too long."""
 
     equal: bool | None
     reason: str = ""
+    timed_out: bool = False
 
 
 class SymbolicVerifier(WorkerPool):
@@ -48,7 +49,7 @@ class SymbolicVerifier(WorkerPool):
                 "time": f"the comparison took longer than {self.timeout_s:g} s",
                 "died": "the comparison ran out of memory or crashed",
             }
-            return SymbolicResult(None, reasons[failure.kind])
+            return SymbolicResult(None, reasons[failure.kind], failure.kind == "time")
         return SymbolicResult(reply.get("equal"), reply.get("error", ""))
 
 

@@ -195,7 +195,7 @@ def read_rows(path: Any, columns: Sequence[str]) -> list[tuple[str, Mapping[str,
 
     Args:
         path: a path, or a resource of the package.
-        columns: what every row must have.
+        columns: what every row must have; "problem|question" is either of the two, and `problem` in what comes back.
 
     Raises:
         DataError: the file is missing, damaged or empty, or a row lacks a column (named, with those that are there).
@@ -223,15 +223,23 @@ def read_rows(path: Any, columns: Sequence[str]) -> list[tuple[str, Mapping[str,
                 raise bad_row(f"{where}:{number}", str(error)) from None
     if not rows:
         raise DataError("the file has no rows", where=where, expected=f"rows with {', '.join(columns)}")
-    for place, row in rows:
-        has = row if isinstance(row, Mapping) else {}
-        missing = [column for column in columns if column not in has]
-        if missing:
-            there = ", ".join(map(str, has)) or "nothing"
-            raise DataError(
-                f"the row lacks {', '.join(missing)}; it has {there}", where=place, fix="rename the columns"
-            )
-    return rows
+    return [(place, _with_columns(place, row, columns)) for place, row in rows]
+
+
+def _with_columns(place: str, row: Any, columns: Sequence[str]) -> Mapping[str, Any]:
+    has = dict(row) if isinstance(row, Mapping) else {}
+    missing = []
+    for column in columns:
+        names = column.split("|")
+        found = next((name for name in names if has.get(name) is not None), None)
+        if found is None:
+            missing.append(" or ".join(names))
+        else:
+            has[names[0]] = has[found]
+    if missing:
+        lacks = f"the row lacks {', '.join(missing)}; it has {', '.join(map(str, has)) or 'no columns'}"
+        raise DataError(lacks, where=place, fix="rename the columns")
+    return has
 
 
 def bad_row(where: str, expected: str) -> DataError:
