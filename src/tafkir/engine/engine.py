@@ -237,8 +237,7 @@ class Engine:
             can_decode=self.tokenizer is not None,
             top_logprobs=top_logprobs,
         )
-        context = len(request.prompt_ids) + len(request.prefix_ids)
-        needed = self._cache.alone(context, self._limit(request))
+        needed = self._alone(len(request.prompt_ids) + len(request.prefix_ids), self._limit(request))
         if self._cache.max_bytes is not None and needed > self._cache.max_bytes:
             raise CapacityError(
                 f"the request needs {needed} bytes of key-value cache",
@@ -246,6 +245,10 @@ class Engine:
                 expected=f"at most {self._cache.max_bytes}",
                 fix="shorten the prompt, lower max_tokens, or raise the cache limit",
             )
+
+    def _alone(self, context: int, limit: int) -> int:
+        """Bytes that a request of so many tokens takes in an empty cache."""
+        return self._cache.alone(context, limit)
 
     def add_request(self, request: Request, *, top_logprobs: int = 0, shaper: Shaper | None = None) -> None:
         """Queue a request; `step` reports its tokens.
@@ -315,12 +318,19 @@ class Engine:
         admitted = self._admit()
         if admitted:
             return self._prefill(admitted)
-        if not self._batch.num_alive:
-            return _Step()
-        self._cache.reserve(self._scheduler.row_capacity(self._batch.size), self._batch.longest)
+        return self._decode() if self._batch.num_alive else _Step()
+
+    def _decode(self) -> _Step:
+        """One step of the running sequences alone."""
+        grouping = self._make_room(1)
+        return self._sample(0, self._runner.decode(self._batch, grouping))
+
+    def _make_room(self, width: int) -> Grouping:
+        """See to it that every row may be fed its newest token and `width` - 1 more (`Runner.feed`)."""
+        self._cache.reserve(self._scheduler.row_capacity(self._batch.size), self._batch.longest + width - 1)
         if self._grouping is None:
             self._grouping = self._group()
-        return self._sample(0, self._runner.decode(self._batch, self._grouping))
+        return self._grouping
 
     def _admit(self) -> list[Sequence]:
         if not self._scheduler.waiting:
