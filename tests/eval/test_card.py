@@ -325,13 +325,13 @@ def test_the_command_writes_a_card(
     assert json.loads((tmp_path / "card-few" / "card.json").read_text())["rows"] == shown["rows"]
     assert (tmp_path / "card-few" / "card.html").read_text().startswith("<!doctype html>")
     plain = dict.fromkeys(("overrides", "name", "lengths", "depths", "samples", "needles"))
-    evaluate(str(contestants[0].path), str(recipe), runs_dir=tmp_path, as_json=True, **plain)  # type: ignore[arg-type]
+    evaluate([str(contestants[0].path)], str(recipe), runs_dir=tmp_path, as_json=True, **plain)  # type: ignore[arg-type]
     alone = json.loads(capsys.readouterr().out)
     assert alone["run"] == str(tmp_path / "few-recursive") and len(alone["rows"]) == 3
     for wrong, message in (({"task": "sudoku5"}, "problems, needle"), ({"samples": 3}, "--samples belongs to")):
         given = {"task": str(recipe), **plain, **wrong}
         with pytest.raises(RecipeError, match=message):
-            evaluate(str(contestants[0].path), runs_dir=tmp_path, as_json=True, **given)  # type: ignore[arg-type]
+            evaluate([str(contestants[0].path)], runs_dir=tmp_path, as_json=True, **given)  # type: ignore[arg-type]
 
 
 def test_a_figure_without_anything_to_draw() -> None:

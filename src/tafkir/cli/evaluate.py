@@ -1,20 +1,29 @@
-"""`tafkir eval CHECKPOINT`: scores on held-out problems, on puzzles, or on what is found in long texts."""
+"""`tafkir eval MODEL...`: scores on published tasks, on held-out problems, on puzzles, or on needles in long texts."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from tafkir.cli.serve import CacheNumbers
+from tafkir.errors import RecipeError
 
 __all__ = ["evaluate"]
 
 
 def evaluate(
-    checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder, run directory, or bundled name.")],
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME=]MODEL...",
+            help="Checkpoint folder, run directory or bundled name; with --tasks also http://host/v1#model.",
+            show_default=False,
+        ),
+    ] = None,
     task: Annotated[
         str,
         typer.Option(
@@ -26,12 +35,12 @@ def evaluate(
         list[str] | None,
         typer.Option("--set", metavar="PATH=VALUE", help="Set one value of the recipe `eval`, such as eval.samples=8."),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the run directory.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run directory; with --tasks: eval.")] = None,
     runs_dir: Annotated[Path, typer.Option(envvar="TAFKIR_RUNS_DIR", help="Where run directories are made.")] = Path(
         "runs"
     ),
     kv_cache: Annotated[
-        CacheNumbers, typer.Option("--kv-cache", help="Numbers of the cache; for problems and needle.")
+        CacheNumbers, typer.Option("--kv-cache", help="Numbers of the cache; not for puzzles.")
     ] = CacheNumbers.AUTO,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
     lengths: Annotated[
@@ -42,40 +51,184 @@ def evaluate(
         str | None, typer.Option(help="Needle: where the number stands, 0 to 1.", show_default="0,0.25,0.5,0.75,1")
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Needle: texts for each length and depth.", show_default="20")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Answers an item. Needle: texts for each length and depth.",
+            show_default="the task's own; needle 20",
+        ),
     ] = None,
     needles: Annotated[
         int | None, typer.Option(min=1, help="Needle: named numbers in each text.", show_default="4")
     ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the published tasks, and end.")] = False,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Published tasks and one's own: gsm8k,math500,mine.py,rows.jsonl:number (see --list)."),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[TASK=]PATH", help="Data of a task that is not in the package: a file or a folder."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the one results file; answers in it are kept.", show_default="RUNS_DIR/NAME"),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=0, help="Only the first so many items of each task; 0 is all.")] = 0,
+    seed: Annotated[int, typer.Option(help="From which the seeds of all answers are derived.")] = 0,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="0 is greedy.", show_default="the task's own")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, show_default="the task's own")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens of an answer.", show_default="the task's own")
+    ] = None,
+    until_settled: Annotated[
+        float | None,
+        typer.Option(
+            metavar="WIDTH",
+            min=0.0,
+            help="One more answer an item, until the 95 % interval is no wider (0.05: five points) or --samples is "
+            "reached.",
+        ),
+    ] = None,
+    curve: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Accuracy with so many tokens an answer, from stored text.")
+    ] = None,
+    fail_on_error: Annotated[bool, typer.Option(help="Exit with 1 where an answer failed.")] = False,
+    max_total_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Budget of this call: tokens of prompts and answers.")
+    ] = None,
+    max_seconds: Annotated[float | None, typer.Option(min=0.0, help="Budget of this call: wall time.")] = None,
+    max_cost: Annotated[float | None, typer.Option(min=0.0, help="Budget of this call: money; needs --price.")] = None,
+    price: Annotated[
+        str | None, typer.Option(metavar="IN,OUT", help="Of a million prompt tokens, and of a million others.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at an endpoint at once.")] = 32,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that an endpoint may take for one answer.")] = 3600,
+    retries: Annotated[int, typer.Option(min=0, help="Further attempts of a request that failed.")] = 5,
+    api_key_env: Annotated[
+        str, typer.Option(help="Environment variable with the key of endpoints.")
+    ] = "OPENAI_API_KEY",
+    extra_body: Annotated[
+        str | None, typer.Option(metavar="JSON", help="Added to every request: '{\"top_k\": 20}'.")
+    ] = None,
 ) -> None:
-    """Score a checkpoint on held-out problems, on puzzles, or on what it finds in long texts.
+    """Score models on published tasks, on held-out problems, on puzzles, or on what they find in long texts.
 
-    Answers, scores and a report go to a run directory of their own; a killed evaluation goes on from there.
+    Answers and scores go to a run directory; the same command goes on where it was stopped.
+
+        tafkir eval --list
+
+        tafkir eval base-tiny runs/mine http://127.0.0.1:8000/v1#m --tasks gsm8k,svamp --limit 100
+
+    With --tasks, all models and tasks share one results file: samples.jsonl, a line an answer. Answers that failed
+    are no zeros: they are shown, and asked for again by the next call. docs/evaluation.md tells more.
     """
-    of_needle = {"lengths": lengths, "depths": depths, "samples": samples, "num_needles": needles}
-    given = {key: value for key, value in of_needle.items() if value is not None}
+    given_models = models or []
+    if list_:
+        from tafkir.cli.eval_tasks import show_tasks
+
+        show_tasks(as_json)
+        return
+    of_tasks = {
+        "data": data, "out": out, "limit": limit, "seed": seed, "temperature": temperature, "top_p": top_p,
+        "max_tokens": max_tokens, "until_settled": until_settled, "curve": curve, "max_total_tokens": max_total_tokens,
+        "max_seconds": max_seconds, "max_cost": max_cost, "price": price, "fail_on_error": fail_on_error,
+        "extra_body": extra_body,
+    }  # fmt: skip
+    of_needle = {"lengths": lengths, "depths": depths, "num_needles": needles}
+    if tasks is not None:
+        of_others = {"set": overrides, **of_needle, "task": task != "problems"}
+        _refuse([name for name, value in of_others.items() if value], "without --tasks")
+        _tasks(
+            given_models,
+            tasks,
+            {**of_tasks, "out": out or runs_dir / (name or "eval"), "samples": samples, "as_json": as_json,
+             "concurrency": concurrency, "timeout": timeout, "retries": retries, "api_key_env": api_key_env,
+             "kv_cache": kv_cache.value},
+        )  # fmt: skip
+        return
+    _refuse([name for name, value in of_tasks.items() if value], "to --tasks")
+    if len(given_models) != 1:
+        raise RecipeError(f"{len(given_models)} models given", where="eval", expected="one, or --tasks for several")
+    checkpoint = given_models[0]
+    given = {key: value for key, value in {**of_needle, "samples": samples}.items() if value is not None}
     if task == "needle":
-        _refuse(overrides, "--set", "problems")
+        _refuse(["set"] if overrides else [], "to --task problems")
         _needle(checkpoint, given, name, runs_dir, as_json, kv_cache)
         return
-    _refuse(given, ", ".join(f"--{key.removeprefix('num_')}" for key in given), "needle")
+    _refuse(list(given), "to --task needle")
     if task != "problems":
         from tafkir.cli.card import show_card
 
-        _refuse(overrides, "--set", "problems")
-        _refuse(kv_cache is not CacheNumbers.AUTO, "--kv-cache", "problems")
+        _refuse(["set"] if overrides else [], "to --task problems")
+        _refuse(["kv-cache"] if kv_cache is not CacheNumbers.AUTO else [], "to --task problems")
         show_card([checkpoint], task, name=name, runs_dir=runs_dir, as_json=as_json)
     else:
         chosen = [] if kv_cache is CacheNumbers.AUTO else [f"eval.kv_cache={json.dumps(kv_cache.value)}"]
         _problems(checkpoint, [*chosen, *(overrides or [])], name, runs_dir, as_json)
 
 
-def _refuse(given: object, options: str, task: str) -> None:
-    """Refuse options of another task than the one asked for."""
-    from tafkir.errors import RecipeError
-
+def _refuse(given: Sequence[str], where: str) -> None:
+    """Refuse options that belong elsewhere."""
     if given:
-        raise RecipeError(f"{options} belongs to --task {task}", where="eval", fix=f"add --task {task}")
+        options = ", ".join(f"--{name.removeprefix('num_').replace('_', '-')}" for name in given)
+        verb = "belongs" if len(given) == 1 else "belong"
+        raise RecipeError(f"{options} {verb} {where}", where="eval", fix="see tafkir eval --help")
+
+
+def _tasks(models: Sequence[str], names: str, given: Mapping[str, Any]) -> None:
+    """Published tasks and one's own, by any number of models."""
+    from tafkir.cli.eval_tasks import Ending, Models, evaluate_tasks, load_tasks
+    from tafkir.eval.endpoint import EndpointOptions
+    from tafkir.eval.harness import Budget, EvalSettings
+
+    budget = Budget(given["max_total_tokens"], given["max_seconds"], given["max_cost"], _prices(given))
+    options = EndpointOptions(
+        given["concurrency"], given["timeout"], given["retries"], extra_body=_object(given["extra_body"])
+    )
+    limits = (budget.max_tokens, budget.max_seconds, budget.max_cost)
+    evaluate_tasks(
+        models,
+        load_tasks(names, given["data"] or ()),
+        EvalSettings(
+            samples=given["samples"],
+            limit=given["limit"],
+            seed=given["seed"],
+            temperature=given["temperature"],
+            top_p=given["top_p"],
+            max_tokens=given["max_tokens"],
+            until_settled=given["until_settled"],
+        ),
+        budget,
+        Models(options, given["api_key_env"], given["kv_cache"], stops_early=any(limit for limit in limits)),
+        Ending(
+            _numbers(given["curve"], int, "--curve") if given["curve"] else (), given["fail_on_error"], given["as_json"]
+        ),
+        given["out"],
+    )
+
+
+def _prices(given: Mapping[str, Any]) -> tuple[float, float]:
+    if given["price"] is None:
+        if given["max_cost"] is not None:
+            raise RecipeError("a budget of money needs prices", where="--max-cost", fix="add --price IN,OUT")
+        return 0.0, 0.0
+    prices = _numbers(given["price"], float, "--price")
+    if len(prices) != 2:
+        raise RecipeError(f"{len(prices)} prices", where="--price", expected="two: of prompt and of answer tokens")
+    return prices[0], prices[1]
+
+
+def _object(text: str | None) -> dict[str, Any]:
+    try:
+        value = json.loads(text) if text else {}
+    except ValueError as error:
+        raise RecipeError(f"not JSON ({error})", where="--extra-body", expected='an object: {"top_k": 20}') from None
+    if not isinstance(value, dict):
+        raise RecipeError("no JSON object", where="--extra-body", expected='such as {"top_k": 20}')
+    return value
 
 
 def _problems(checkpoint: str, overrides: list[str], name: str | None, runs_dir: Path, as_json: bool) -> None:
@@ -137,8 +290,6 @@ def _needle(
 
 def _numbers(text: str, kind: type[int] | type[float], option: str) -> tuple[float, ...]:
     """The numbers of an option, separated by commas."""
-    from tafkir.errors import RecipeError
-
     try:
         return tuple(kind(part) for part in text.split(","))
     except ValueError as error:

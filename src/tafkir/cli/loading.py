@@ -25,6 +25,7 @@ _PLACES = {
     "bench": "bench.app",
     "eval": "evaluate.evaluate",
     "compare": "compare.compare",
+    "regrade": "regrade.regrade",
     "card": "card.card",
     "report": "report.report",
     "merge": "merge.merge",

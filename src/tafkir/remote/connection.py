@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
 from typing import Any, Literal
 
 import httpx
 
 from tafkir.errors import RolloutError
 
-__all__ = ["Connection", "FailureKind", "TransientError"]
+__all__ = ["Connection", "FailureKind", "NotJsonError", "StatusError", "TransientError"]
 
 FailureKind = Literal["down", "late", "busy", "aborted"]
 
@@ -27,11 +28,27 @@ class TransientError(RolloutError):
     Attributes:
         kind: "down" (no connection, or it broke), "late" (no whole answer in time), "busy" (an HTTP status that says
             so), "aborted" (the server gave the request up).
+        pause_s: how long the server asks to wait (`Retry-After`); 0 where it does not say.
     """
 
-    def __init__(self, kind: FailureKind, what: str, *, where: str, fix: str | None = None) -> None:
+    def __init__(
+        self, kind: FailureKind, what: str, *, where: str, fix: str | None = None, pause_s: float = 0.0
+    ) -> None:
         super().__init__(what, where=where, fix=fix)
         self.kind: FailureKind = kind
+        self.pause_s = pause_s
+
+
+class StatusError(RolloutError):
+    """The server refuses a request, and will again."""
+
+    def __init__(self, status: int, what: str, *, where: str, fix: str | None = None) -> None:
+        super().__init__(what, where=where, fix=fix)
+        self.status = status
+
+
+class NotJsonError(RolloutError):
+    """The server answers something else than JSON, such as the page of a proxy."""
 
 
 class Connection:
@@ -42,14 +59,22 @@ class Connection:
         timeout_s: how long an exchange may take from its start to the last byte of the answer.
         max_concurrency: most connections that stay open.
         api_key: sent as a bearer token.
+        through_proxy: take the machine's proxy settings, which are for servers on the outside.
     """
 
-    def __init__(self, url: str, *, timeout_s: float, max_concurrency: int = 64, api_key: str | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_s: float,
+        max_concurrency: int = 64,
+        api_key: str | None = None,
+        through_proxy: bool = False,
+    ) -> None:
         self.url, self.timeout_s = url.rstrip("/"), timeout_s
         limits = httpx.Limits(max_connections=max_concurrency + 4, max_keepalive_connections=max_concurrency + 4)
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        # The machine's proxy settings are for the outside; rollout servers are named in the recipe.
-        self._client = httpx.Client(base_url=self.url, limits=limits, headers=headers, trust_env=False)
+        self._client = httpx.Client(base_url=self.url, limits=limits, headers=headers, trust_env=through_proxy)
 
     def get(self, path: str, *, timeout_s: float | None = None) -> Any:
         """The JSON at a path; see `post` for the errors."""
@@ -95,23 +120,38 @@ class Connection:
                 where=where,
                 fix="look whether the server still runs",
             ) from error
-        return _read(response.status_code, content, where)
+        return _read(response, content, where)
 
 
-def _read(status: int, content: bytes, where: str) -> Any:
+def _read(response: httpx.Response, content: bytes, where: str) -> Any:
+    status = response.status_code
     try:
         answer = json.loads(content) if content.strip() else None
     except ValueError:
         answer = content.decode("utf-8", "replace")
         if status < 400:
-            raise RolloutError(
+            raise NotJsonError(
                 f"the answer is not JSON: {answer[:_SHOWN]!r}", where=where, fix="is this the server's address?"
             ) from None
     if status in _BUSY:
-        raise TransientError("busy", f"status {status}: {_message(answer)}", where=where)
+        what = f"status {status}: {_message(answer)}"
+        raise TransientError("busy", what, where=where, pause_s=_retry_after(response))
     if status >= 400:
-        raise RolloutError(f"status {status}: {_message(answer)}", where=where, fix=_hint(status))
+        raise StatusError(status, f"status {status}: {_message(answer)}", where=where, fix=_hint(status))
     return answer
+
+
+def _retry_after(response: httpx.Response) -> float:
+    """Seconds that the server asks to wait, given as a number or as a date; 0 where it says neither."""
+    said = response.headers.get("retry-after", "")
+    try:
+        return max(0.0, float(said))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
+    except ValueError:
+        return 0.0
 
 
 def _message(answer: Any) -> str:
