@@ -63,7 +63,8 @@ class Verdict:
 
     "graded" is an answer that is better or worse, not right or wrong: its reward says all. "timeout" is a comparison
     that took the grader too long, "length" an answer that the length limit cut off. `failure` names in a word
-    what went wrong in the grader itself, such as "sandbox" or "time"; it is empty where nothing did.
+    what went wrong in the grader itself, such as "sandbox" or "time"; it is empty where nothing did. `sandbox` is the
+    tier that a program of the answer ran in ("bwrap", "rlimit", "remote"), empty where none ran.
     """
 
     outcome: Outcome
@@ -72,6 +73,7 @@ class Verdict:
     expected: str
     reason: str = ""
     failure: str = ""
+    sandbox: str = ""
 
     @property
     def correct(self) -> bool:

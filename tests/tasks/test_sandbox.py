@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -11,17 +12,22 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Iterator
+from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tafkir.errors import BackendUnavailable
+from tafkir.errors import BackendUnavailable, TafkirError
 from tafkir.records import Example
+from tafkir.tasks import bubblewrap as bubblewrap_module
 from tafkir.tasks import sandbox as sandbox_module
 from tafkir.tasks.code import CodeProblems, bundled_problems, extract_program, same_value
-from tafkir.tasks.sandbox import CallResult, Sandbox
+from tafkir.tasks.sandbox import CallResult, Limits, Sandbox, open_sandbox
 from tafkir.tasks.sandbox_program import decode, encode
+from tafkir.tasks.sandbox_remote import RemoteSandbox
 from tafkir.tasks.syscalls import build_filter
 
 
@@ -42,7 +48,7 @@ SQUARE = Example(
 
 @pytest.fixture(scope="module")
 def task() -> CodeProblems:
-    return CodeProblems(sandbox=Sandbox(timeout_s=1.0, memory_bytes=256 << 20))
+    return CodeProblems(sandbox=Sandbox(limits=Limits(timeout_s=1.0, memory_bytes=256 << 20)))
 
 
 def block(program: str) -> str:
@@ -128,9 +134,14 @@ def test_a_right_program_passes_whatever_it_prints(task: CodeProblems) -> None:
     assert task.grade(SQUARE, "<think>\nmultiply\n</think>\ndef square(n): return n ** 2").correct
 
 
+@cache
+def warm() -> Sandbox:
+    return Sandbox()
+
+
 def call(program: str, *arguments: Any, timeout_s: float = 1.0) -> tuple[str, Any]:
-    sandbox = Sandbox(timeout_s=timeout_s, memory_bytes=256 << 20)
-    result = sandbox.run(textwrap.dedent(program), "f", [arguments])
+    limits = Limits(timeout_s=timeout_s, memory_bytes=256 << 20)
+    result = warm().run(textwrap.dedent(program), "f", [arguments], limits)
     if result.ending == "finished":
         return result.calls[0].error or "returned", result.calls[0].value
     return result.ending, result.detail
@@ -202,26 +213,72 @@ def test_files_and_network_are_out_of_reach(tmp_path: Path) -> None:
         import os, sys
         def f():
             folders = [folder + '/' + name for folder in ['/', '/usr', *sys.path] if os.path.isdir(folder)
-                       for name in ['.', *os.listdir(folder)]]
+                       for name in ['.', *os.listdir(folder)] if name != 'tmp']
             for folder in folders:
                 try: open(folder + '/x', 'w')
                 except OSError: continue
                 return folder
         """
     assert call(write) == ("returned", None)
+    for link in ("/tmp/x", "/x"):
+        follow = "import os\ndef f(target, link):\n    os.symlink(target, link)\n    return open(link).read()"
+        assert call(follow, str(secret), link)[0].startswith(("FileNotFoundError", "OSError: [Errno 30]")), link
+    assert call("import os\ndef f(): return os.listdir('/tmp')") == ("returned", []), (
+        "the link is gone with its sandbox"
+    )
+    fill = """
+        def f():
+            try:
+                for n in range(9): open(f'/tmp/{n}', 'w').write('x' * (5 << 20))
+            except OSError as error: return n, error.errno
+        """
+    assert call(fill) == ("returned", (3, 28))
     connect = "import socket\ndef f(): socket.create_connection(('1.1.1.1', 80), timeout=1)"
     assert call(connect)[0].startswith(("PermissionError", "OSError"))
     environment = "import os\ndef f(): return dict(os.environ)"
-    assert set(call(environment)[1]) <= {"PYTHONHASHSEED", "PWD", "LC_CTYPE"}
+    assert set(call(environment)[1]) <= {"PYTHONHASHSEED", "PWD", "LC_CTYPE", "TMPDIR", "OPENBLAS_NUM_THREADS"}
     assert call("def f():\n    import tafkir")[0].startswith("ModuleNotFoundError")
-    kill = """
-        import os, signal
+
+
+@needs_bwrap
+def test_the_server_of_a_sandbox_is_out_of_its_programs_reach() -> None:
+    attack = """
+        import ctypes, os, resource, signal
         def f():
-            os.kill(1, signal.SIGKILL)
-            os.kill(os.getppid(), signal.SIGKILL)
-            return os.getuid()
+            parent, libc, failed = os.getppid(), ctypes.CDLL(None, use_errno=True), []
+            for harm in (lambda: os.kill(1, 9), lambda: os.kill(parent, 9), lambda: os.kill(0, 15),
+                         lambda: os.killpg(1, 9), lambda: os.sched_setaffinity(parent, [0]),
+                         lambda: os.setpriority(os.PRIO_PROCESS, parent, 19),
+                         lambda: resource.prlimit(parent, resource.RLIMIT_CPU, (0, 0))):
+                try: harm()
+                except OSError as error: failed.append(error.errno)
+            # ptrace, pidfd_open, pidfd_getfd, process_vm_writev, memfd_create, shmget
+            for number in (101, 434, 438, 311, 319, 29) if os.uname().machine == 'x86_64' else ():
+                failed.append(ctypes.get_errno() if libc.syscall(number, parent, 0, 0, 0, 0, 0) == -1 else 0)
+            return failed, os.getuid(), sorted(os.listdir('/proc')) if os.path.exists('/proc') else []
         """
-    assert call(kill) in (("returned", 65534), ("died", "ended its process (exit code 137)"))
+    ending, (errors, uid, processes) = call(attack)
+    assert (ending, set(errors), uid, processes) == ("returned", {1}, 65534, [])
+    assert call(attack)[0] == "returned"
+
+
+@needs_bwrap
+def test_an_interpreter_is_used_again_only_as_it_was() -> None:
+    sandbox = Sandbox(limits=Limits(timeout_s=1.0, call_s=0.2))
+    count = "n = 0\ndef f():\n    global n\n    n += 1\n    return n, __import__('os').getppid()"
+    first, second = sandbox.run(count, "f", [()]), sandbox.run(count, "f", [(), ()])
+    assert [call.value[0] for call in (*first.calls, *second.calls)] == [1, 1, 2]
+    (server,) = sandbox._idle
+    assert sandbox.run("def f():\n    while True: pass", "f", [()]).ending == "time"
+    assert sandbox._idle == [server], "a call that its own alarm ended leaves nothing behind"
+    for spoil in ("open('/tmp/x', 'w')", "os.chmod('/tmp', 0)", "time.sleep(9)", "os.write(3, b'x' * 300000)"):
+        sandbox.run(f"import os, time\n{spoil}", "f", [()], Limits(timeout_s=0.2))
+        assert server not in sandbox._idle, spoil
+        assert sandbox.run(count, "f", [()]).calls[0].value[0] == 1
+        (server,) = sandbox._idle
+    os.kill(server._process.pid, 9)
+    assert sandbox.run(count, "f", [()]).ending == "finished", "one that died in the meantime is replaced"
+    sandbox.close()
 
 
 @needs_bwrap
@@ -254,11 +311,11 @@ def _bwraps() -> set[str]:
 
 def test_without_bubblewrap_it_is_refused_and_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    sandbox_module._bwrap_command.cache_clear()
-    with pytest.raises(BackendUnavailable, match=r"bwrap.*not installed.*apt install bubblewrap.*sandbox = .none"):
+    bubblewrap_module.bwrap_command.cache_clear()
+    with pytest.raises(BackendUnavailable, match=r"bwrap.*not installed.*apt install bubblewrap.*the tier rlimit"):
         CodeProblems()
     monkeypatch.undo()
-    sandbox_module._bwrap_command.cache_clear()
+    bubblewrap_module.bwrap_command.cache_clear()
 
 
 def test_a_sandbox_that_does_not_work_is_refused_with_what_it_said(
@@ -268,7 +325,7 @@ def test_a_sandbox_that_does_not_work_is_refused_with_what_it_said(
     broken.write_text("#!/bin/sh\necho 'bwrap: setting up uid map: Permission denied' >&2\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setattr(shutil, "which", lambda _: str(broken))
-    for cached in (sandbox_module._bwrap_command, sandbox_module._probe):
+    for cached in (bubblewrap_module.bwrap_command, sandbox_module._probe):
         cached.cache_clear()
     with pytest.raises(BackendUnavailable, match=r"does not work here: .*uid map: Permission denied.*user namespaces"):
         Sandbox()
@@ -282,12 +339,12 @@ def test_a_sandbox_that_does_not_work_is_refused_with_what_it_said(
     verdict = CodeProblems(sandbox=gone).grade(SQUARE, block("def square(n): return n * n"))
     assert verdict.is_ungraded and "the sandbox cannot be started: " in verdict.reason and "bwrap" in verdict.reason
     monkeypatch.undo()
-    for cached in (sandbox_module._bwrap_command, sandbox_module._probe):
+    for cached in (bubblewrap_module.bwrap_command, sandbox_module._probe):
         cached.cache_clear()
 
 
 def test_without_a_sandbox_limits_still_hold(tmp_path: Path) -> None:
-    sandbox = Sandbox("none", timeout_s=0.3, memory_bytes=256 << 20)
+    sandbox = Sandbox("rlimit", Limits(timeout_s=0.3, memory_bytes=256 << 20))
     assert sandbox.run("def f(n): return n + 1", "f", [(1,), (2,)]).calls == (CallResult(2), CallResult(3))
     assert sandbox.run("def f():\n    while True: pass", "f", [()]).ending == "time"
     assert sandbox.run("def f(): return bytearray(1 << 30)", "f", [()]).calls[0].error == "MemoryError"
@@ -295,12 +352,89 @@ def test_without_a_sandbox_limits_still_hold(tmp_path: Path) -> None:
     assert "File too large" in sandbox.run(write, "f", [(str(tmp_path / "x"),)]).calls[0].error
 
 
+def test_only_who_says_so_gets_less_than_a_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TafkirError, match=r"rlimit protects nothing but memory and time.*--unsafe"):
+        open_sandbox("rlimit")
+    assert open_sandbox("rlimit", unsafe=True).tier == "rlimit"
+    monkeypatch.delenv("TAFKIR_SANDBOX_URL", raising=False)
+    with pytest.raises(TafkirError, match=r"remote needs the address.*TAFKIR_SANDBOX_URL"):
+        open_sandbox("remote")
+    with pytest.raises(TafkirError, match="no sandbox 'docker'"):
+        open_sandbox("docker")  # type: ignore[arg-type]
+
+
+class Fusion(BaseHTTPRequestHandler):
+    """SandboxFusion's `POST /run_code` as its documentation has it, for Python, by a process of its own."""
+
+    broken: tuple[int, bytes] | None = None
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        assert self.path == "/run_code" and body["language"] == "python"
+        status, content = type(self).broken or (200, json.dumps(self.execute(body)).encode())
+        self.send_response(status)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def execute(self, body: dict[str, Any]) -> dict[str, Any]:
+        command = [sys.executable, "-c", body["code"]]
+        try:
+            done = subprocess.run(
+                command, input=body["stdin"], capture_output=True, text=True, timeout=body["run_timeout"]
+            )
+        except subprocess.TimeoutExpired as late:
+            said = (late.stdout or b"").decode()
+            result = {"status": "TimeLimitExceeded", "execution_time": body["run_timeout"], "return_code": None}
+            return {"status": "Failed", "message": "", "run_result": result | {"stdout": said, "stderr": ""}}
+        result = {"status": "Finished", "execution_time": 0.1, "return_code": done.returncode}
+        result |= {"stdout": done.stdout, "stderr": done.stderr}
+        return {"status": "Failed" if done.returncode else "Success", "message": "", "run_result": result}
+
+    def log_message(self, *_: Any) -> None:
+        return
+
+
+@pytest.fixture
+def fusion() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Fusion)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    Fusion.broken = None
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_remote_tier_says_what_the_others_say(fusion: str) -> None:
+    sandbox = RemoteSandbox(fusion, Limits(timeout_s=0.5, memory_bytes=256 << 20))
+    task = CodeProblems(sandbox=sandbox)
+    right = task.grade(SQUARE, block("print('passed')\ndef square(n): return n * n"))
+    assert right.correct and right.sandbox == "remote"
+    for name in ("an object that equals everything", "printed verdicts", "an exit after one answer"):
+        verdict = task.grade(SQUARE, block(FORGERIES[name]))
+        assert (verdict.outcome, verdict.sandbox) == ("wrong", "remote"), name
+    assert sandbox.run("import time\ndef f(): time.sleep(99)", "f", [()]).ending == "time"
+    assert sandbox.run("x = [0] * (1 << 29)", "f", [()]).ending == "memory"
+    for broken in ((500, b"busy"), (200, b"<html>"), (200, b'{"status": "SandboxError", "message": "no room"}')):
+        Fusion.broken = broken
+        verdict = task.grade(SQUARE, block("def square(n): return n * n"))
+        assert verdict.is_ungraded and verdict.outcome == "error", broken
+    assert "no room" in verdict.reason
+
+
 def test_the_filter_is_a_seccomp_program() -> None:
-    for machine, denied in (("x86_64", (56, 41, 425)), ("aarch64", (220, 198, 425))):
+    for machine, denied in (("x86_64", (56, 41, 425, 62)), ("aarch64", (220, 198, 425, 129))):
         program = build_filter(machine)
         assert program is not None and len(program) % 8 == 0
         assert _run_filter(program, machine, 1 if machine == "x86_64" else 64) == 0x7FFF0000  # write
         assert all(_run_filter(program, machine, number) == 0x00050001 for number in denied)
+        serving = build_filter(machine, server=True)
+        assert serving is not None
+        forked, limited = (56, 302) if machine == "x86_64" else (220, 261)
+        assert _run_filter(serving, machine, forked) == _run_filter(serving, machine, limited, 7) == 0x7FFF0000
+        assert _run_filter(serving, machine, denied[1]) == 0x00050001
+        assert _run_filter(program, machine, limited, 7) == 0x00050001, "another process"
+        assert _run_filter(program, machine, limited, 0) == 0x7FFF0000, "itself"
         assert _run_filter(program, machine, 435) == 0x00050000 | 38
         assert _run_filter(program, "other", 1) == 0x80000000
         assert _run_filter(program, machine, 0x40000001) == 0x80000000
@@ -308,7 +442,7 @@ def test_the_filter_is_a_seccomp_program() -> None:
     assert platform.machine() not in ("x86_64", "aarch64") or build_filter() == build_filter(platform.machine())
 
 
-def _run_filter(program: bytes, machine: str, number: int) -> int:
+def _run_filter(program: bytes, machine: str, number: int, argument: int = 0) -> int:
     """A classic-BPF machine for the four instructions that filters here are made of."""
     arch = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}.get(machine, 1)
     at, register = 0, 0
@@ -316,7 +450,7 @@ def _run_filter(program: bytes, machine: str, number: int) -> int:
         code, true, false, value = struct.unpack_from("=HBBI", program, 8 * at)
         at += 1
         if code == 0x20:
-            register = {0: number, 4: arch}[value]
+            register = {0: number, 4: arch, 16: argument}[value]
         elif code == 0x06:
             return int(value)
         else:
@@ -325,15 +459,33 @@ def _run_filter(program: bytes, machine: str, number: int) -> int:
 
 
 @pytest.mark.parametrize(
-    "value", [None, True, 3, -(10**30), 0.5, "سلام", [1, [2]], (1, (2,)), {1, 2}, frozenset("a"), {"a": [1], 2: None}]
+    "value",
+    [
+        None,
+        True,
+        3,
+        -(10**30),
+        1 + 2j,
+        0.5,
+        "سلام",
+        [1, [2]],
+        (1, (2,)),
+        {1, 2},
+        frozenset("a"),
+        {"a": [1], 2: None},
+    ],
 )
 def test_plain_values_go_through_unchanged(value: Any) -> None:
     found = decode(encode(value))
     assert found == value and type(found) is type(value)
 
 
+def test_a_number_longer_than_python_prints_goes_through() -> None:
+    assert decode(json.loads(json.dumps(encode([7**9000])))) == [7**9000]
+
+
 def test_other_values_are_refused() -> None:
-    for value in (object(), 1j, b"x", [object()], type("Int", (int,), {})(3)):
+    for value in (object(), b"x", [object()], type("Int", (int,), {})(3)):
         with pytest.raises(TypeError, match="a value of type"):
             encode(value)
 

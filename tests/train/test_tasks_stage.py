@@ -72,12 +72,10 @@ def test_word_problems_keep_their_place_in_a_mixture(tokenizer: Tokenizer) -> No
 
 def test_code_says_in_the_recipe_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(
-        Sandbox, "__init__", lambda self, kind="bwrap", *, timeout_s=5.0, **_: seen.append((kind, timeout_s))
-    )
+    monkeypatch.setattr(Sandbox, "__init__", lambda self, tier, limits: seen.append((tier, limits.timeout_s)))
     TaskMixture([TaskConfig(kind="code")])
-    TaskMixture([TaskConfig(kind="code", sandbox="none", timeout_s=2.0)])
-    assert seen == [("bwrap", 5.0), ("none", 2.0)]
+    TaskMixture([TaskConfig(kind="code", sandbox="rlimit", timeout_s=2.0)])
+    assert seen == [("bwrap", 5.0), ("rlimit", 2.0)]
 
 
 def test_a_level_rises_when_it_is_passed_and_the_state_brings_it_back() -> None:
@@ -128,7 +126,7 @@ def test_only_problems_inside_the_band_stay_and_the_rates_are_measured_once(tmp_
         ('rlvr.tasks=[{kind="sudoku", difficulty=[7]}]', "sudoku has levels 1 to 6, not 7"),
         ('rlvr.tasks=[{kind="sudoku", difficulty=[2, 1]}]', "in rising order"),
         ('rlvr.tasks=[{kind="maze"}, {kind="maze"}]', "maze stands there twice"),
-        ('rlvr.tasks=[{kind="maze", sandbox="none"}]', "maze runs no programs"),
+        ('rlvr.tasks=[{kind="maze", sandbox="rlimit"}]', "maze runs no programs"),
         ('rlvr.tasks=[{kind="maze", wieght=1.0}]', "did you mean rlvr.tasks.weight?"),
         ("rlvr.tasks=[{weight=1.0}]", "rlvr.tasks.kind: missing key"),
         ("rlvr.pass_rate={low=0.9, high=0.1}", "low=0.9 is above high=0.1"),

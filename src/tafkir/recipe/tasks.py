@@ -46,8 +46,10 @@ class TaskConfig(Table):
     difficulty: tuple[Positive, ...] = Field(
         (1,), min_length=1, description="Levels that problems are drawn from, 1 being the easiest."
     )
-    sandbox: Literal["bwrap", "none"] = Field(
-        "bwrap", description="Where code runs: under bubblewrap, or, at your own risk, with your own rights (none)."
+    sandbox: Literal["bwrap", "rlimit", "remote"] = Field(
+        "bwrap",
+        description="Where code runs: under bubblewrap; at your own risk with your own rights and limits alone "
+        "(rlimit); or on the SandboxFusion server of $TAFKIR_SANDBOX_URL (remote).",
     )
     timeout_s: float = Field(5.0, gt=0, description="Computing time that a program of kind code may take.")
 

@@ -16,9 +16,9 @@ from typing import Any
 from tafkir.errors import DataError
 from tafkir.records import Example, Message, Outcome, Split, Verdict
 from tafkir.tasks.answers import extract_text
-from tafkir.tasks.sandbox import ProgramResult, Sandbox
+from tafkir.tasks.sandbox import Limits, ProgramResult, ProgramRunner, Sandbox
 
-__all__ = ["CodeProblems", "bundled_problems", "extract_program", "same_value"]
+__all__ = ["CodeProblems", "bundled_problems", "extract_program", "run_twice", "same_value", "shorten"]
 
 MAX_PROGRAM_LENGTH = 20_000
 _TOLERANCE = 1e-6
@@ -98,11 +98,11 @@ class CodeProblems:
         problems: Sequence[Example] | None = None,
         *,
         levels: Sequence[int] = (1, 2, 3),
-        sandbox: Sandbox | None = None,
+        sandbox: ProgramRunner | None = None,
     ) -> None:
         self.problems = bundled_problems() if problems is None else tuple(problems)
         self.levels = tuple(levels)
-        self.sandbox = sandbox or Sandbox()
+        self.sandbox: ProgramRunner = sandbox or Sandbox()
 
     @property
     def name(self) -> str:
@@ -138,13 +138,18 @@ class CodeProblems:
         tests = _read_tests(example.extra["tests"])
         entry = example.extra["entry"]
         calls = [arguments for arguments, _ in tests]
-        result = self.sandbox.run(program, entry, calls)
-        if result.ending == "sandbox":  # a machine that is short of processes for a moment is not worth a reward
-            result = self.sandbox.run(program, entry, calls)
-        if result.ending == "sandbox":
-            return replace(_verdict(example, "error", program, result.detail), failure="sandbox")
-        outcome, reason = _compare(entry, tests, result)
-        return _verdict(example, outcome, program, reason)
+        result = run_twice(self.sandbox, program, entry, calls)
+        outcome, reason = ("error", result.detail) if result.ending == "sandbox" else _compare(entry, tests, result)
+        failure = "sandbox" if result.ending == "sandbox" else ""
+        return replace(_verdict(example, outcome, program, reason), failure=failure, sandbox=self.sandbox.tier)
+
+
+def run_twice(
+    sandbox: ProgramRunner, program: str, entry: str, calls: Sequence[tuple[Any, ...]], limits: Limits | None = None
+) -> ProgramResult:
+    """Run a program, and again where the sandbox failed: a machine short of processes for a moment costs no answer."""
+    result = sandbox.run(program, entry, calls, limits)
+    return sandbox.run(program, entry, calls, limits) if result.ending == "sandbox" else result
 
 
 def _compare(entry: str, tests: Sequence[tuple[tuple[Any, ...], Any]], result: ProgramResult) -> tuple[Outcome, str]:
@@ -153,14 +158,19 @@ def _compare(entry: str, tests: Sequence[tuple[tuple[Any, ...], Any]], result: P
         if call.error:
             return "wrong", f"{where} raised {call.error}"
         if not same_value(expected, call.value):
-            return "wrong", f"{where} gave {_shorten(repr(call.value))} instead of {expected!r}"
+            return "wrong", f"{where} gave {shorten(call.value)} instead of {expected!r}"
     if result.ending != "finished":
         place = f"test {len(result.calls) + 1} of {len(tests)}: " if result.ending != "failed" else ""
         return "wrong", f"{place}{result.detail}"
     return "correct", ""
 
 
-def _shorten(text: str, limit: int = 100) -> str:
+def shorten(value: Any, limit: int = 100) -> str:
+    """What a value looks like, in so many characters at most."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        text = "a very long number"
     return text if len(text) <= limit else text[:limit] + "…"
 
 

@@ -1,7 +1,9 @@
-"""Runs untrusted Python in a sandbox: bubblewrap, a system-call filter and resource limits, one process a program.
+"""Runs untrusted Python: three tiers behind one interface, each named in the verdicts that it gives.
 
-Inside there is no network, no file but the interpreter's own, nothing to write to and no second process. The program
-gets inputs and returns outputs; what they should be is known outside only.
+"bwrap" is a real sandbox: bubblewrap, a system-call filter and resource limits; no network, no file but the
+interpreter's own, 16 MiB to write to and no second process. "rlimit" has the limits alone, and only whoever says so
+gets it. "remote" is somebody else's machine, a SandboxFusion server. In all of them the program gets inputs and
+returns outputs; what they should be is known outside only.
 """
 
 from __future__ import annotations
@@ -9,36 +11,42 @@ from __future__ import annotations
 import json
 import math
 import os
-import select
-import shutil
-import signal
-import subprocess
-import sys
-import sysconfig
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal, Protocol, get_args
 
-from tafkir.errors import BackendUnavailable
+from tafkir.errors import BackendUnavailable, TafkirError
+from tafkir.tasks.bubblewrap import TMP_BYTES, UNSAFE, bwrap_command
 from tafkir.tasks.sandbox_program import decode, encode
+from tafkir.tasks.sandbox_server import MAX_OUTPUT_BYTES, Ran, SandboxServer
 from tafkir.tasks.syscalls import build_filter
 
-__all__ = ["CallResult", "ProgramResult", "Sandbox", "SandboxKind"]
+__all__ = ["CallResult", "Limits", "ProgramResult", "ProgramRunner", "Sandbox", "Tier", "build_request", "open_sandbox"]
 
-SandboxKind = Literal["bwrap", "none"]
+Tier = Literal["bwrap", "rlimit", "remote"]
 Ending = Literal["finished", "failed", "time", "memory", "died", "sandbox"]
 
-START_LIMIT_S = 30.0
-MAX_OUTPUT_BYTES = 1 << 18
-_MAX_MESSAGE_BYTES = 1 << 12
-_NOBODY = "65534"
-_INSTALL = "install it: apt install bubblewrap (Debian, Ubuntu), dnf install bubblewrap (Fedora), pacman -S bubblewrap"
-_UNSAFE = 'or set sandbox = "none" for this task, which runs what the model writes with your own rights'
+URL_VARIABLE = "TAFKIR_SANDBOX_URL"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one program may use.
+
+    Attributes:
+        timeout_s: computing time with all its calls, rounded up to whole seconds; three times as much may pass on the
+            clock, so that a busy machine does not turn right programs into wrong ones.
+        call_s: computing time of loading it, and of each call; 0 for no limit of their own.
+        memory_bytes: address space of the program, the interpreter's 20 MiB included.
+        output_bytes: length of all its answers.
+    """
+
+    timeout_s: float = 5.0
+    call_s: float = 0.0
+    memory_bytes: int = 512 << 20
+    output_bytes: int = MAX_OUTPUT_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +70,76 @@ class ProgramResult:
     calls: tuple[CallResult, ...] = ()
 
 
-class Sandbox:
-    """Where programs run. Safe to use from any thread; every run is a process of its own.
+class ProgramRunner(Protocol):
+    """One of the three tiers."""
+
+    @property
+    def tier(self) -> Tier: ...
+
+    @property
+    def limits(self) -> Limits: ...
+
+    def run(
+        self, program: str, entry: str, calls: Sequence[tuple[Any, ...]], limits: Limits | None = None
+    ) -> ProgramResult:
+        """Load a program and call its function `entry` with each tuple of arguments; never raises, never hangs.
+
+        Args:
+            program: Python source; a lone surrogate in it, which is no text, becomes a question mark.
+            entry: name of the function, or an expression in the program's names that gives one. Ours, not the model's.
+            calls: arguments of plain types.
+            limits: instead of the runner's own.
+        """
+        ...
+
+
+def open_sandbox(
+    tier: Tier = "bwrap", *, unsafe: bool = False, url: str = "", limits: Limits | None = None
+) -> ProgramRunner:
+    """The runner of a tier; nothing falls back to a weaker one by itself.
 
     Args:
-        kind: "bwrap", or "none" for limits of time, memory and file size alone: no protection from malice.
-        timeout_s: computing time of one program with all its calls, rounded up to whole seconds; three times as much
-            may pass on the clock, so that a busy machine does not turn right programs into wrong ones.
-        memory_bytes: address space of the program, the interpreter's 20 MiB included.
+        unsafe: the user's word that "rlimit" may run what a model writes with their own rights.
+        url: of the SandboxFusion server; $TAFKIR_SANDBOX_URL when empty.
+
+    Raises:
+        TafkirError: "rlimit" without `unsafe`, or "remote" without an address.
+        BackendUnavailable: the tier does not work here.
+    """
+    limits = limits or Limits()
+    if tier not in get_args(Tier):
+        raise TafkirError(f"there is no sandbox {tier!r}", where="sandbox", expected="bwrap, rlimit or remote")
+    if tier == "rlimit" and not unsafe:
+        raise TafkirError(
+            "the tier rlimit protects nothing but memory and time: the program could read and delete your files",
+            where="sandbox",
+            expected="the tier bwrap or remote",
+            fix="add --unsafe where that does not matter, such as in a container made for it",
+        )
+    if tier == "remote":
+        from tafkir.tasks.sandbox_remote import RemoteSandbox
+
+        url = url or os.environ.get(URL_VARIABLE, "")
+        if not url:
+            raise TafkirError(
+                "the tier remote needs the address of a SandboxFusion server",
+                where="sandbox",
+                fix=f"set {URL_VARIABLE}=http://host:8080",
+            )
+        return RemoteSandbox(url, limits)
+    return Sandbox(tier, limits)
+
+
+class Sandbox:
+    """The two tiers on this machine. Safe to use from any thread: each run is a process of its own.
+
+    Interpreters are kept warm: a run takes one, which forks the program's process, and gives it back when nothing of
+    the program is left. One that was killed or written to is thrown away.
+
+    Args:
+        tier: "bwrap", or "rlimit" for limits of time, memory and file size alone: no protection from malice.
+        limits: of one program.
+        probe: run a program first, so that what does not work is said at once.
 
     Raises:
         BackendUnavailable: bubblewrap is missing or may not make namespaces here, or this machine has no filter that
@@ -77,130 +147,98 @@ class Sandbox:
     """
 
     def __init__(
-        self, kind: SandboxKind = "bwrap", *, timeout_s: float = 5.0, memory_bytes: int = 512 << 20, probe: bool = True
+        self, tier: Literal["bwrap", "rlimit"] = "bwrap", limits: Limits | None = None, *, probe: bool = True
     ) -> None:
-        self.kind, self.timeout_s, self.memory_bytes = kind, timeout_s, memory_bytes
-        self._command = _bwrap_command() if kind == "bwrap" else ()
-        if kind == "bwrap" and probe:
+        self.tier: Tier = tier
+        self.limits = limits or Limits()
+        self._command = bwrap_command() if tier == "bwrap" else ()
+        self._idle: list[SandboxServer] = []
+        self._lock = threading.Lock()
+        self._owner = os.getpid()
+        if tier == "bwrap" and probe:
             _probe()
 
-    def run(self, program: str, entry: str, calls: Sequence[tuple[Any, ...]]) -> ProgramResult:
-        """Load a program and call its function `entry` with each tuple of arguments; never raises, never hangs.
-
-        Args:
-            program: Python source; a lone surrogate in it, which is no text, becomes a question mark.
-            entry: name of the function.
-            calls: arguments of plain types.
-        """
-        request = {
-            "program": program.encode("utf-8", "replace").decode("utf-8"),
-            "entry": entry,
-            "calls": [encode(tuple(arguments)) for arguments in calls],
-            "cpu_s": math.ceil(self.timeout_s),
-            "memory_bytes": self.memory_bytes,
-        }
+    def run(
+        self, program: str, entry: str, calls: Sequence[tuple[Any, ...]], limits: Limits | None = None
+    ) -> ProgramResult:
+        """See `ProgramRunner`."""
+        limits = limits or self.limits
+        own = build_filter()
+        request = build_request(program, entry, calls, limits)
+        request |= {"filter": own.hex() if own else "", "file_bytes": TMP_BYTES if self.tier == "bwrap" else 0}
         try:
-            with _process(self._command, request) as process:
-                output, ending = _read(process, 3 * self.timeout_s)
+            ran, was_warm = self._run(json.dumps(request).encode(), limits)
+            if was_warm and not ran.output and not ran.cut:  # it died while it was idle
+                ran, _ = self._run(json.dumps(request).encode(), limits)
         except OSError as error:  # bubblewrap is gone, or there is no process, memory or file left
             return ProgramResult("sandbox", f"the sandbox cannot be started: {error}")
-        lines = output.splitlines() if output.endswith(b"\n") else output.splitlines()[:-1]
-        return _judge(lines, ending, process, len(calls), self.timeout_s)
+        return read_results(ran, len(calls), limits)
+
+    def _run(self, request: bytes, limits: Limits) -> tuple[Ran, bool]:
+        server = self._take()
+        was_warm = server.is_warm
+        ran = server.run(request, 3 * limits.timeout_s, limits.output_bytes)
+        if ran.reusable:
+            with self._lock:
+                self._idle.append(server)
+        else:
+            server.stop()
+        return ran, was_warm
+
+    def close(self) -> None:
+        """End the warm interpreters; the next run starts a new one."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        if self._owner == os.getpid():
+            for server in idle:
+                server.stop()
+
+    def _take(self) -> SandboxServer:
+        with self._lock:
+            if self._owner != os.getpid():  # after a fork the processes belong to the parent
+                self._idle, self._owner = [], os.getpid()
+            while self._idle:
+                server = self._idle.pop()
+                if server.is_alive():
+                    return server
+                server.stop()
+        return SandboxServer(self._command)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process it starts interpreters of its own."""
+        return Sandbox, (self.tier, self.limits)
 
 
-@contextmanager
-def _process(command: Sequence[str], request: dict[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
-    """The running program; gone, with all that it started, when the block is left."""
-    python = os.path.realpath(sys.executable)
-    runner = str(Path(__file__).with_name("sandbox_program.py"))
-    filter_fd = _filter_file() if command else None
-    with tempfile.TemporaryFile() as stdin:
-        stdin.write(json.dumps(request).encode())
-        stdin.seek(0)
-        full = [
-            *command,
-            *(["--seccomp", str(filter_fd), "--"] if filter_fd is not None else ["--"] if command else []),
-        ]
-        # -P: the folder of the script is no place to import from; a fixed hash seed gives equal runs equal results
-        full += [python, "-s", "-S", "-P", "-B", "/runner.py" if command else runner]
-        try:
-            process = subprocess.Popen(
-                full,
-                stdin=stdin,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env={"PYTHONHASHSEED": "0"},
-                start_new_session=True,
-                pass_fds=() if filter_fd is None else (filter_fd,),
-            )
-        finally:
-            if filter_fd is not None:
-                os.close(filter_fd)
-    try:
-        yield process
-    finally:
-        # bwrap's child and all of its processes die with it
-        process.kill()
-        process.wait()
-        for stream in (process.stdout, process.stderr):
-            if stream is not None:
-                stream.close()
+def build_request(program: str, entry: str, calls: Sequence[tuple[Any, ...]], limits: Limits) -> dict[str, Any]:
+    """What the process of a program is told, but for the system-call filter and the size of files."""
+    return {
+        "program": program.encode("utf-8", "replace").decode("utf-8"),
+        "entry": entry,
+        "calls": [encode(tuple(arguments)) for arguments in calls],
+        "cpu_s": math.ceil(limits.timeout_s),
+        "call_s": limits.call_s,
+        "memory_bytes": limits.memory_bytes,
+        "filter": "",
+        "file_bytes": 0,
+    }
 
 
-def _filter_file() -> int | None:
-    program = build_filter()
-    if program is None:
-        return None
-    read, write = os.pipe()
-    os.write(write, program)  # far less than a pipe holds
-    os.close(write)
-    return read
-
-
-def _read(process: subprocess.Popen[bytes], limit_s: float) -> tuple[bytes, Ending | None]:
-    """What the program wrote until it ended or went over a limit; the clock starts when it is ready."""
-    assert process.stdout is not None
-    output = b""
-    deadline = time.monotonic() + START_LIMIT_S
-    is_ready = False
-    while True:
-        chunk = _wait(process.stdout, deadline - time.monotonic())
-        if chunk is None:
-            return output, "time" if is_ready else "sandbox"
-        if not chunk:
-            process.wait()
-            return output, None
-        output += chunk
-        if len(output) > MAX_OUTPUT_BYTES:
-            return output, "memory"
-        if not is_ready and b"\n" in output:
-            is_ready = True
-            deadline = time.monotonic() + limit_s
-
-
-def _wait(stream: IO[bytes], seconds: float) -> bytes | None:
-    """The next bytes, empty at the end of the stream, None when none came in time."""
-    poll = select.poll()
-    poll.register(stream, select.POLLIN)
-    if seconds <= 0 or not poll.poll(seconds * 1000):
-        return None
-    return os.read(stream.fileno(), 1 << 16)
-
-
-def _judge(
-    lines: Sequence[bytes], ending: Ending | None, process: subprocess.Popen[bytes], wanted: int, timeout_s: float
-) -> ProgramResult:
+def read_results(ran: Ran, wanted: int, limits: Limits) -> ProgramResult:
     """Make sense of the lines. A program may have written them itself: any answer is as good as its own."""
+    lines = ran.output.splitlines() if ran.output.endswith(b"\n") else ran.output.splitlines()[:-1]
     if not lines or lines[0] != b'{"ready": true}':
-        detail = "it did not start in time" if ending else f"exit code {process.returncode}"
-        return ProgramResult("sandbox", f"the sandbox failed: {detail}")
+        return ProgramResult("sandbox", f"the sandbox failed: {ran.describe()}")
     calls: dict[int, CallResult] = {}
+    late = False
     for line in lines[1:]:
         try:
             message = json.loads(line)
             if "failed" in message:
                 detail = str(message["failed"])
                 return ProgramResult("memory" if detail == "MemoryError" else "failed", detail)
+            if "late" in message:
+                late = True
+                break
             number = int(message["call"])
             if "error" in message:
                 calls.setdefault(number, CallResult(error=str(message["error"])))
@@ -211,71 +249,25 @@ def _judge(
     done = tuple(calls[number] for number in range(wanted) if number in calls and set(range(number)) <= calls.keys())
     if len(done) == wanted:
         return ProgramResult("finished", "", done)
-    if ending == "time" or process.returncode in (-signal.SIGXCPU, 128 + signal.SIGXCPU):
-        return ProgramResult("time", f"took longer than {timeout_s:g} s", done)
-    if ending == "memory":
-        return ProgramResult("memory", f"wrote more than {MAX_OUTPUT_BYTES} bytes", done)
-    return ProgramResult("died", f"ended its process (exit code {process.returncode})", done)
-
-
-@cache
-def _bwrap_command() -> tuple[str, ...]:
-    """The command up to the system-call filter and `--`. Nothing inside can be written to."""
-    bwrap = shutil.which("bwrap")
-    if bwrap is None:
-        raise BackendUnavailable(
-            "model-written code is run in a sandbox, and bubblewrap (bwrap) is not installed",
-            fix=f"{_INSTALL}; {_UNSAFE}",
-        )
-    if build_filter() is None and os.geteuid() == 0:
-        raise BackendUnavailable(
-            "the sandbox cannot limit the processes of root on this kind of processor",
-            fix=f"start it as another user; {_UNSAFE}",
-        )
-    command = [bwrap, "--unshare-all", "--unshare-user", "--uid", _NOBODY, "--gid", _NOBODY, "--cap-drop", "ALL"]
-    command += ["--die-with-parent", "--new-session", "--clearenv", "--setenv", "PYTHONHASHSEED", "0"]
-    bound = [*map(Path, ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache")), *_interpreter()]
-    for path in bound:
-        if path.is_symlink() and path.parent == Path("/"):  # /lib -> usr/lib, as most systems have it
-            command += ["--symlink", os.readlink(path), str(path)]
-        elif path.exists():
-            command += ["--ro-bind", str(path), str(path)]
-    for path in _hidden(bound):
-        command += ["--tmpfs", str(path), "--remount-ro", str(path)]
-    command += ["--ro-bind", str(Path(__file__).with_name("sandbox_program.py").resolve()), "/runner.py"]
-    command += ["--dev-bind", "/dev/null", "/dev/null", "--remount-ro", "/", "--chdir", "/"]
-    return tuple(command)
-
-
-def _interpreter() -> list[Path]:
-    """The interpreter's program, its standard library, and the shared library that it may be linked to."""
-    paths = {Path(os.path.realpath(sys.executable))}
-    paths |= {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")}
-    library, folder = sysconfig.get_config_var("INSTSONAME"), sysconfig.get_config_var("LIBDIR")
-    if library and folder:
-        paths.add(Path(folder) / str(library))
-    return [path for path in sorted(paths) if not path.is_relative_to("/usr/lib")]
-
-
-def _hidden(bound: Sequence[Path]) -> list[Path]:
-    """Folders inside the bound ones that hold more than the standard library: Tafkir's tests may be there."""
-    stdlib = Path(sysconfig.get_path("stdlib"))
-    candidates = {stdlib / "site-packages", stdlib / "dist-packages", Path("/usr/lib/python3/dist-packages")}
-    candidates.add(Path(__file__).resolve().parents[1])
-    found = sorted(path for path in candidates if path.is_dir() and any(path.is_relative_to(b) for b in bound))
-    return [path for path in found if not any(path != other and path.is_relative_to(other) for other in found)]
+    if late:
+        return ProgramResult("time", f"one call took longer than {limits.call_s:g} s", done)
+    if ran.cut == "time" or ran.used_up_time:
+        return ProgramResult("time", f"took longer than {limits.timeout_s:g} s", done)
+    if ran.cut == "output":
+        return ProgramResult("memory", f"wrote more than {limits.output_bytes} bytes", done)
+    return ProgramResult("died", f"ended its process ({ran.describe()})", done)
 
 
 @cache
 def _probe() -> None:
     """Run a program once, so that what does not work here is said before training, not in each verdict."""
-    result = Sandbox("bwrap", probe=False).run("def f(x):\n    return x", "f", [(1,)])
+    sandbox = Sandbox("bwrap", probe=False)
+    result = sandbox.run("def f(x):\n    return x", "f", [(1,)])
+    sandbox.close()
     if result.ending == "finished" and result.calls[0].value == 1:
         return
-    with _process(_bwrap_command(), {}) as process:
-        assert process.stderr is not None
-        said = process.stderr.read(_MAX_MESSAGE_BYTES).decode("utf-8", "replace").strip().splitlines()
+    said = SandboxServer(bwrap_command()).complaint()
     raise BackendUnavailable(
-        f"bubblewrap does not work here: {said[-1] if said else result.detail}",
-        fix=f"allow user namespaces (sysctl kernel.unprivileged_userns_clone=1, or the container's setting); {_UNSAFE}",
+        f"bubblewrap does not work here: {said or result.detail}",
+        fix=f"allow user namespaces (sysctl kernel.unprivileged_userns_clone=1, or the container's setting); {UNSAFE}",
     )
