@@ -97,8 +97,15 @@ DayRate = Annotated[
     float, typer.Option("--day", min=0.0, metavar="RATE", help="Show a day whose traffic peaks at RATE requests/s.")
 ]
 Emit = Annotated[
-    str | None, typer.Option("--emit", metavar="ENGINE", help="Print the script that starts it: vllm or sglang.")
+    str | None,
+    typer.Option(
+        "--emit",
+        metavar="TARGET",
+        help="Print the file that starts it: vllm, sglang, trtllm; slurm, k8s, ray, skypilot with --engine; "
+        "torchrun with --train.",
+    ),
 ]
+Image = Annotated[str | None, typer.Option("--image", help="With --emit k8s: of the container.")]
 CheckpointName = Annotated[
     str | None, typer.Option("--checkpoint", help="With --emit: folder or hub name to serve (MODEL).")
 ]
@@ -134,6 +141,7 @@ def plan_model(
     day: DayRate = 0.0,
     emit: Emit = None,
     checkpoint: CheckpointName = None,
+    image: Image = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show the terms that every number is made of.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -146,6 +154,7 @@ def plan_model(
     tafkir plan ./my-model --hardware cpu                     this machine, measured on the spot
     tafkir plan deepseek-v3 --hardware h800:2048 --train --precision fp8 --tokens 14.8e12
     tafkir plan qwen3-32b --hardware h100:4 --emit vllm --checkpoint Qwen/Qwen3-32B > serve.sh
+    tafkir plan deepseek-r1 --hardware h200:16 --precision fp8 --emit k8s --engine sglang > serve.yaml
     tafkir plan hardware | claims
 
     \b
@@ -157,9 +166,9 @@ def plan_model(
     chip, count = look_up_chip(hardware, hardware_file or [], price)
     name, kind, shape = look_up_model(model)
     if train:
-        _plan_training(
-            name, shape, chip, count, precision, tokens, sequence, batch_tokens, mfu, train_engine, explain, as_json
-        )
+        asked_training = (precision, tokens, sequence, batch_tokens, mfu, train_engine)
+        recipe = model if kind == "recipe" else None
+        _plan_training(name, shape, chip, count, *asked_training, explain, as_json, emit, recipe)
         return
     deployment = deployment_of(shape, chip, precision, engine, kv_bytes, speculate, skew, coefficients)
     from tafkir.plan.layout import parse_layout
@@ -168,7 +177,7 @@ def plan_model(
     only = parse_layout(layout) if layout else None
     asked = Asked(name, kind, count, deployment, load_workload(workload), workload, only)
     if emit:
-        _emit(asked, objective, emit, checkpoint or model)
+        _emit(asked, objective, emit, checkpoint or model, image)
         return
     if day:
         _plan_day(asked, objective, day, as_json)
@@ -285,8 +294,8 @@ def _plan_day(asked: Asked, objective: str, peak: float, as_json: bool) -> None:
     print_table(head, rows, left=(0,))
 
 
-def _emit(asked: Asked, objective: str, engine: str, checkpoint: str) -> None:
-    """The best layout that one kind of worker serves, as a shell script."""
+def _emit(asked: Asked, objective: str, target: str, checkpoint: str, image: str | None) -> None:
+    """The best layout that one kind of worker serves, as a file."""
     from tafkir.plan.advise import advise
     from tafkir.plan.launch import render_launch
 
@@ -295,7 +304,8 @@ def _emit(asked: Asked, objective: str, engine: str, checkpoint: str) -> None:
     )
     if not options:
         _refuse(asked, refusals)
-    print(render_launch(options[0], asked.workload, checkpoint, engine), end="")
+    engine = asked.deployment.engine
+    print(render_launch(options[0], asked.workload, checkpoint, target, engine=engine, image=image), end="")
 
 
 def _refuse(asked: Asked, refusals: list[Refusal]) -> None:
@@ -333,6 +343,8 @@ def _plan_training(
     engine: str | None,
     explain: bool,
     as_json: bool,
+    emit: str | None,
+    recipe: str | None,
 ) -> None:
     from dataclasses import asdict
 
@@ -345,6 +357,13 @@ def _plan_training(
     software = engine or ("mindspeed" if chip.key.startswith("ascend") else "megatron")
     job = TrainJob(shape, chip, chips, tokens, sequence, batch_tokens, precision == "fp8", mfu, software)
     options = search_training(job)
+    if emit:
+        if emit != "torchrun" or recipe is None:
+            raise RecipeError("only a recipe is trained from here", where=f"--emit {emit}", expected="torchrun")
+        from tafkir.plan.launch import render_torchrun
+
+        print(render_torchrun(options, job, recipe), end="")
+        return
     if as_json:
         print(json.dumps([asdict(option) for option in options[:6]], indent=2))
         return
