@@ -13,7 +13,10 @@ from tafkir.tasks.published.base import EvalTask, TaskCard, TaskEntry, TaskSampl
 
 __all__ = ["EvalTask", "TaskCard", "TaskSampling", "list_tasks", "load_task"]
 
-FAMILIES = ("math",)
+FAMILIES = (
+    "math",
+    "choice",
+)
 """Modules of `tafkir.tasks.published`; each has `TASKS`, a tuple of `TaskEntry`."""
 
 

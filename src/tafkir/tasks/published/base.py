@@ -25,6 +25,7 @@ __all__ = [
     "TaskEntry",
     "TaskSampling",
     "bad_row",
+    "entry",
     "find_file",
     "read_rows",
     "verdict",
@@ -87,6 +88,26 @@ class TaskEntry:
 
     card: TaskCard
     build: Callable[[TaskCard, Path | None], EvalTask]
+
+
+def entry(
+    name: str,
+    title: str,
+    items: int | None,
+    build: Callable[[TaskCard, Path | None], EvalTask],
+    *,
+    sampling: TaskSampling,
+    license: str,
+    source: str,
+    metric: str = "accuracy",
+    language: str = "en",
+    how_to_get: str = "",
+    version: str = "1",
+) -> TaskEntry:
+    """A row of a family's table; data that `how_to_get` says nothing of is shipped."""
+    shipped = not how_to_get
+    card = TaskCard(name, version, title, metric, language, items, license, source, shipped, how_to_get, sampling)
+    return TaskEntry(card, build)
 
 
 class Rule(Protocol):

@@ -28,9 +28,9 @@ from tafkir.tasks.answers import (
 from tafkir.tasks.published.base import (
     PublishedTask,
     TaskCard,
-    TaskEntry,
     TaskSampling,
     bad_row,
+    entry,
     find_file,
     read_rows,
 )
@@ -344,25 +344,6 @@ def _part(row: Mapping[str, Any]) -> str:
     return str(row.get("source", "")).replace("_", " ")
 
 
-def _entry(
-    name: str,
-    title: str,
-    items: int | None,
-    build: Callable[[TaskCard, Path | None], PublishedTask],
-    *,
-    sampling: TaskSampling,
-    license: str,
-    source: str,
-    language: str = "en",
-    how_to_get: str = "",
-) -> TaskEntry:
-    """A row of the table; what has no way to be got is shipped."""
-    card = TaskCard(
-        name, "1", title, "accuracy", language, items, license, source, not how_to_get, how_to_get, sampling
-    )
-    return TaskEntry(card, build)
-
-
 _GREEDY = TaskSampling(0.0, 1.0, 2048, 1)
 
 
@@ -375,14 +356,14 @@ _MATH500 = (
     "download test.jsonl of huggingface.co/datasets/HuggingFaceH4/MATH-500 and pass it as --data; "
     "the 4,500 other test problems of MATH are in the package as math-test"
 )
-_AIME25 = "download the 30 problems, such as test.jsonl of huggingface.co/datasets/math-ai/aime25, and pass the file as --data"
+_AIME25 = "download test.jsonl (30 problems) of huggingface.co/datasets/math-ai/aime25, and pass it as --data"
 _POLYMATH = (
     "download the four ar/*.parquet of huggingface.co/datasets/Qwen/PolyMath, join them to one JSONL with question, "
     "answer, level, and pass it as --data"
 )
 
 TASKS = (
-    _entry(
+    entry(
         "gsm8k",
         "GSM8K: grade-school word problems, rows 0 to 659 of the test file",
         660,
@@ -391,7 +372,7 @@ TASKS = (
         license="MIT",
         source=f"data: arXiv 2110.14168; {_R1}, greedy",
     ),
-    _entry(
+    entry(
         "svamp",
         "SVAMP: varied word problems, the package's test part (all 1,000 with --data svamp.jsonl.gz)",
         300,
@@ -400,7 +381,7 @@ TASKS = (
         license="MIT",
         source=f"data: arXiv 2103.07191; {_R1}, greedy",
     ),
-    _entry(
+    entry(
         "math-500",
         "MATH-500: the subset of Lightman et al.",
         500,
@@ -410,7 +391,7 @@ TASKS = (
         source=f"data: arXiv 2305.20050; {_R1}; rule: arXiv 2103.03874, then math-verify",
         how_to_get=_MATH500,
     ),
-    _entry(
+    entry(
         "math-test",
         "MATH: the 4,500 test problems that MATH-500 leaves out",
         4500,
@@ -419,7 +400,7 @@ TASKS = (
         license="MIT",
         source=f"data: arXiv 2103.03874; {_R1}; rule: the same paper, then math-verify",
     ),
-    _entry(
+    entry(
         "aime24",
         "AIME 2024 I and II",
         30,
@@ -428,7 +409,7 @@ TASKS = (
         license="Apache-2.0 (problems: MAA)",
         source=_R1,
     ),
-    _entry(
+    entry(
         "aime25",
         "AIME 2025 I and II",
         30,
@@ -438,7 +419,7 @@ TASKS = (
         source=_R1,
         how_to_get=_AIME25,
     ),
-    _entry(
+    entry(
         "omni-math-rule",
         "Omni-MATH: the olympiad problems that a rule can grade",
         2821,
@@ -453,7 +434,7 @@ TASKS = (
         source=f"data: arXiv 2410.07985; {_R1}; rule: math-verify",
     ),
     *(
-        _entry(
+        entry(
             f"olymmath-{language}-{level}",
             f"OlymMATH, {'English' if language == 'en' else 'Chinese'}, {level}",
             100,
@@ -471,7 +452,7 @@ TASKS = (
         for level in ("easy", "hard")
     ),
     *(
-        _entry(
+        entry(
             f"mgsm-{language}" if language else "mgsm",
             f"MGSM: 250 problems of GSM8K {'in ' + language if language else 'in each of 11 languages'}",
             250 if language else 2750,
@@ -483,7 +464,7 @@ TASKS = (
         )
         for language in ("", "bn", "de", "en", "es", "fr", "ja", "ru", "sw", "te", "th", "zh")
     ),
-    _entry(
+    entry(
         "polymath-ar",
         "PolyMath in Arabic: 4 levels of 125 problems",
         None,
