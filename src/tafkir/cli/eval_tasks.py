@@ -113,7 +113,7 @@ def evaluate_tasks(
     """
     from tafkir.eval.harness import evaluate_models
     from tafkir.eval.samples import samples_file
-    from tafkir.eval.scores import budget_curve, render_scores, score_samples
+    from tafkir.eval.table import budget_curve, render_scores, score_samples
     from tafkir.report.budgets import render_budget_curve
     from tafkir.runlog.atomic import write_json, write_text
     from tafkir.runlog.rundir import RunDir

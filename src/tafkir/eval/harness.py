@@ -7,22 +7,22 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tafkir.errors import DataError, RecipeError
 from tafkir.eval.answers import Answerer, Ask, Reply, split_thinking
-from tafkir.eval.metrics import avg_at_k
 from tafkir.eval.samples import Sample, append_sample, load_samples
+from tafkir.eval.scores import estimate_of, item_scores
 from tafkir.recipe.seeds import derive_seed
 from tafkir.records import Example, SamplingParams
 from tafkir.runlog.metrics import JsonlWriter
 from tafkir.runlog.progress import Progress
 from tafkir.tasks.catalog import EvalTask
 
-__all__ = ["Budget", "EvalSettings", "Evaluation", "evaluate_models", "grade_sample", "sample_scores"]
+__all__ = ["Budget", "EvalSettings", "Evaluation", "evaluate_models", "grade_sample"]
 
 # Answers that wait for their verdict; with more of them no further answer is taken.
 _MAX_UNGRADED = 128
@@ -174,22 +174,13 @@ def _answer_in_rounds(
         number += 1
         for key, rounds in list(open_plans.items()):
             drawn = [run.known.get(one.blank.identity) for row in rounds[:number] for one in row]
-            scores = list(sample_scores([sample for sample in drawn if sample]).values())
-            interval = avg_at_k(scores) if scores else None
+            scores = item_scores([sample for sample in drawn if sample])
+            interval = estimate_of(scores) if scores else None
             if number == len(rounds):
                 del open_plans[key]
             elif interval and interval.high - interval.low <= width:
                 run.settle(key, number, sum(map(len, rounds[number:])))
                 del rounds[number:], open_plans[key]
-
-
-def sample_scores(samples: Iterable[Sample]) -> dict[str, list[float]]:
-    """Item -> the rewards of its answers; failures say nothing and are left out."""
-    scores: dict[str, list[float]] = {}
-    for sample in samples:
-        if not sample.failed:
-            scores.setdefault(sample.item, []).append(sample.reward)
-    return scores
 
 
 # ---- the plan ------------------------------------------------------------------------------------------------------

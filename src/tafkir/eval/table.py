@@ -1,0 +1,122 @@
+"""The table of an evaluation: a row a model and task, with what went wrong beside it; and accuracy by token budget."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from statistics import fmean
+from typing import Any
+
+from tafkir.eval.harness import grade_sample
+from tafkir.eval.samples import FAILURES, Sample
+from tafkir.eval.scores import estimate_of, item_scores
+from tafkir.records import Example
+from tafkir.tasks.catalog import EvalTask
+
+__all__ = ["budget_curve", "render_scores", "score_samples"]
+
+Key = tuple[str, str]
+
+
+def _groups(samples: Iterable[Sample]) -> dict[Key, list[Sample]]:
+    """(model, task) -> its samples, in order of first appearance."""
+    groups: dict[Key, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault((sample.model, sample.task), []).append(sample)
+    return groups
+
+
+def score_samples(samples: Iterable[Sample]) -> list[dict[str, Any]]:
+    """One row a model and task.
+
+    Returns:
+        `model`, `task`, `task_version`, `items`, `samples`, `repeats`; `accuracy` (mean over items of the mean score
+        of their answers, with its 95 % interval clustered by item; None where every answer failed); shares of
+        `length`, `no_answer` and `failed` answers, `outcomes` and `reasons` (counts; of failures, the commonest);
+        `mean_tokens`, `tokens`.
+    """
+    return [_row(key, group) for key, group in _groups(samples).items()]
+
+
+def _row(key: Key, group: Sequence[Sample]) -> dict[str, Any]:
+    outcomes = Counter(sample.outcome for sample in group)
+    scores = item_scores(group)
+    answered = [sample for sample in group if not sample.failed]
+    return {
+        "model": key[0],
+        "task": key[1],
+        "task_version": group[-1].task_version,
+        "items": len({sample.item for sample in group}),
+        "samples": len(group),
+        "repeats": len({sample.repeat for sample in group}),
+        "accuracy": estimate_of(scores).to_dict() if scores else None,
+        "length": outcomes["length"] / len(group),
+        "no_answer": outcomes["no_answer"] / len(group),
+        "failed": sum(sample.failed for sample in group) / len(group),
+        "outcomes": dict(outcomes.most_common()),
+        "reasons": dict(Counter(sample.reason for sample in group if sample.outcome in FAILURES).most_common(5)),
+        "mean_tokens": fmean(sample.tokens for sample in answered) if answered else 0.0,
+        "tokens": sum(sample.tokens for sample in group),
+    }
+
+
+def render_scores(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a table for a terminal."""
+    width = max([5, *(len(row["model"]) for row in rows)])
+    tasks = max([4, *(len(row["task"]) for row in rows)])
+    head = f"{'model':<{width}}  {'task':<{tasks}}  {'items':>6} {'k':>4}  {'accuracy':<24}"
+    lines = [f"{head}{'length':>8}{'none':>8}{'failed':>8}{'tokens':>9}"]
+    for row in rows:
+        found = row["accuracy"]
+        score = "all failed"
+        if found:
+            score = f"{100 * found['value']:5.1f} % [{100 * found['low']:5.1f}, {100 * found['high']:5.1f}]"
+        lines.append(
+            f"{row['model']:<{width}}  {row['task']:<{tasks}}  {row['items']:>6,} {row['repeats']:>4}  {score:<24}"
+            f"{row['length']:>8.1%}{row['no_answer']:>8.1%}{row['failed']:>8.1%}{row['mean_tokens']:>9,.0f}"
+        )
+        lines += [f"  {count:,} failed: {reason}" for reason, count in row["reasons"].items()]
+    return "\n".join(lines)
+
+
+# ---- accuracy by token budget --------------------------------------------------------------------------------------
+
+
+def budget_curve(
+    samples: Iterable[Sample], tasks: Mapping[str, EvalTask], budgets: Sequence[int]
+) -> list[dict[str, Any]]:
+    """What each model would have scored with fewer tokens an answer, from the text that is stored.
+
+    An answer longer than a budget is cut and graded as one that the limit cut off: what is boxed by then counts,
+    also within the thinking. Tokens are taken to be equally long within one answer.
+
+    Returns:
+        One row a model, task and budget: `model`, `task`, `budget`, `accuracy`, `cut` (share of answers cut).
+    """
+    rows = []
+    for (model, name), group in _groups(samples).items():
+        task = tasks[name]
+        examples = {example.id: example for example in task.examples("test")}
+        graded = [sample for sample in group if not sample.failed]
+        for budget in sorted(budgets):
+            scores = item_scores([_cut(task, examples[sample.item], sample, budget) for sample in graded])
+            rows.append(
+                {
+                    "model": model,
+                    "task": name,
+                    "budget": budget,
+                    "accuracy": estimate_of(scores).to_dict() if scores else None,
+                    "cut": fmean(sample.tokens > budget for sample in graded) if graded else 0.0,
+                }
+            )
+    return rows
+
+
+def _cut(task: EvalTask, example: Example, sample: Sample, budget: int) -> Sample:
+    if sample.tokens <= budget:
+        return sample
+    thinking, text = sample.reasoning, sample.text
+    kept = round((len(thinking) + len(text)) * budget / sample.tokens)
+    so_far = text[: kept - len(thinking)] if kept > len(thinking) else thinking[:kept]
+    return grade_sample(task, example, replace(sample, text=so_far, tokens=budget, finish_reason="length"))
