@@ -223,6 +223,21 @@ def claims(as_json: AsJson = False) -> None:
         print(f"  {'':<14} from: {claim.inputs}")
 
 
+@app.command("monitoring")
+def monitoring(
+    alerts: Annotated[bool, typer.Option("--alerts", help="The alerts, as a PrometheusRule in YAML.")] = False,
+) -> None:
+    """Print the Grafana dashboard, or the Prometheus alerts, of servers that count under vLLM's names.
+
+    \b
+    tafkir plan monitoring > dashboard.json                     import it into Grafana
+    tafkir plan monitoring --alerts | kubectl apply -f -
+    """
+    from tafkir.serve.monitoring import read_monitoring
+
+    print(read_monitoring("alerts" if alerts else "dashboard"), end="")
+
+
 def _plan_serving(
     asked: Asked, objective: str, top: int, explain: bool, as_json: bool, simulate: int, router: str | None
 ) -> None:
