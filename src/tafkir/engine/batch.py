@@ -122,12 +122,56 @@ class RunningBatch:
         ended_B = (stopped_B | (count_B >= ints[Column.LIMIT])) & (alive_B == 1)
         return token_B, logprob_B, ended_B, stopped_B
 
+    def draw(self, logits_NV: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """What the rows draw after each of their last `width` tokens, as `record` would; nothing is noted.
+
+        Args:
+            logits_NV: of `width` tokens a row, row after row; the first stands for the row's next token.
+
+        Returns:
+            token_BW (int64) and logprob_BW (float32).
+        """
+        ints, floats = self._ints[:, : self.size], self._floats[:, : self.size]
+        ints, floats = ints.repeat_interleave(width, dim=1), floats.repeat_interleave(width, dim=1)
+        ahead_N = torch.arange(width, device=self._device).repeat(self.size)
+        u_N = uniform(ints[Column.KEY], ints[Column.COUNT] + ahead_N)
+        token_N, logprob_N = sample(logits_NV, floats[0], ints[Column.TOP_K], floats[1], u_N)
+        return token_N.view(-1, width), logprob_N.view(-1, width)
+
+    def draw_shaped(self, row: int, ahead: int, logits_V: Tensor, shaped_V: Tensor) -> tuple[int, float]:
+        """One row's token, `ahead` places after its next one, drawn from `shaped_V`; log-probability by `logits_V`."""
+        ints, (temperature, top_p) = self._ints[:, row], self._floats[:, row]
+        u = uniform(ints[Column.KEY], ints[Column.COUNT] + ahead)
+        token = int(sample(shaped_V[None], temperature[None], ints[Column.TOP_K, None], top_p[None], u[None])[0])
+        scale = torch.where(temperature == 0, 1.0, temperature)
+        return token, float(torch.log_softmax(logits_V.float() / scale, dim=-1)[token])
+
+    def keep(self, tokens: SequenceOf[SequenceOf[int]], logprobs: SequenceOf[SequenceOf[float]]) -> None:
+        """Note what every row has sampled in a step, one token at least; all of them are alive."""
+        self._reserve(self.size, self.longest + max(map(len, tokens)), 1)
+        counts_B = torch.tensor([len(row) for row in tokens], device=self._device)
+        starts_B = torch.arange(self.size, device=self._device) * self._tokens.shape[1] + self.column(Column.COUNT)
+        within_N = torch.cat([torch.arange(len(row), device=self._device) for row in tokens])
+        place_N = starts_B.repeat_interleave(counts_B) + within_N
+        for store, values in ((self._tokens, tokens), (self._logprobs, logprobs)):
+            flat = torch.tensor([x for row in values for x in row], dtype=store.dtype, device=self._device)
+            store.view(-1).index_copy_(0, place_N, flat)
+        self.column(Column.TOKEN).copy_(torch.tensor([row[-1] for row in tokens], device=self._device))
+        self.column(Column.COUNT).add_(counts_B)
+        self.longest = int(self.column(Column.COUNT).max())
+
     def truncate(self, count_B: Tensor) -> None:
         """Keep only the first tokens of each row, int64, one at least; the last kept one is fed next."""
         self.column(Column.COUNT).copy_(count_B)
         rows_B = torch.arange(self.size, device=self._device)
         self.column(Column.TOKEN).copy_(self._tokens[rows_B, count_B - 1])
         self.longest = int((count_B * self.column(Column.ALIVE)).max())
+
+    def tokens(self) -> list[list[int]]:
+        """What every row has sampled so far."""
+        counts = self.column(Column.COUNT).tolist()
+        rows = self._tokens[: self.size, : max(counts, default=0)].tolist()
+        return [row[:count] for row, count in zip(rows, counts, strict=True)]
 
     def end(self, rows: list[int]) -> list[tuple[list[int], list[float]]]:
         """Mark rows as ended; their tokens and logprobs, in the same order."""

@@ -23,6 +23,7 @@ from tafkir.engine.runner import Runner
 from tafkir.engine.scheduler import PromptTable, Scheduler
 from tafkir.engine.sequence import Sequence, StopWatch, TokenEvent
 from tafkir.engine.shaping import Shaper
+from tafkir.engine.speculative import Speculation
 from tafkir.engine.text import TextStream
 from tafkir.engine.views import Grouping
 from tafkir.errors import CapacityError, CheckpointError, RequestError
@@ -44,7 +45,10 @@ class TextDecoder(Protocol):
 
 @dataclass(slots=True)
 class _Step:
-    """What one step sampled: rows from `first` on, and which of them ended."""
+    """What one step sampled: rows from `first` on, and which of them ended.
+
+    A step that checked drafts has `events` in place of tokens, in order, several a row.
+    """
 
     first: int = 0
     sequences: list[Sequence | None] = field(default_factory=list)
@@ -52,6 +56,7 @@ class _Step:
     logprobs: Tensor | None = None
     tops: dict[int, tuple[tuple[int, float], ...]] = field(default_factory=dict)
     ended: dict[int, Completion] = field(default_factory=dict)
+    events: list[TokenEvent] = field(default_factory=list)
 
 
 class Engine:
@@ -71,6 +76,7 @@ class Engine:
         record_experts: say in each completion which experts its tokens went to (`Completion.expert_ids`).
         kv_cache: number format of the cache; auto takes the weights' dtype.
         kv_scales: of keys and of values in every layer, for `kv_cache` in codes; None takes the format's own.
+        speculation: drafts tokens and has several checked in one step; None samples one a step.
 
     Raises:
         CapacityError: max_context exceeds what the decoder was built for, or its heads do not fit the cache's format.
@@ -91,6 +97,7 @@ class Engine:
         record_experts: bool = False,
         kv_cache: CacheFormat = "auto",
         kv_scales: SequenceOf[tuple[float, float]] | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         config = decoder.config
         longest = config.max_position_embeddings
@@ -106,7 +113,9 @@ class Engine:
         self.prepare_weights = prepare_weights
         # A dense decoder has nothing to record.
         self._expert_log = ExpertLog() if record_experts and decoder.routers else None
-        self._runner = Runner(decoder, self._cache, self._expert_log)
+        self.speculation = speculation
+        kept_state = speculation.drafter.state if speculation else None
+        self._runner = Runner(decoder, self._cache, self._expert_log, kept_state)
         self.max_batch = max_batch
         self._scheduler = Scheduler(max_batch, max_prefill_tokens)
         self._prompts = PromptTable()
@@ -272,7 +281,7 @@ class Engine:
         """Prefill waiting prompts or sample one token per running sequence; one event per sampled token."""
         step = self._advance()
         if step.tokens is None or step.logprobs is None:
-            return []
+            return step.events
         rows = zip(step.sequences, step.tokens.tolist(), step.logprobs.tolist(), strict=True)
         return [
             TokenEvent(
@@ -318,12 +327,43 @@ class Engine:
         admitted = self._admit()
         if admitted:
             return self._prefill(admitted)
-        return self._decode() if self._batch.num_alive else _Step()
+        if not self._batch.num_alive:
+            return _Step()
+        return self._decode() if self.speculation is None else self._decode_timed(self.speculation)
 
     def _decode(self) -> _Step:
         """One step of the running sequences alone."""
         grouping = self._make_room(1)
         return self._sample(0, self._runner.decode(self._batch, grouping))
+
+    def _decode_timed(self, speculation: Speculation) -> _Step:
+        """A step with drafts where they pay, else a plain one."""
+        alive, began = self._batch.num_alive, speculation.clock()
+        speculated = speculation.wanted(alive)
+        step = self._check_drafts(speculation) if speculated else self._decode()
+        speculation.note_step(alive, speculated, len(step.events) or alive, speculation.clock() - began)
+        return step
+
+    def _check_drafts(self, speculation: Speculation) -> _Step:
+        """Feed drafts behind the newest tokens, and keep what the model would have said itself."""
+        # A row that has ended has no room for more tokens.
+        self._compact(force=True)
+        batch = self._batch
+        drafts = speculation.draft(batch)
+        if not any(drafts) and speculation.drafter.state is None:
+            return self._decode()
+        grouping = self._make_room(1 + max(map(len, drafts)))
+        output = self._runner.feed(batch, grouping, speculation.fed(batch, drafts))
+        kept = speculation.check(batch, drafts, self.decoder.logits(output.hidden_ND))
+        batch.keep([row.tokens for row in kept], [row.logprobs for row in kept])
+        speculation.observe(batch, kept, output)
+        step = _Step()
+        for row, seq in zip(kept, batch.sequences, strict=True):
+            assert seq is not None
+            step.events += row.events(seq.request.id)
+        if ended := {i: row.reason for i, row in enumerate(kept) if row.reason is not None}:
+            step.ended = self._end(ended)
+        return step
 
     def _make_room(self, width: int) -> Grouping:
         """See to it that every row may be fed its newest token and `width` - 1 more (`Runner.feed`)."""
@@ -358,6 +398,8 @@ class Engine:
                 prompt.hidden_D = hidden_D
         first = self._batch.size
         self._batch.append(admitted)
+        if self.speculation is not None:
+            self.speculation.start(admitted)
         self._cache.reserve(self._scheduler.row_capacity(self._batch.size), 1)
         self._grouping = None
         hidden = [seq.prompt.hidden_D for seq in admitted if seq.prompt is not None and seq.prompt.hidden_D is not None]
@@ -408,6 +450,8 @@ class Engine:
             seq.prompt.users -= 1
             self._batch.sequences[row] = None
             del self._by_id[seq.request.id]
+            if self.speculation is not None:
+                self.speculation.drafter.drop(seq)
             completions[row] = Completion(
                 seq.request.id,
                 tuple(tokens),

@@ -24,10 +24,16 @@ __all__ = ["Runner"]
 
 
 class Runner:
-    """The decoder and its cache; no policy lives here. `expert_log` is told where tokens went, where there is one."""
+    """The decoder and its cache; no policy lives here.
 
-    def __init__(self, decoder: Decoder, cache: Cache, expert_log: ExpertLog | None = None) -> None:
-        self.decoder, self.cache, self.expert_log = decoder, cache, expert_log
+    `expert_log` is told where tokens went, where there is one; `kept_state` names the field of `DecoderOutput` that
+    prompts keep of all their tokens, where somebody wants it.
+    """
+
+    def __init__(
+        self, decoder: Decoder, cache: Cache, expert_log: ExpertLog | None = None, kept_state: str | None = None
+    ) -> None:
+        self.decoder, self.cache, self.expert_log, self.kept_state = decoder, cache, expert_log, kept_state
         self.device = decoder.embed_tokens.weight.device
 
     def prefill(self, prompts: SequenceOf[Prompt]) -> Tensor:
@@ -38,6 +44,9 @@ class Runner:
         output: DecoderOutput = self.decoder(ids_N, view.positions_N, view)
         if self.expert_log is not None:
             self.expert_log.note_prompts(prompts, output.expert_ids)
+        if self.kept_state is not None:
+            for prompt, part in zip(prompts, getattr(output, self.kept_state).split(lengths), strict=True):
+                prompt.state_PD = part
         return output.hidden_ND[view.last_N]
 
     def decode(self, batch: RunningBatch, grouping: Grouping) -> Tensor:

@@ -20,7 +20,8 @@ __all__ = ["Prompt", "Sequence", "StopWatch", "TokenEvent"]
 class Prompt:
     """A distinct prompt in the cache: its row, the last token's hidden state, and how many sequences read it.
 
-    `expert_ids` is what its tokens went to, int16 [P, MoE layers, active experts], where the engine records that.
+    `expert_ids` is what its tokens went to, int16 [P, MoE layers, active experts], where the engine records that;
+    `state_PD` the hidden states of all its tokens, where a drafter wants them.
     """
 
     ids: tuple[int, ...]
@@ -28,6 +29,7 @@ class Prompt:
     users: int = 0
     hidden_D: Tensor | None = None
     expert_ids: Tensor | None = None
+    state_PD: Tensor | None = None
 
 
 class StopWatch:
