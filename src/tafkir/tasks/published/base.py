@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -212,7 +213,7 @@ def find_file(card: TaskCard, data: Path | None, names: Sequence[str], *, shippe
 
 
 def read_rows(path: Any, columns: Sequence[str]) -> list[tuple[str, Mapping[str, Any]]]:
-    """The rows of a `.jsonl`, `.jsonl.gz`, `.json` (a list), `.csv` or `.parquet` file, each with where it stands.
+    """The rows of a `.jsonl`, `.csv` (either also `.gz`), `.json` (a list) or `.parquet` file, and where each stands.
 
     Args:
         path: a path, or a resource of the package.
@@ -223,9 +224,10 @@ def read_rows(path: Any, columns: Sequence[str]) -> list[tuple[str, Mapping[str,
     """
     where, name = str(path), path.name
     rows: list[tuple[str, Mapping[str, Any]]]
-    if name.endswith(".csv"):
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            rows = [(f"{where}:{number}", row) for number, row in enumerate(csv.DictReader(stream), start=2)]
+    if name.endswith((".csv", ".csv.gz")):
+        lines = numbered_lines(path, where, expected="a CSV file", fix="correct the path")
+        table = csv.DictReader(io.StringIO("\n".join(line for _, line in lines)))
+        rows = [(f"{where}:{number}", row) for number, row in enumerate(table, start=2)]
     elif name.endswith(".parquet"):
         rows = [(f"{where}:{number}", row) for number, row in enumerate(_read_parquet(path))]
     elif name.endswith(".json"):
@@ -236,8 +238,7 @@ def read_rows(path: Any, columns: Sequence[str]) -> list[tuple[str, Mapping[str,
         rows = [(f"{where}:{number}", row) for number, row in enumerate(listed if isinstance(listed, list) else [])]
     else:
         rows = []
-        lines = numbered_lines(path, where, expected="a file of JSON lines", fix="correct the path")
-        for number, line in lines:
+        for number, line in numbered_lines(path, where, expected="a file of JSON lines", fix="correct the path"):
             try:
                 rows.append((f"{where}:{number}", parse_row(line)))
             except BadRowError as error:
