@@ -52,6 +52,8 @@ _SIGNATURES = {
     "tafkir_post_norm_backward": "iiipppllp",
     "tafkir_split_heads": "iipppllllp",
     "tafkir_split_heads_backward": "iipppppllllp",
+    "tafkir_paged_attention": "ippppppppllllllfp",
+    "tafkir_row_linear": "ippllllp",
 }
 _PASSED = (torch.float32, torch.int64, torch.bfloat16, torch.uint8)
 _TYPES = {"i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float, "p": ctypes.c_void_p}
