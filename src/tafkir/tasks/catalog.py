@@ -9,11 +9,12 @@ from importlib import import_module
 from pathlib import Path
 
 from tafkir.errors import DataError
+from tafkir.tasks.published import own
 from tafkir.tasks.published.base import EvalTask, TaskCard, TaskEntry, TaskSampling
 
 __all__ = ["EvalTask", "TaskCard", "TaskSampling", "list_tasks", "load_task"]
 
-FAMILIES = ("math", "choice", "instructions", "grids")
+FAMILIES = ("math", "choice", "instructions", "grids", "perplexity")
 """Modules of `tafkir.tasks.published`; each has `TASKS`, a tuple of `TaskEntry`."""
 
 
@@ -45,6 +46,11 @@ def load_task(name: str, data: Path | None = None) -> EvalTask:
     """
     entry = _table().get(name)
     if entry is None:
+        if name.endswith(".py"):
+            return own.load_python(name)
+        path, colon, scorer = name.rpartition(":")
+        if colon and path:
+            return own.load_items(path, scorer)
         near = difflib.get_close_matches(name, _table(), 1)
         raise DataError(
             f"no task is called {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
