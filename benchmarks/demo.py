@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from tafkir.data.corpus import load_corpus
-from tafkir.eval.compare import load_run
 from tafkir.eval.metrics import pooled_difference
+from tafkir.eval.sides import load_run
 from tafkir.eval.summary import problem_scores
 from tafkir.recipe.load import load_recipe
 from tafkir.tasks.baselines import fit_single_operator

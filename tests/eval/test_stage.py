@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from tafkir.errors import CheckpointError, DataError, RecipeError, RunDirError
-from tafkir.eval.compare import compare_runs, pool_runs
+from tafkir.eval.compare import Comparison, compare_sides
 from tafkir.eval.metrics import paired_difference
+from tafkir.eval.pooling import pool_runs
 from tafkir.eval.records import load_records, write_records
+from tafkir.eval.sides import load_sides
 from tafkir.eval.stage import run_eval
 from tafkir.eval.summary import problem_scores
 from tafkir.recipe.stage import StageContext
@@ -118,41 +120,50 @@ def _improve(run: RunDir, stage: str, ids: set[str]) -> None:
     write_records(path, [replace(r, outcome="correct") if r.example_id in ids else r for r in records])
 
 
+def _compare(*runs: Path, stage: str | None = None) -> Comparison:
+    return compare_sides(load_sides(runs), tasks=[stage] if stage else None)
+
+
 def test_two_runs_compare_problem_by_problem(eval_context: Context) -> None:
     a, b = _evaluate(eval_context("a")), _evaluate(eval_context("b"))
     ids = sorted({r.example_id for r in load_records(a.eval_dir / "wordmath-rlvr.jsonl")})
     _improve(b, "rlvr", set(ids[:4]))
-    comparison = compare_runs(a.path, b.path)
-    rows = {(row["stage"], row["metric"], row["source"]): row for row in comparison.rows}
-    assert rows["sft", "average", "all"]["value"] == 0 and rows["sft", "average", "all"]["conclusion"] == "undecided"
-    better = rows["rlvr", "average", "all"]
+    comparison = _compare(a.path, b.path)
+    rows = {row["task"]: row for row in comparison.pairs[0]["tasks"]}
+    assert list(rows) == ["sft, greedy", "sft, sampled", "rlvr, greedy", "rlvr, sampled"]
+    same = rows["sft, sampled"]["judgement"]
+    assert same["difference"]["value"] == 0 and same["verdict"] == "undecided"
+    better = rows["rlvr, sampled"]
     sides = [problem_scores(load_records(run.eval_dir / "wordmath-rlvr.jsonl"), "average") for run in (a, b)]
-    assert better["value"] == pytest.approx(paired_difference(*sides).value) and better["wins"] == 4
-    assert better["conclusion"] == "better"
+    assert better["judgement"]["difference"]["value"] == pytest.approx(paired_difference(*sides).value)
+    assert better["gained"] == 4 and better["judgement"]["verdict"] == "better"
     assert comparison.notes == []
     assert json.dumps(comparison.to_dict(), allow_nan=False)
-    assert any(line.startswith("rlvr") and "better" in line for line in comparison.lines())
-    assert [row["stage"] for row in compare_runs(a.path, b.path, stage="rlvr").rows] == ["rlvr"] * 4
+    assert any(line.startswith("rlvr, sampled") and "better" in line for line in comparison.lines())
+    only = _compare(a.path, b.path, stage="rlvr").pairs[0]["tasks"]
+    assert [row["task"] for row in only] == ["rlvr, greedy", "rlvr, sampled"]
 
 
 def test_other_settings_are_noted(eval_context: Context) -> None:
     a = _evaluate(eval_context("a"))
     b = _evaluate(eval_context("b", edit=lambda text: text.replace("max_tokens = 12", "max_tokens = 14")))
-    assert compare_runs(a.path, b.path).notes == ["max_tokens differs: 12 against 14."]
+    assert _compare(a.path, b.path).notes == ["max_tokens differs: 12 against 14."]
 
 
 def test_runs_that_cannot_be_compared_are_one_line(eval_context: Context) -> None:
     a = _evaluate(eval_context("a"))
     unfinished = eval_context("b").run
     with pytest.raises(RunDirError, match=r"no finished evaluation.*--only eval"):
-        compare_runs(a.path, unfinished.path)
+        _compare(a.path, unfinished.path)
     with pytest.raises(RunDirError, match="no such run directory"):
-        compare_runs(a.path, a.path / "nowhere")
-    with pytest.raises(RunDirError, match="no evaluated stage in common named pretrain"):
-        compare_runs(a.path, a.path, stage="pretrain")
+        _compare(a.path, a.path / "nowhere")
+    with pytest.raises(DataError, match="the same model is given twice"):
+        _compare(a.path, a.path)
     fewer = _evaluate(eval_context("c", edit=lambda text: text.replace("max_problems = 5", "max_problems = 3")))
-    with pytest.raises(DataError, match="2 problems were answered on one side only"):
-        compare_runs(a.path, fewer.path)
+    with pytest.raises(DataError, match=r"2 items were answered on one side only.*--common"):
+        _compare(a.path, fewer.path)
+    with pytest.raises(RunDirError, match="no evaluated task in common named pretrain"):
+        _compare(a.path, fewer.path, stage="pretrain")
 
 
 def test_seeds_pool(eval_context: Context) -> None:

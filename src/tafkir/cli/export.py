@@ -1,8 +1,9 @@
-"""`tafkir convert` and `tafkir export`: a checkpoint as another tool's files."""
+"""`tafkir convert` and `tafkir export`: a checkpoint, or results of an evaluation, as another tool's files."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +14,7 @@ from tafkir.cli.quantize_options import Layout
 
 __all__ = ["app", "convert"]
 
-app = typer.Typer(help="Write a checkpoint as the files of another program.", no_args_is_help=True)
+app = typer.Typer(help="Write a checkpoint, or results, as the files of another program.", no_args_is_help=True)
 
 
 class Cast(StrEnum):
@@ -107,3 +108,56 @@ def gguf(
     types = ", ".join(f"{count:,} {kind}" for kind, count in sorted(result.types.items()))
     left = f"; {result.left_out:,} weights of multi-token prediction stay behind" if result.left_out else ""
     print(f"{out}: {result.architecture}, {result.num_bytes / 1e6:,.1f} MB: {types}{left}")
+
+
+_Results = Annotated[
+    Path, typer.Argument(metavar="RESULTS", help="Results of `tafkir eval --tasks`: a file or folder.")
+]
+_Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that gets them.")]
+
+
+@app.command("lm-eval")
+def lm_eval(results: _Results, folder: _Folder, as_json: _Json = False) -> None:
+    """Write results and samples as lm-evaluation-harness does with --log_samples.
+
+    \b
+    tafkir export lm-eval results/ lm-eval-out
+
+    One folder a model. All repeats of an item stand in one row, with their mean as its score; failed requests are left
+    out, for the format has no word for them. `tafkir compare` reads such folders, these and lm-eval's own.
+    """
+    from datetime import UTC, datetime
+
+    from tafkir.eval.lm_eval_files import write_lm_eval
+    from tafkir.eval.samples import load_samples
+
+    stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S.%f")
+    _print_written(write_lm_eval(load_samples(results), folder, stamp), as_json)
+
+
+@app.command("every-eval-ever")
+def every_eval_ever(
+    results: _Results,
+    folder: _Folder,
+    organization: Annotated[str, typer.Option(help="Whose evaluation it is; the schema asks for it.")] = "unknown",
+    as_json: _Json = False,
+) -> None:
+    """Write results and samples in the Every Eval Ever schema 0.3.0, as its data store lays them out.
+
+    \b
+    tafkir export every-eval-ever results/ eee --organization my-lab
+
+    Scores have their standard error and 95 % interval, clustered by item; failed requests stay, as errors, outside of
+    the scores. `tafkir compare` reads such folders, these and others'.
+    """
+    import time
+
+    from tafkir.eval.every_eval_ever import write_every_eval_ever
+    from tafkir.eval.samples import load_samples
+
+    written = write_every_eval_ever(load_samples(results), folder, organization=organization, now=time.time())
+    _print_written(written, as_json)
+
+
+def _print_written(files: Sequence[Path], as_json: bool) -> None:
+    print(json.dumps([str(file) for file in files], indent=2) if as_json else "\n".join(map(str, files)))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from tafkir.data.sources import Problem
 from tafkir.data.split import normalized_words
 
-__all__ = ["NGRAM", "ContaminationReport", "Overlap", "find_overlaps", "remove_overlaps"]
+__all__ = ["NGRAM", "ContaminationReport", "Overlap", "find_overlaps", "remove_overlaps", "seen_in"]
 
 NGRAM = 13
 
@@ -78,3 +78,22 @@ def remove_overlaps(
     kept = tuple(problem for problem in train if problem.id not in gone)
     remaining = len(find_overlaps(kept, heldout))
     return kept, ContaminationReport(NGRAM, len(kept), len(heldout), tuple(removed), remaining)
+
+
+def seen_in(questions: Mapping[str, str], texts: Iterable[str]) -> dict[str, str]:
+    """Items whose question shares a 13-gram with a text, or is the whole of one where it is shorter, with those words.
+
+    Texts are read once, one at a time; numbers count as alike.
+    """
+    owners: dict[tuple[str, ...], list[str]] = {}
+    for item, question in questions.items():
+        for words in _fingerprints(question):
+            owners.setdefault(words, []).append(item)
+    owners.pop((), None)
+    found: dict[str, str] = {}
+    for text in texts:
+        words = tuple(normalized_words(text))
+        for start in range(max(1, len(words) - NGRAM + 1)):
+            for item in owners.get(words[start : start + NGRAM], ()):
+                found.setdefault(item, " ".join(words[start : start + NGRAM]))
+    return found

@@ -1,177 +1,377 @@
-"""`tafkir compare`: two runs on the same problems, or one change pooled over runs with several seeds."""
+"""`tafkir compare`: models on the same questions, task by task."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from statistics import fmean
+from typing import Any
 
-from tafkir.errors import RunDirError
-from tafkir.eval.metrics import PooledDifference, pooled_difference
-from tafkir.eval.records import EvalRecord, load_records
-from tafkir.eval.summary import ALL, METRICS, difference_table, problem_scores, sources_of
-from tafkir.runlog.rundir import RunDir
+from tafkir.errors import DataError, RunDirError
+from tafkir.eval.metrics import mean_interval, paired_difference
+from tafkir.eval.samples import Sample
+from tafkir.eval.scores import estimate_of, item_scores, score_of
+from tafkir.eval.sides import Side
+from tafkir.eval.statistics import MARGIN, Judgement, holm, judge, macro_average, noise_of, samples_needed
+from tafkir.intervals import CONFIDENCE
 
-__all__ = ["Comparison", "EvaluatedRun", "PooledComparison", "compare_runs", "load_run", "pool_runs"]
+__all__ = ["Comparison", "compare_sides", "first_divergence", "plan_lines"]
 
-Conclusion = Literal["better", "worse", "undecided"]
-_SETTINGS = ("task", "split", "samples", "temperature", "max_tokens")
-
-
-@dataclass(frozen=True, slots=True)
-class EvaluatedRun:
-    """A run with its answers: stage -> answers, in the order of the stages."""
-
-    name: str
-    path: Path
-    result: Mapping[str, Any]
-    answers: Mapping[str, Sequence[EvalRecord]]
+_GROUPS = ("source", "subject", "difficulty")
+_MAX_GROUPS = 60
+Scores = Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """How far the second run stands above the first, per stage, measure and source.
+    """How every model stands beside the first, task by task; `pairs` as `compare_sides` gives them."""
 
-    `rows` are those of `difference_table` with the stage and a conclusion: `better` or `worse` where the 95 %
-    interval leaves zero, `undecided` otherwise.
-    """
-
-    first: str
-    second: str
-    rows: Sequence[Mapping[str, Any]]
+    models: Sequence[str]
+    margin: float
+    pairs: Sequence[Mapping[str, Any]]
     notes: Sequence[str]
 
     def to_dict(self) -> dict[str, Any]:
-        return {"first": self.first, "second": self.second, "rows": list(self.rows), "notes": list(self.notes)}
+        return {
+            "models": list(self.models),
+            "margin": self.margin,
+            "pairs": list(self.pairs),
+            "notes": list(self.notes),
+        }
 
     def lines(self) -> list[str]:
         """The comparison as lines of text for a terminal."""
-        lines = [f"{self.second} against {self.first}, in points with 95 % intervals, on the same problems"]
-        for row in self.rows:
-            lines.append(f"{row['stage']:<9}{row['metric']:<9}{row['source']:<10}{_points(row)}  {_counts(row)}")
+        lines = []
+        for pair in self.pairs:
+            lines.append(
+                f"{pair['second']} against {pair['first']}, in points with 95 % intervals, on the same questions; "
+                f"equivalent means within {100 * self.margin:g}"
+            )
+            for row in pair["tasks"]:
+                lines += _task_lines(row)
+            if pair["macro"]:
+                macro = pair["macro"]
+                lines.append(
+                    f"mean of {macro['num_tasks']} tasks: {_points(macro)} (error {100 * macro['standard_error']:.2f})"
+                )
         return [*lines, *(f"Note: {note}" for note in self.notes)]
 
 
-@dataclass(frozen=True, slots=True)
-class PooledComparison:
-    """One change between two stages over several runs: (measure, source) -> the pooled difference."""
+def compare_sides(
+    sides: Sequence[Side],
+    *,
+    margin: float = MARGIN,
+    tasks: Sequence[str] | None = None,
+    common: bool = False,
+    seen: Mapping[str, Mapping[str, str]] | None = None,
+    num_flips: int = 12,
+) -> Comparison:
+    """Compare every model with the first, on the tasks that both answered.
 
-    before: str
-    after: str
-    runs: Sequence[str]
-    differences: Mapping[tuple[str, str], PooledDifference]
+    Args:
+        margin: the largest difference that counts as none, as a share.
+        tasks: compare only these; a run directory's also by their stage alone.
+        common: leave out items that one side lacks, instead of refusing.
+        seen: task -> items that the models were trained on; scores on the others stand beside all.
+        num_flips: answers to show side by side, for each task.
 
-    def to_dict(self) -> dict[str, Any]:
-        rows = [
-            {"metric": metric, "source": source, **pooled.to_dict()}
-            for (metric, source), pooled in self.differences.items()
+    Returns:
+        For each pair `first`, `second`, `macro` (mean difference over several tasks) and `tasks`, whose rows hold
+        `task`, `num_items`, `samples` (fewest of an item), `scores` (both, with intervals), `judgement` (as
+        `Judgement`), `lost` and `gained` (items whose mean fell or rose), `churn` (share of equal repeats with another
+        answer), `tokens`, `cut_off`, `failed`, `groups`, `clean` and `flips`.
+
+    Raises:
+        RunDirError: fewer than two models, or no task in common.
+        DataError: the sides answered different items (without `common`).
+    """
+    if len(sides) < 2:
+        raise RunDirError(
+            f"{len(sides)} model given", where="compare", expected="two or more", fix="name another place"
+        )
+    first, notes, pairs = sides[0], [], []
+    for second in sides[1:]:
+        chosen = _common_tasks(first, second, tasks)
+        pairs.append((second, [_Pair(task, first, second, common, notes) for task in chosen]))
+        notes += [
+            f"{key} differs: {value} against {second.settings.get(key)}."
+            for key, value in first.settings.items()
+            if key in second.settings and value != second.settings[key]
         ]
-        return {"before": self.before, "after": self.after, "runs": list(self.runs), "rows": rows}
-
-    def lines(self) -> list[str]:
-        """The pooled differences as lines of text for a terminal."""
-        lines = [
-            f"{self.after} against {self.before}, pooled over {len(self.runs)} runs, in points with 95 % intervals "
-            "(problems as clusters; [seeds]: what a fresh seed would do)"
-        ]
-        for (metric, source), difference in self.differences.items():
-            row = difference.pooled.to_dict()
-            each = ", ".join(f"{100 * value:+.1f}" for value in difference.by_run)
-            across = difference.across_runs
-            seeds = f"  [seeds] {100 * across.low:+.1f} to {100 * across.high:+.1f}" if across else ""
-            lines.append(f"{metric:<9}{source:<10}{_points(row)}  {_counts(row)}  by run: {each}{seeds}")
-        return lines
-
-
-def _points(row: Mapping[str, Any]) -> str:
-    return f"{100 * row['value']:+6.1f} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f}) {_conclude(row):<9}"
-
-
-def _counts(row: Mapping[str, Any]) -> str:
-    return (
-        f"{row['wins']} up, {row['losses']} down of {row['num_problems']}, p = {row['p_value']:.2g}, "
-        f"detectable {100 * row['min_detectable']:.1f}"
+    rows = [[_row(pair, margin, (seen or {}).get(pair.task), num_flips) for pair in own] for _, own in pairs]
+    corrected = holm([row["judgement"]["difference"]["p_value"] for own in rows for row in own])
+    for row, p_value in zip((row for own in rows for row in own), corrected, strict=True):
+        row["judgement"]["p_holm"] = p_value
+    return Comparison(
+        models=[side.name for side in sides],
+        margin=margin,
+        pairs=[
+            {"first": first.name, "second": second.name, "tasks": table, "macro": _macro(own)}
+            for (second, own), table in zip(pairs, rows, strict=True)
+        ],
+        notes=notes,
     )
 
 
-def _conclude(row: Mapping[str, Any]) -> Conclusion:
-    return "better" if row["low"] > 0 else "worse" if row["high"] < 0 else "undecided"
-
-
-def load_run(path: Path) -> EvaluatedRun:
-    """Read the answers of a run whose `eval` stage is finished.
-
-    Raises:
-        RunDirError: it is no run directory, or has no finished evaluation.
-    """
-    run = RunDir.open(path)
-    result = run.stage("eval").read_result()
-    files = result.get("records") if result else None
-    if not result or not isinstance(files, dict) or not files:
+def _common_tasks(first: Side, second: Side, wanted: Sequence[str] | None) -> list[str]:
+    found = [task for task in first.answers if task in second.answers]
+    if wanted is not None:
+        found = [task for task in found if {task, task.split(",")[0]} & set(wanted)]
+    if not found:
         raise RunDirError(
-            "the run has no finished evaluation",
-            where=str(path),
-            fix="run it to its eval stage: tafkir run RECIPE --only eval",
+            f"no evaluated task in common{' named ' + ', '.join(wanted) if wanted else ''}",
+            where=f"{first.name} and {second.name}",
+            expected=f"one of {'; '.join(first.answers)} in both",
         )
-    answers = {stage: load_records(run.path / name) for stage, name in files.items()}
-    return EvaluatedRun(run.path.resolve().name, run.path, result, answers)
+    return found
 
 
-def compare_runs(first: Path, second: Path, *, stage: str | None = None) -> Comparison:
-    """Compare two runs, stage by stage, on the problems that both answered.
+class _Pair:
+    """What two models answered to the items of one task."""
 
-    Args:
-        stage: compare only this stage; by default every stage that both runs evaluated.
-
-    Raises:
-        RunDirError: a run has no evaluation, or the two share no evaluated stage.
-        DataError: the two runs answered different problems.
-    """
-    a, b = load_run(first), load_run(second)
-    names = (a.name, b.name) if a.name != b.name else (str(first), str(second))
-    common = [kind for kind in a.answers if kind in b.answers and stage in (None, kind)]
-    if not common:
-        raise RunDirError(
-            f"no evaluated stage in common{f' named {stage}' if stage else ''}",
-            where=f"{first} and {second}",
-            expected=f"one of {', '.join(a.answers)} in both",
-        )
-    rows = []
-    for kind in common:
-        for row in difference_table(a.answers[kind], b.answers[kind], names):
-            rows.append({"stage": kind, **row, "conclusion": _conclude(row)})
-    notes = [
-        f"{key} differs: {a.result.get(key)} against {b.result.get(key)}."
-        for key in _SETTINGS
-        if a.result.get(key) != b.result.get(key)
-    ]
-    return Comparison(*names, rows, notes)
-
-
-def pool_runs(paths: Sequence[Path], *, before: str = "sft", after: str = "rlvr") -> PooledComparison:
-    """Pool the change from one stage to another over several runs, such as one recipe with several seeds.
-
-    Raises:
-        RunDirError: there is no run, or one lacks an evaluation of one of the two stages.
-        DataError: the runs answered different problems.
-    """
-    runs = [load_run(path) for path in paths]
-    for run in runs:
-        absent = [kind for kind in (before, after) if kind not in run.answers]
-        if absent:
-            raise RunDirError(
-                f"stage {absent[0]} was not evaluated",
-                where=str(run.path),
-                expected=f"one of {', '.join(run.answers)}",
+    def __init__(self, task: str, first: Side, second: Side, common: bool, notes: list[str]) -> None:
+        self.task = task
+        self.samples = first.answers[task], second.answers[task]
+        scores = [item_scores(samples) for samples in self.samples]
+        failed = {sample.item for samples in self.samples for sample in samples if sample.failed}
+        apart = (scores[0].keys() ^ scores[1].keys()) - failed
+        if apart and not common:
+            raise DataError(
+                f"{len(apart)} items were answered on one side only",
+                where=f"{task}, {min(apart)}: {first.name} against {second.name}",
+                expected="the same items on both sides",
+                fix="evaluate both alike, or add --common",
             )
-    if not runs:
-        raise RunDirError("no run to pool", expected="at least one run directory")
-    differences: dict[tuple[str, str], PooledDifference] = {}
-    for metric in METRICS:
-        for source in (ALL, *sources_of(runs[0].answers[after])):
-            sides = [[problem_scores(run.answers[kind], metric, source) for kind in (before, after)] for run in runs]
-            pairs = [(side[0], side[1]) for side in sides]
-            if any(pairs[0]):
-                differences[(metric, source)] = pooled_difference(pairs)
-    return PooledComparison(before, after, [run.name for run in runs], differences)
+        self.ids = [item for item in scores[0] if item in scores[1]]
+        if not self.ids:
+            raise DataError("no item was answered on both sides", where=f"{task}: {first.name} against {second.name}")
+        if left := len(scores[0].keys() ^ scores[1].keys()):
+            notes.append(f"{task}: {left} items lack an answer on one side and are left out.")
+        self.scores = tuple({item: side[item] for item in self.ids} for side in scores)
+        self.by_repeat = tuple({(s.item, s.repeat): s for s in samples if not s.failed} for samples in self.samples)
+
+    def take(self, items: set[str]) -> tuple[Scores, Scores]:
+        """Both sides' scores of some items."""
+        first, second = ({item: side[item] for item in self.ids if item in items} for side in self.scores)
+        return first, second
+
+
+def _row(pair: _Pair, margin: float, seen: Mapping[str, str] | None, num_flips: int) -> dict[str, Any]:
+    judged = judge(*pair.scores, margin=margin)
+    noise, samples = noise_of(*pair.scores), min(len(s) for side in pair.scores for s in side.values())
+    both = [key for key in pair.by_repeat[0] if key in pair.by_repeat[1]]
+    first, second = pair.by_repeat
+    return {
+        "task": pair.task,
+        "num_items": len(pair.ids),
+        "samples": samples,
+        "scores": [estimate_of(side).to_dict() for side in pair.scores],
+        "judgement": _plain(judged),
+        "lost": judged.difference.losses,
+        "gained": judged.difference.wins,
+        "churn": fmean(first[key].extracted != second[key].extracted for key in both) if both else None,
+        "tokens": _lengths(pair),
+        "cut_off": [fmean(s.finish_reason == "length" for s in side.values()) for side in pair.by_repeat],
+        "failed": [sum(sample.failed for sample in side) for side in pair.samples],
+        "samples_for_margin": samples_needed(noise, margin),
+        "groups": _groups(pair),
+        "clean": _clean(pair, seen, margin),
+        "flips": _flips(pair, num_flips),
+    }
+
+
+def _plain(judged: Judgement) -> dict[str, Any]:
+    """As JSON takes it: an interval without an end has null there."""
+    told = judged.to_dict()
+    for estimate in (value for value in told.values() if isinstance(value, dict)):
+        estimate.update({k: None for k, v in estimate.items() if isinstance(v, float) and not math.isfinite(v)})
+    return told
+
+
+def _lengths(pair: _Pair) -> dict[str, Any]:
+    """Tokens of an answer on both sides, and their paired difference."""
+    means = []
+    for side in pair.by_repeat:
+        own: dict[str, list[int]] = {}
+        for sample in side.values():
+            own.setdefault(sample.item, []).append(sample.tokens)
+        means.append([fmean(own[item]) for item in pair.ids])
+    before, after = map(fmean, means)
+    change = mean_interval([b - a for a, b in zip(*means, strict=True)])
+    ends = [end if math.isfinite(end) else None for end in (change.low, change.high)]
+    return {
+        "before": before,
+        "after": after,
+        "ratio": after / before if before else None,
+        "low": ends[0],
+        "high": ends[1],
+    }
+
+
+def _groups(pair: _Pair) -> list[dict[str, Any]]:
+    """The difference within each source, subject and difficulty, where there are several."""
+    rows = []
+    known = {sample.item: sample for sample in pair.samples[0]}
+    for kind in _GROUPS:
+        members: dict[str, set[str]] = {}
+        for item in pair.ids:
+            members.setdefault(getattr(known[item], kind), set()).add(item)
+        if 1 < len(members) <= _MAX_GROUPS:
+            for value in sorted(members, key=_in_order):
+                sides = pair.take(members[value])
+                means = [fmean(map(fmean, side.values())) for side in sides]
+                found = paired_difference(*sides).to_dict()
+                rows.append({"kind": kind, "group": value or "none", "before": means[0], "after": means[1], **found})
+    return rows
+
+
+def _in_order(value: str) -> tuple[float, str]:
+    """Difficulties such as "10" after "9"; words by the alphabet, after numbers."""
+    try:
+        return float(value), ""
+    except ValueError:
+        return math.inf, value
+
+
+def _clean(pair: _Pair, seen: Mapping[str, str] | None, margin: float) -> dict[str, Any] | None:
+    """Both scores and the judgement on the items that training did not have."""
+    if seen is None:
+        return None
+    found = sorted(item for item in pair.ids if item in seen)
+    rest = set(pair.ids).difference(found)
+    told: dict[str, Any] = {"num_seen": len(found), "shared": {item: seen[item] for item in found[:5]}}
+    if rest:
+        sides = pair.take(rest)
+        told |= {
+            "scores": [estimate_of(side).to_dict() for side in sides],
+            "judgement": _plain(judge(*sides, margin=margin)),
+        }
+    return told
+
+
+def _macro(pairs: Sequence[_Pair]) -> dict[str, Any] | None:
+    differences = [[fmean(p.scores[1][i]) - fmean(p.scores[0][i]) for i in p.ids] for p in pairs if len(p.ids) > 1]
+    if len(differences) < 2:
+        return None
+    found = macro_average(differences)
+    return {name: getattr(found, name) for name in ("value", "standard_error", "low", "high", "num_tasks")}
+
+
+# ---- flips -------------------------------------------------------------------------------------------------------
+
+
+def first_divergence(first: str, second: str) -> int:
+    """Number of leading characters that two texts share, cut back to the start of a word."""
+    size = next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
+    if size == len(first) == len(second):
+        return size
+    return max((i + 1 for i in range(size) if first[i].isspace()), default=0)
+
+
+def _flips(pair: _Pair, limit: int) -> list[dict[str, Any]]:
+    """Items whose mean fell, then those whose rose, the largest changes first; two of three places for the former."""
+    changes = {item: fmean(pair.scores[1][item]) - fmean(pair.scores[0][item]) for item in pair.ids}
+    ordered = sorted((item for item in changes if abs(changes[item]) > 1e-12), key=lambda item: -abs(changes[item]))
+    lost, gained = ([i for i in ordered if changes[i] * sign > 0] for sign in (-1, 1))
+    num_lost = max(limit - limit // 3, limit - len(gained))
+    chosen = lost[:num_lost]
+    chosen += gained[: limit - len(chosen)]
+    return [_flip(pair, item, changes[item]) for item in chosen]
+
+
+def _flip(pair: _Pair, item: str, change: float) -> dict[str, Any]:
+    """The best answer of the side that was better beside the worst of the other, of equal repeats where it can be."""
+    sides = [[s for s in side.values() if s.item == item] for side in pair.by_repeat]
+    sign = 1 if change < 0 else -1
+    a = max(sides[0], key=lambda s: sign * score_of(s))
+    b = min(sides[1], key=lambda s: (sign * score_of(s), s.repeat != a.repeat))
+    texts = [_whole(sample) for sample in (a, b)]
+    return {
+        "item": item,
+        "question": a.question,
+        "expected": a.expected,
+        "direction": "lost" if change < 0 else "gained",
+        "shares": [fmean(side[item]) for side in pair.scores],
+        "texts": texts,
+        "extracted": [a.extracted, b.extracted],
+        "outcomes": [a.outcome, b.outcome],
+        "reasons": [a.reason, b.reason],
+        "tokens": [a.tokens, b.tokens],
+        "diverges_at": first_divergence(*texts),
+    }
+
+
+def _whole(sample: Sample) -> str:
+    return f"{sample.reasoning}\n</think>\n{sample.text}" if sample.reasoning else sample.text
+
+
+# ---- words -------------------------------------------------------------------------------------------------------
+
+
+def _task_lines(row: Mapping[str, Any]) -> list[str]:
+    judged, (before, after) = row["judgement"], row["scores"]
+    lines = [
+        f"{row['task']:<20}{judged['verdict']:<11}{_points(judged['difference'])}"
+        f"  {100 * before['value']:.1f} to {100 * after['value']:.1f}{_kept(judged['retention'])}"
+        f"  {row['lost']} down, {row['gained']} up of {row['num_items']} x{row['samples']}"
+        f"  p = {judged['p_holm']:.2g}"
+    ]
+    detectable = f"a difference of {100 * judged['difference']['min_detectable']:.1f} could have been seen"
+    needed = row["samples_for_margin"]
+    if judged["verdict"] == "undecided":
+        more = f"{needed} samples an item" if needed and needed > row["samples"] else "more questions"
+        detectable += f"; {100 * judged['margin']:g} takes {more}"
+    if judged["verdict"] in ("better", "worse") and judged["p_holm"] > 1 - CONFIDENCE:
+        detectable += f"; {judged['verdict']} alone, not after correction for being several"
+    elif judged["non_inferior"] and judged["verdict"] != "worse":
+        detectable += "; not worse by the margin (one-sided, 5 %)"
+    tokens, cut, failed = row["tokens"], row["cut_off"], row["failed"]
+    lengths = (
+        f"{tokens['before']:,.0f} to {tokens['after']:,.0f} tokens, cut off {100 * cut[0]:.1f} to {100 * cut[1]:.1f} %"
+    )
+    lines.append(f"{'':<20}{detectable}; {lengths}" + (f"; failed {failed[0]} and {failed[1]}" if any(failed) else ""))
+    if clean := row["clean"]:
+        rest = f": without them {_points(clean['judgement']['difference'])}, {clean['judgement']['verdict']}"
+        lines.append(f"{'':<20}{clean['num_seen']} items were seen in training{rest if 'judgement' in clean else ''}")
+    return lines
+
+
+def _kept(share: Mapping[str, Any] | None) -> str:
+    if share is None:
+        return ""
+    high = "no end" if share["high"] is None else f"{100 * share['high']:.1f}"
+    return f", kept {100 * share['value']:.1f} % ({100 * share['low']:.1f} to {high})"
+
+
+def _points(row: Mapping[str, Any]) -> str:
+    return f"{100 * row['value']:+6.1f} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})"
+
+
+def plan_lines(sides: Sequence[Side], *, margin: float) -> list[str]:
+    """What it takes to see a difference of `margin` with 80 % power, task by task.
+
+    The noise is that of the paired difference of the first two models, or of one model beside an equal.
+    """
+    other = sides[1] if len(sides) > 1 else None
+    beside = f"the difference from {other.name} to {sides[0].name}" if other else f"{sides[0].name} beside an equal"
+    lines = [f"To see {100 * margin:g} points four times in five, by the noise of {beside}"]
+    for task, samples in sides[0].answers.items():
+        scores = [item_scores(samples)]
+        if other:
+            if task not in other.answers:
+                continue
+            scores.append(item_scores(other.answers[task]))
+            scores = [{item: side[item] for item in scores[0] if item in scores[1]} for side in scores]
+        noise, now = noise_of(*scores), min(map(len, scores[0].values()))
+        reach = noise.detectable(now)
+        needed = samples_needed(noise, margin)
+        items = math.ceil(noise.num_problems * (reach / margin) ** 2)
+        how = f"{needed} samples of each" if needed else "no number of samples of these"
+        lines.append(
+            f"{task:<20}{noise.num_problems} items x{now} show {100 * reach:.1f}; "
+            f"it takes {how}, or {items:,} items x{now}"
+        )
+    return lines
