@@ -319,7 +319,7 @@ class _Set:
 
         def read() -> Iterator[Example]:
             for number, (place, row) in enumerate(read_rows(path, self.columns)):
-                answer = str(row["answer"]).strip().strip("$")
+                answer = _reference(str(row["answer"]).strip())
                 if self.whole and not re.fullmatch(r"0*\d{1,3}", answer):
                     raise bad_row(place, f"an integer from 0 to 999 as the answer, not {answer[:40]!r}")
                 id = str(row.get("unique_id") or row.get("id") or row.get("idx") or number)
@@ -328,6 +328,20 @@ class _Set:
 
         ask = self.prompt
         return PublishedTask(card, read, lambda example: ask.replace("{question}", example.question), MathRule())
+
+
+def _reference(answer: str) -> str:
+    """A reference answer alone: out of its box or its sentence, and with the braces closed that the data leaves open.
+
+    Omni-MATH holds all three kinds.
+    """
+    answer += "}" * (len(re.findall(r"(?<!\\){", answer)) - len(re.findall(r"(?<!\\)}", answer)))
+    box = find_box(answer)
+    if box is not None and box.text is not None:
+        return box.text
+    words = re.sub(r"\\[A-Za-z]+", "", _FORMULA.sub("", answer))
+    formulas = [next(filter(None, match.groups()), "").strip() for match in _FORMULA.finditer(answer)]
+    return formulas[-1] if formulas and (not words.strip() or len(re.findall(r"[A-Za-z]{2,}", words)) > 2) else answer
 
 
 def _level(row: Mapping[str, Any]) -> str:
