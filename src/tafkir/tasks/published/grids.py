@@ -38,19 +38,21 @@ __all__ = ["TASKS", "ArcRule"]
 
 _ROWS = re.compile(r"\]\s*,?\s*\[")
 _MATRIX = re.compile(r"\[\s*\[[\d,\s\[\]]*\]\s*\]")
+_BLOCK = re.compile(r"```\w*\n(.*?)```", re.DOTALL)
 
 
 class ArcRule:
-    """The whole output grid, cell by cell, as JSON or as rows of digits; in a box, else the last matrix of the text.
+    """The whole output grid, as JSON or as rows of digits; in a box, else the last matrix or fenced block.
 
     The rule of the ARC Prize: two attempts a test input, of which one must be exact (pass@2).
     """
 
     def extract(self, example: Example, text: str, *, finished: bool) -> Extraction:
         found = extract_text(text, finished=finished)
-        if found.source == "text" and found.text is not None and (matrices := _MATRIX.findall(found.text)):
-            return Extraction(matrices[-1], "text")
-        return found
+        if found.source != "text" or found.text is None:
+            return found
+        grids = _MATRIX.findall(found.text) or _BLOCK.findall(found.text)
+        return Extraction(grids[-1], "text") if grids else found
 
     def check(self, example: Example, answer: str) -> tuple[Outcome, str]:
         return GRIDS.check(example.extra, _ROWS.sub("\n", answer))
