@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tafkir.cli.serve import CacheNumbers, CheckpointName
+from tafkir.cli.serve import CacheNumbers, CheckpointName, Speculate
 
 __all__ = ["generate"]
 
@@ -20,6 +20,7 @@ def generate(
     max_context: Annotated[int | None, typer.Option(min=2, help="Most tokens of a prompt and its answer.")] = None,
     max_cache_mb: Annotated[int | None, typer.Option(min=1, help="Limit of the key-value cache, in MiB.")] = None,
     kv_cache: Annotated[CacheNumbers, typer.Option("--kv-cache", help="The cache's numbers.")] = CacheNumbers.AUTO,
+    speculate: Speculate = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Processor threads; torch's choice if left out.")] = None,
     model_name: Annotated[str | None, typer.Option(help="What the requests call the model.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print a summary for programs.")] = False,
@@ -50,6 +51,7 @@ def generate(
             max_context=max_context,
             max_cache_bytes=max_cache_mb << 20 if max_cache_mb else None,
             kv_cache=kv_cache.value,
+            speculate=speculate,
             max_queue=1 << 20,
             num_threads=threads,
             options=ServerOptions(max_body_bytes=1 << 30, body_timeout_s=600),

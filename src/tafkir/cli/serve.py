@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["CacheNumbers", "chat", "serve"]
+__all__ = ["CacheNumbers", "Speculate", "chat", "serve"]
 
 
 class CacheNumbers(StrEnum):
@@ -18,6 +18,15 @@ class CacheNumbers(StrEnum):
     FP8 = "fp8"
     NVFP4 = "nvfp4"
 
+
+Speculate = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ngram|nextn|CHECKPOINT[:TOKENS]",
+        help="Draft tokens and check several in a step: from the text itself, by the model's MTP layers, or by a "
+        "smaller model. What is said stays the same; it rests by itself where it does not pay.",
+    ),
+]
 
 CheckpointName = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder, run directory, or bundled name.")
@@ -40,6 +49,7 @@ def serve(
         CacheNumbers,
         typer.Option("--kv-cache", help="Its numbers: auto as the weights', fp8 a byte each, nvfp4 4.5 bits."),
     ] = CacheNumbers.AUTO,
+    speculate: Speculate = None,
     max_queue: Annotated[int, typer.Option(min=1, help="Most requests that wait.")] = 256,
     threads: Annotated[int | None, typer.Option(min=1, help="Processor threads; torch's choice if left out.")] = None,
     api_key: Annotated[
@@ -83,6 +93,7 @@ def serve(
         max_context=max_context,
         max_cache_bytes=max_cache_mb << 20 if max_cache_mb else None,
         kv_cache=kv_cache.value,
+        speculate=speculate,
         max_queue=max_queue,
         num_threads=threads,
         options=options,
@@ -100,6 +111,7 @@ def chat(
         bool, typer.Option("--history", help="Keep the conversation from one message to the next.")
     ] = False,
     thinking: Annotated[bool, typer.Option(help="Show the chain of thought.")] = True,
+    speculate: Speculate = None,
 ) -> None:
     """Chat with a checkpoint in the terminal.
 
@@ -115,4 +127,5 @@ def chat(
         system=system,
         history=history,
         show_thinking=thinking,
+        speculate=speculate,
     )

@@ -43,6 +43,7 @@ def build_app(
     max_context: int | None = None,
     max_cache_bytes: int | None = None,
     kv_cache: CacheFormat = "auto",
+    speculate: str | None = None,
     max_queue: int = 256,
     num_threads: int | None = None,
     options: ServerOptions | None = None,
@@ -56,6 +57,7 @@ def build_app(
         max_context: most tokens of a prompt and its answer; None takes the model's.
         max_cache_bytes: limit of the key-value cache.
         kv_cache: its number format; auto takes the dtype of the weights.
+        speculate: what drafts tokens, as in `build_speculation`; None: nothing.
         max_queue: most requests that wait beyond those; further ones get a 503.
         num_threads: CPU threads of the model; None leaves torch's choice.
         options: keys, rates and other limits of those who call.
@@ -67,7 +69,10 @@ def build_app(
     options = options or ServerOptions()
     served = _load(
         Path(checkpoint), model_name, max_queue, num_threads, options,
-        {"max_batch": max_batch, "max_context": max_context, "max_cache_bytes": max_cache_bytes, "kv_cache": kv_cache},
+        {
+            "max_batch": max_batch, "max_context": max_context, "max_cache_bytes": max_cache_bytes,
+            "kv_cache": kv_cache, "speculate": speculate,
+        },
     )  # fmt: skip
 
     @asynccontextmanager
@@ -161,5 +166,7 @@ def _add_status_routes(app: FastAPI, served: Served) -> None:
             ("vllm:num_requests_waiting", "Sequences that wait for a place.", worker.num_waiting),
             ("tafkir:kv_cache_bytes", "Bytes of the key-value cache.", worker.engine.cache_bytes),
         )
+        if worker.engine.speculation is not None:
+            worker.metrics.note_drafts(worker.engine.speculation.acceptance)
         page = worker.metrics.render(served.name, gauges)
         return PlainTextResponse(page, media_type="text/plain; version=0.0.4")

@@ -32,6 +32,7 @@ def run_chat(
     system: str | None = None,
     history: bool = False,
     show_thinking: bool = True,
+    speculate: str | None = None,
     stdin: TextIO | None = None,
     stdout: TextIO | None = None,
 ) -> None:
@@ -43,6 +44,7 @@ def run_chat(
         system: a system message that opens every conversation.
         history: keep the conversation; otherwise every message stands alone, as in the training of small models.
         show_thinking: show the chain of thought (dim on a terminal).
+        speculate: what drafts tokens, as in `build_speculation`.
         stdin: where messages come from, one a line; a terminal gets a prompt.
         stdout: where answers go; only a terminal gets colours.
 
@@ -59,7 +61,7 @@ def run_chat(
     check_params(params)
     path = find_checkpoint(checkpoint)
     tokenizer = Tokenizer.load(path)
-    engine = build_engine(path, tokenizer, None, max_batch=1)
+    engine = build_engine(path, tokenizer, None, max_batch=1, speculate=speculate)
     chat = _Chat(engine, tokenizer, params, system, history, _Screen(stdout or sys.stdout, show_thinking))
     source = stdin or sys.stdin
     if source.isatty():

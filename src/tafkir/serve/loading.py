@@ -9,13 +9,17 @@ import torch
 
 from tafkir.checkpoint.load import load_checkpoint
 from tafkir.engine.cache_formats import CacheFormat
+from tafkir.engine.drafters import Drafter, ModelDrafter, NextnDrafter, NgramDrafter
 from tafkir.engine.engine import Engine
+from tafkir.engine.speculative import Speculation, parse_speculate
+from tafkir.models.decoder import Decoder
 from tafkir.quant.served import load_served
+from tafkir.recipe.bundled import find_checkpoint
 
 if TYPE_CHECKING:
     from tafkir.data.tokenizer import Tokenizer
 
-__all__ = ["build_engine", "name_of"]
+__all__ = ["build_engine", "build_speculation", "name_of"]
 
 
 def build_engine(
@@ -28,11 +32,13 @@ def build_engine(
     max_cache_bytes: int | None = None,
     served: bool = False,
     kv_cache: CacheFormat = "auto",
+    speculate: str | None = None,
 ) -> Engine:
     """Load the weights on the calling thread, which alone should run the engine afterwards.
 
     With `served`, inputs of matrices that are stored in NVFP4 together with them are rounded, as engines do that
-    compute in four bits. `kv_cache` is the number format of the cache; auto takes the weights' dtype.
+    compute in four bits. `kv_cache` is the number format of the cache; auto takes the weights' dtype. `speculate` says
+    what drafts tokens (`build_speculation`); None: nothing.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged.
@@ -40,15 +46,37 @@ def build_engine(
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
+    decoder = load_served(checkpoint) if served else load_checkpoint(checkpoint).decoder
     return Engine(
-        load_served(checkpoint) if served else load_checkpoint(checkpoint).decoder,
+        decoder,
         eos_ids=(tokenizer.turn_end_id, tokenizer.document_end_id),
         max_batch=max_batch or 32,
         max_context=max_context,
         max_cache_bytes=max_cache_bytes,
         tokenizer=tokenizer,
         kv_cache=kv_cache,
+        speculation=build_speculation(decoder, speculate) if speculate else None,
     )
+
+
+def build_speculation(decoder: Decoder, speculate: str) -> Speculation:
+    """What drafts for a decoder: `ngram`, `nextn`, or a checkpoint, each with `:TOKENS` behind it or without.
+
+    Raises:
+        RecipeError: the words are not understood.
+        CheckpointError: there is no such checkpoint, or it is damaged.
+        CapacityError: the decoder has no MTP layers, or the draft model has another vocabulary.
+    """
+    name, tokens = parse_speculate(speculate)
+    drafter: Drafter
+    if name == "ngram":
+        drafter = NgramDrafter(tokens or 5)
+    elif name == "nextn":
+        drafter = NextnDrafter(decoder, tokens)
+    else:
+        small = load_checkpoint(find_checkpoint(name)).decoder
+        drafter = ModelDrafter(small, decoder.config.vocab_size, tokens or 4)
+    return Speculation(drafter)
 
 
 def name_of(checkpoint: Path) -> str:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tafkir.engine.speculative import Acceptance
 
 __all__ = ["Counter", "Histogram", "ServerMetrics"]
 
@@ -84,6 +88,21 @@ class ServerMetrics:
         self.request_prompt = Histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
         self.request_generated = Histogram("vllm:request_generation_tokens", "Tokens sampled for a request.", _TOKENS)
         self.iteration = Histogram("vllm:iteration_tokens_total", "Tokens sampled in an engine step.", _TOKENS)
+
+        drafts = "vllm:spec_decode_num"
+        self.drafts = Counter(f"{drafts}_drafts", "Drafts that were checked.")
+        self.draft_tokens = Counter(f"{drafts}_draft_tokens", "Tokens of those drafts.")
+        self.accepted_tokens = Counter(f"{drafts}_accepted_tokens", "Drafted tokens that were kept.")
+        self.accepted_per_pos = Counter(
+            f"{drafts}_accepted_tokens_per_pos", "Drafted tokens that were kept, by their place.", "position", ()
+        )
+
+    def note_drafts(self, seen: Acceptance) -> None:
+        """Take over what speculative decoding has counted."""
+        self.drafts.values[""] = seen.num_drafts
+        self.draft_tokens.values[""] = seen.num_draft_tokens
+        self.accepted_tokens.values[""] = seen.num_accepted_tokens
+        self.accepted_per_pos.values.update({str(i): n for i, n in enumerate(list(seen.accepted_per_pos))})
 
     def render(self, model: str, gauges: Sequence[tuple[str, str, float]]) -> str:
         """The page behind /metrics; `gauges` are (name, meaning, value) of this moment."""

@@ -35,6 +35,7 @@ def serve(
     max_context: int | None = None,
     max_cache_bytes: int | None = None,
     kv_cache: Literal["auto", "fp8", "nvfp4"] = "auto",
+    speculate: str | None = None,
     max_queue: int = 256,
     num_threads: int | None = None,
     options: ServerOptions | None = None,
@@ -45,8 +46,8 @@ def serve(
         checkpoint: a checkpoint folder with a tokenizer.
         host: address to listen on; the default is reachable from this machine alone.
         port: 0 takes a free one, which the log names.
-        model_name, max_batch, max_context, max_cache_bytes, kv_cache, max_queue, num_threads, options: as in
-            `build_app`.
+        model_name, max_batch, max_context, max_cache_bytes, kv_cache, speculate, max_queue, num_threads, options: as
+            in `build_app`.
 
     Raises:
         BackendUnavailable: the address cannot be used.
@@ -65,6 +66,7 @@ def serve(
             max_context=max_context,
             max_cache_bytes=max_cache_bytes,
             kv_cache=kv_cache,
+            speculate=speculate,
             max_queue=max_queue,
             num_threads=num_threads,
             options=options,
