@@ -65,7 +65,7 @@ class ChatServer:
                 self.wfile.write(content)
 
             def handle(self) -> None:
-                with contextlib.suppress(OSError):  # the client was killed
+                with contextlib.suppress(OSError, ValueError):  # the client was killed
                     super().handle()
 
             def finish(self) -> None:

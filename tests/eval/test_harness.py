@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 
 from tafkir.cli.evaluate import evaluate as evaluate_command
 from tafkir.cli.regrade import regrade as regrade_command
+from tafkir.data.tokenizer import Tokenizer
 from tafkir.errors import DataError, RecipeError, RolloutError, TafkirError
 from tafkir.eval.answers import split_thinking
 from tafkir.eval.checkpoint_answers import CheckpointAnswers
@@ -30,6 +32,7 @@ from tafkir.report.budgets import render_budget_curve
 from tafkir.runlog.rundir import RunDir
 from tafkir.tasks.catalog import TaskCard, TaskSampling, load_task
 from tafkir.tasks.math import WordProblems
+from tafkir.tasks.published.perplexity import TextTask
 from tests.eval.chat_server import Body, ChatServer, completion, guess
 from tests.eval.conftest import build_completer
 
@@ -45,7 +48,7 @@ class Sums:
         )
         self.name, self.broken = "sums", broken
         self._examples = [
-            Example(f"s{i}", "sums", "test", f"{i} + 1?", str((i + 1) % 8 + offset), {"level": i % 2})
+            Example(f"s{i}", "sums", "test", f"{i} + 1?", str((i + 1) % 8 + offset), difficulty=str(i % 2))
             for i in range(count)
         ]
 
@@ -115,8 +118,8 @@ def test_what_was_answered_is_never_asked_again_after_a_kill(tmp_path: Path) -> 
         subprocess.run(killed, capture_output=True, check=True)
         assert recorded and not recorded & {body["seed"] for body in server.bodies[before:]}
         asked = Counter(body["seed"] for body in server.bodies)
-        # Only what was on its way when a kill came is asked once more.
-        assert len(asked) == 120 and sum(asked.values()) - 120 <= kills * 4
+        # Only what was on its way, or waited for its verdict, when a kill came is asked once more.
+        assert len(asked) == 120 and sum(asked.values()) - 120 <= kills * 16
         settings, path = EvalSettings(samples=3, limit=40, temperature=0.7), tmp_path / "whole" / "samples.jsonl"
         evaluate_models([EndpointAnswers(server.url, options=QUICK)], [load_task("gsm8k")], settings, path)
     assert content(load_samples(tmp_path / "killed")) == content(load_samples(tmp_path / "whole"))
@@ -258,6 +261,18 @@ def test_the_curve_cuts_stored_text(tmp_path: Path) -> None:
     assert "12.5" in render_budget_curve(curve)
 
 
+def test_two_tries_count_once(tmp_path: Path) -> None:
+    def react(number: int, body: Body) -> tuple[int, dict[str, str], bytes]:
+        first = seen.setdefault(body["messages"][0]["content"], body["seed"]) == body["seed"]
+        return 200, {}, completion("\\boxed{1}" if first else "\\boxed{2}")
+
+    seen.clear()
+    with ChatServer(react) as server:
+        done = run(server, tmp_path, Sums(4), samples=2)
+    rows = [score_samples(done.samples, {"sums": metric})[0]["accuracy"] for metric in ("accuracy", "pass@2")]
+    assert [row["value"] for row in rows] == [1 / 4, 1 / 2]
+
+
 def test_thinking_is_split_off() -> None:
     assert split_thinking("<think>\na\n</think>\nb") == ("a", "b")
     assert split_thinking("a</think> b</think>c") == ("a</think> b", "c")
@@ -265,7 +280,7 @@ def test_thinking_is_split_off() -> None:
     assert split_thinking("plain") == ("", "plain")
 
 
-def test_a_checkpoint_answers_like_its_engine(trained_run: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_answers_and_scores_texts(tokenizer: Tokenizer, trained_run: Path, tmp_path: Path) -> None:
     policy, built = RunDir(trained_run).stage("sft").checkpoint_dir, []
 
     def build() -> Any:
@@ -285,6 +300,17 @@ def test_a_checkpoint_answers_like_its_engine(trained_run: Path, tmp_path: Path)
     long._examples = [replace(long._examples[0], question="1 + 1 " * 40)]
     (sample,) = evaluate_models([model()], [long], replace(settings, samples=1), path).samples
     assert sample.outcome == "error" and "the context 60" in sample.reason
+    whole = TextTask(
+        load_task("perplexity-shakespeare").card, [("short", "Mia has 12 apples."), ("long", "12-3=9 " * 30)]
+    )
+    done = evaluate_models([model()], [whole], settings, path)
+    (row,) = score_samples(done.samples, {whole.name: "perplexity"})
+    ids = [tokenizer.document_end_id, *tokenizer.encode("Mia has 12 apples.")]
+    alone = build_completer(policy).score([ids])[0]
+    assert float(done.samples[0].extracted or 0) == pytest.approx(float(alone.sum()), abs=1e-4)
+    assert row["tokens"] == sum(len(tokenizer.encode(example.question)) for example in whole.examples("test"))
+    nats = -sum(float(sample.extracted or 0) for sample in done.samples)
+    assert row["perplexity"] == pytest.approx(math.exp(nats / row["tokens"])) and "bit/byte" in render_scores([row])
     with pytest.raises(RecipeError, match="one name"):
         evaluate_models([model(), model()], [Sums(4)], settings, path)
     with pytest.raises(DataError, match="same id"):

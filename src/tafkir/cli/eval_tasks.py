@@ -83,7 +83,6 @@ def load_tasks(names: str, data: Sequence[str]) -> list[EvalTask]:
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if not wanted:
         raise RecipeError("no task is named", where="--tasks", fix="see `tafkir eval --list`")
-    shipped = {card.name for card in list_tasks() if card.shipped}
     paths: dict[str, Path] = {}
     for given in data:
         name, equals, path = given.partition("=")
@@ -92,7 +91,8 @@ def load_tasks(names: str, data: Sequence[str]) -> list[EvalTask]:
                 raise RecipeError(f"data for {name!r}", where="--data", expected=f"one of {', '.join(wanted)}")
             paths[name] = Path(path)
         else:
-            own = wanted if len(wanted) == 1 else [name for name in wanted if name not in shipped]
+            shipped = {card.name for card in list_tasks() if card.shipped} if len(wanted) > 1 else ()
+            own = [name for name in wanted if name not in shipped]
             paths = {name: Path(given) for name in own} | paths
     return [load_task(name, paths.get(name)) for name in wanted]
 
@@ -114,7 +114,6 @@ def evaluate_tasks(
     from tafkir.eval.harness import evaluate_models
     from tafkir.eval.samples import samples_file
     from tafkir.eval.table import budget_curve, render_scores, score_samples
-    from tafkir.report.budgets import render_budget_curve
     from tafkir.runlog.atomic import write_json, write_text
     from tafkir.runlog.rundir import RunDir
 
@@ -124,9 +123,11 @@ def evaluate_tasks(
     with run.lock():
         answerers = [_open(model, reach) for model in models]
         done = evaluate_models(answerers, tasks, settings, samples_file(run.path), budget=budget)
-        rows = score_samples(done.samples)
+        rows = score_samples(done.samples, {task.name: task.card.metric for task in tasks})
         summary = _summary(done, rows, budget)
         if ending.curve:
+            from tafkir.report.budgets import render_budget_curve
+
             summary["curve"] = budget_curve(done.samples, {task.name: task for task in tasks}, ending.curve)
             write_text(run.path / "curve.html", render_budget_curve(summary["curve"]))
         write_json(run.path / "summary.json", summary)

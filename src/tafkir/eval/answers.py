@@ -66,6 +66,14 @@ class Answerer(Protocol):
         """
         ...
 
+    def score(self, text: str) -> tuple[float, int]:
+        """The sum of the log-probabilities of a text's tokens, without a chat template, and how many they are.
+
+        Raises:
+            RequestError: the model only answers.
+        """
+        ...
+
     def close(self) -> None:
         """Let go of memory and connections."""
         ...

@@ -63,8 +63,7 @@ class CheckpointAnswers:
         """Yield every answer as it is finished; a prompt that fills the context is an error of that answer alone."""
         drawn = iter(asks)
         while chunk := {ask.key: ask for ask in itertools.islice(drawn, self._chunk)}:
-            if self._completer is None:
-                self._completer = self._build()
+            completer = self._start()
             began = time.perf_counter()
             fitting = []
             for ask in chunk.values():
@@ -79,7 +78,7 @@ class CheckpointAnswers:
                         stop_token_ids=(self._tokenizer.turn_end_id,),
                     )
                     fitting.append(Request(ask.key, tuple(ask.prompt), params))
-            for completion in self._completer.complete(fitting) if fitting else ():
+            for completion in completer.complete(fitting) if fitting else ():
                 ask = chunk[completion.request_id]
                 yield (
                     ask,
@@ -91,6 +90,22 @@ class CheckpointAnswers:
                         latency_s=time.perf_counter() - began,
                     ),
                 )
+
+    def score(self, text: str) -> tuple[float, int]:
+        """Every token once, the first after the end of a document; a text longer than the context in parts.
+
+        A part begins with the last token of the one before it, which is all that it knows of that.
+        """
+        ids = [self._tokenizer.document_end_id, *self._tokenizer.encode(text, allow_special=False)]
+        step = self._context - 1
+        parts = [ids[first : first + self._context] for first in range(0, len(ids) - 1, step)]
+        logprobs = self._start().score(parts)
+        return sum(float(part.sum()) for part in logprobs), len(ids) - 1
+
+    def _start(self) -> Completer:
+        if self._completer is None:
+            self._completer = self._build()
+        return self._completer
 
     def close(self) -> None:
         """Let go of the weights."""

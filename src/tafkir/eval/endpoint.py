@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from tafkir.errors import RecipeError, RolloutError
+from tafkir.errors import RecipeError, RequestError, RolloutError
 from tafkir.eval.answers import Ask, Reply
 from tafkir.records import Message
 from tafkir.remote.connection import Connection, NotJsonError, StatusError, TransientError
@@ -154,6 +154,12 @@ class EndpointAnswers:
                     yield result
         finally:
             stop.set()
+
+    def score(self, text: str) -> tuple[float, int]:
+        """Raises RequestError: chat completions tell nothing of a text's own tokens."""
+        raise RequestError(
+            "an endpoint scores no text", where=self.name, expected="a checkpoint", fix="name its folder"
+        )
 
     def close(self) -> None:
         """Close all connections."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tafkir.errors import DataError, RecipeError
 from tafkir.eval.answers import Answerer, Ask, Reply, split_thinking
+from tafkir.eval.perplexity import PERPLEXITY, measure_text
 from tafkir.eval.samples import Sample, append_sample, load_samples
 from tafkir.eval.scores import estimate_of, item_scores
 from tafkir.recipe.seeds import derive_seed
@@ -196,6 +197,9 @@ def _plan(model: Answerer, task: EvalTask, settings: EvalSettings) -> list[list[
     examples = examples[: settings.limit or None]
     params = _params(task, settings)
     samples = settings.samples or (1 if params.temperature == 0 else task.card.sampling.samples)
+    is_scored = task.card.metric == PERPLEXITY
+    if is_scored:
+        samples = 1
     if params.temperature == 0 and samples > 1:
         raise RecipeError(
             f"{samples} samples at temperature 0 are {samples} times the same answer",
@@ -204,7 +208,7 @@ def _plan(model: Answerer, task: EvalTask, settings: EvalSettings) -> list[list[
         )
     rows: list[list[_Planned]] = [[] for _ in range(samples)]
     for example in examples:
-        prompt = model.read(task.prompt(example))
+        prompt = example.question if is_scored else model.read(task.prompt(example))
         mark = _hash([model.fingerprint, task.name, example.id, prompt])
         for repeat, row in enumerate(rows):
             row.append(_planned(model, task, example, prompt, mark, params, repeat, settings.seed))
@@ -235,7 +239,6 @@ def _planned(
     params = replace(params, seed=seed)
     version = task.card.version
     key = _hash([mark, repeat, params.temperature, params.top_p, params.max_tokens, seed])
-    extra = example.extra
     blank = Sample(
         key=f"{key}-v{version}",
         model=model.name,
@@ -243,8 +246,8 @@ def _planned(
         task_version=version,
         item=example.id,
         source=example.source,
-        subject=str(extra.get("subject", "")),
-        difficulty=str(extra.get("difficulty", extra.get("level", ""))),
+        subject=example.subject,
+        difficulty=example.difficulty,
         repeat=repeat,
         seed=seed,
         question=example.question,
@@ -317,7 +320,11 @@ class _Run:
         missing: dict[str, _Planned] = {}
         for one in wanted:
             sample = self.known.get(one.blank.identity)
-            if sample is None or sample.finish_reason == "error":
+            if one.task.card.metric == PERPLEXITY:
+                if not self._is_done(one) and not self._is_spent():
+                    self.result.asked += 1
+                    self._write(measure_text(model, one.blank))
+            elif sample is None or sample.finish_reason == "error":
                 missing[one.ask.key] = one
             elif not self._is_done(one):
                 self._submit(one, replace(one.blank, **_answer_of(sample)))
@@ -329,10 +336,13 @@ class _Run:
 
     def _draw(self, missing: Mapping[str, _Planned]) -> Iterator[Ask]:
         for one in missing.values():
-            if self.result.stopped or (spent := self._budget.spent()):
-                self.result.stopped = self.result.stopped or spent
+            if self._is_spent():
                 return
             yield one.ask
+
+    def _is_spent(self) -> bool:
+        self.result.stopped = self.result.stopped or self._budget.spent()
+        return bool(self.result.stopped)
 
     def _take(self, one: _Planned, reply: Reply) -> None:
         self.result.asked += 1
@@ -360,6 +370,9 @@ class _Run:
     def _finish(self, one: _Planned, sample: Sample) -> None:
         if sample.finish_reason != "error":
             sample = grade_sample(one.task, one.example, sample)
+        self._write(sample)
+
+    def _write(self, sample: Sample) -> None:
         with self._lock:
             append_sample(self._writer, sample)
             self.known[sample.identity] = sample

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tafkir.eval.harness import grade_sample
+from tafkir.eval.perplexity import PERPLEXITY
 from tafkir.eval.samples import Sample, append_sample, load_samples, samples_file
 from tafkir.runlog.metrics import JsonlWriter
 from tafkir.runlog.progress import Progress
@@ -65,6 +66,7 @@ def regrade_samples(path: Path, tasks: Mapping[str, EvalTask], *, graders: int =
     Raises:
         RunDirError, DataError: there is no such file, or it is damaged.
     """
+    tasks = {name: task for name, task in tasks.items() if task.card.metric != PERPLEXITY}
     examples = {(name, one.id): one for name, task in tasks.items() for one in task.examples("test")}
     stored = [s for s in load_samples(path) if s.task in tasks and s.finish_reason != "error"]
     wanted = [sample for sample in stored if (sample.task, sample.item) in examples]

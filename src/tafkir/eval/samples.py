@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from tafkir.runlog.metrics import JsonlWriter, read_jsonl
 __all__ = ["FAILURES", "SAMPLES_NAME", "Sample", "append_sample", "load_samples", "samples_file"]
 
 SAMPLES_NAME = "samples.jsonl"
-FAILURES: frozenset[str] = frozenset({"error", "timeout"})
+FAILURES: frozenset[str] = frozenset({"error", "timeout", "unjudged"})
 """Outcomes that say nothing of the answer: counted and shown, never scored as zero, asked for again by the next run."""
 
 
@@ -103,12 +103,13 @@ def load_samples(path: Path) -> list[Sample]:
 
 
 def append_sample(writer: JsonlWriter, sample: Sample) -> None:
-    """Add one line, in one write that a kill of this process cannot take back.
+    """Add one line and hand it to the system, from which a kill of this process cannot take it back.
 
     Raises:
         RunDirError: the disk is full.
     """
-    writer.append(asdict(sample))
+    # All fields are plain, and `asdict` would copy each of them deeply.
+    writer.append({name: getattr(sample, name) for name in _FIELDS})
 
 
 def _parse(row: Mapping[str, Any], where: str) -> Sample:

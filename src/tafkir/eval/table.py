@@ -9,6 +9,8 @@ from statistics import fmean
 from typing import Any
 
 from tafkir.eval.harness import grade_sample
+from tafkir.eval.metrics import pass_at_k
+from tafkir.eval.perplexity import PERPLEXITY, perplexity_of
 from tafkir.eval.samples import FAILURES, Sample
 from tafkir.eval.scores import estimate_of, item_scores
 from tafkir.records import Example
@@ -27,8 +29,12 @@ def _groups(samples: Iterable[Sample]) -> dict[Key, list[Sample]]:
     return groups
 
 
-def score_samples(samples: Iterable[Sample]) -> list[dict[str, Any]]:
+def score_samples(samples: Iterable[Sample], metrics: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
     """One row a model and task.
+
+    Args:
+        metrics: task -> the metric on its card: "pass@2" counts an item by whether one of two answers is right
+            (unbiased where there are more); "perplexity" adds `perplexity` and `bits_per_byte` and has no accuracy.
 
     Returns:
         `model`, `task`, `task_version`, `items`, `samples`, `repeats`; `accuracy` (mean over items of the mean score
@@ -36,17 +42,32 @@ def score_samples(samples: Iterable[Sample]) -> list[dict[str, Any]]:
         `length`, `no_answer` and `failed` answers, `outcomes` and `reasons` (counts; of failures, the commonest);
         `mean_tokens`, `tokens`.
     """
-    return [_row(key, group) for key, group in _groups(samples).items()]
+    metrics = metrics or {}
+    return [_row(key, group, metrics.get(key[1], "accuracy")) for key, group in _groups(samples).items()]
 
 
-def _row(key: Key, group: Sequence[Sample]) -> dict[str, Any]:
+def _scores(samples: Iterable[Sample], metric: str) -> dict[str, list[float]]:
+    """Item -> scores, of which there is one for pass@k with k above 1."""
+    scores = item_scores(samples)
+    tries = int(metric.removeprefix("pass@")) if metric.startswith("pass@") else 1
+    if metric == PERPLEXITY:
+        return {}
+    if tries == 1:
+        return scores
+    return {
+        item: [pass_at_k([[score > 0 for score in own]], min(tries, len(own)))] for item, own in scores.items() if own
+    }
+
+
+def _row(key: Key, group: Sequence[Sample], metric: str) -> dict[str, Any]:
     outcomes = Counter(sample.outcome for sample in group)
-    scores = item_scores(group)
+    scores = _scores(group, metric)
     answered = [sample for sample in group if not sample.failed]
     return {
         "model": key[0],
         "task": key[1],
         "task_version": group[-1].task_version,
+        "metric": metric,
         "items": len({sample.item for sample in group}),
         "samples": len(group),
         "repeats": len({sample.repeat for sample in group}),
@@ -58,6 +79,7 @@ def _row(key: Key, group: Sequence[Sample]) -> dict[str, Any]:
         "reasons": dict(Counter(sample.reason for sample in group if sample.outcome in FAILURES).most_common(5)),
         "mean_tokens": fmean(sample.tokens for sample in answered) if answered else 0.0,
         "tokens": sum(sample.tokens for sample in group),
+        **(perplexity_of(group) if metric == PERPLEXITY else {}),
     }
 
 
@@ -68,16 +90,22 @@ def render_scores(rows: Sequence[Mapping[str, Any]]) -> str:
     head = f"{'model':<{width}}  {'task':<{tasks}}  {'items':>6} {'k':>4}  {'accuracy':<24}"
     lines = [f"{head}{'length':>8}{'none':>8}{'failed':>8}{'tokens':>9}"]
     for row in rows:
-        found = row["accuracy"]
-        score = "all failed"
-        if found:
-            score = f"{100 * found['value']:5.1f} % [{100 * found['low']:5.1f}, {100 * found['high']:5.1f}]"
+        named = f"{row['model']:<{width}}  {row['task']:<{tasks}}  {row['items']:>6,} {row['repeats']:>4}"
         lines.append(
-            f"{row['model']:<{width}}  {row['task']:<{tasks}}  {row['items']:>6,} {row['repeats']:>4}  {score:<24}"
+            f"{named}  {_score_words(row):<24}"
             f"{row['length']:>8.1%}{row['no_answer']:>8.1%}{row['failed']:>8.1%}{row['mean_tokens']:>9,.0f}"
         )
         lines += [f"  {count:,} failed: {reason}" for reason, count in row["reasons"].items()]
     return "\n".join(lines)
+
+
+def _score_words(row: Mapping[str, Any]) -> str:
+    found = row["accuracy"]
+    if found:
+        return f"{100 * found['value']:5.1f} % [{100 * found['low']:5.1f}, {100 * found['high']:5.1f}]"
+    if "perplexity" in row:
+        return f"{row['perplexity']:.4g} ({row['bits_per_byte']:.3f} bit/byte)"
+    return "all failed"
 
 
 # ---- accuracy by token budget --------------------------------------------------------------------------------------
@@ -97,10 +125,12 @@ def budget_curve(
     rows = []
     for (model, name), group in _groups(samples).items():
         task = tasks[name]
+        if task.card.metric == PERPLEXITY:
+            continue
         examples = {example.id: example for example in task.examples("test")}
         graded = [sample for sample in group if not sample.failed]
         for budget in sorted(budgets):
-            scores = item_scores([_cut(task, examples[sample.item], sample, budget) for sample in graded])
+            scores = _scores([_cut(task, examples[sample.item], sample, budget) for sample in graded], task.card.metric)
             rows.append(
                 {
                     "model": model,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -18,14 +18,22 @@ FAMILIES = ("math", "choice", "instructions", "grids", "perplexity")
 """Modules of `tafkir.tasks.published`; each has `TASKS`, a tuple of `TaskEntry`."""
 
 
+def _entries(family: str) -> Sequence[TaskEntry]:
+    entries: Sequence[TaskEntry] = import_module(f"tafkir.tasks.published.{family}").TASKS
+    return entries
+
+
 @cache
 def _table() -> Mapping[str, TaskEntry]:
-    entries: list[TaskEntry] = []
-    for family in FAMILIES:
-        entries += import_module(f"tafkir.tasks.published.{family}").TASKS
+    entries = [entry for family in FAMILIES for entry in _entries(family)]
     table = {entry.card.name: entry for entry in entries}
     assert len(table) == len(entries), "two tasks have one name"
     return table
+
+
+def _find(name: str) -> TaskEntry | None:
+    """The entry of a name; no further family is imported than the first that has it."""
+    return next((entry for family in FAMILIES for entry in _entries(family) if entry.card.name == name), None)
 
 
 def list_tasks() -> list[TaskCard]:
@@ -44,13 +52,13 @@ def load_task(name: str, data: Path | None = None) -> EvalTask:
         DataError: the name is unknown (says the nearest); the data is missing (says how to get it) or has other columns
             (says which).
     """
-    entry = _table().get(name)
+    if name.endswith(".py"):
+        return own.load_python(name)
+    path, colon, scorer = name.rpartition(":")
+    if colon and path:
+        return own.load_items(path, scorer)
+    entry = _find(name)
     if entry is None:
-        if name.endswith(".py"):
-            return own.load_python(name)
-        path, colon, scorer = name.rpartition(":")
-        if colon and path:
-            return own.load_items(path, scorer)
         near = difflib.get_close_matches(name, _table(), 1)
         raise DataError(
             f"no task is called {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
