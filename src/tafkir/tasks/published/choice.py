@@ -240,8 +240,8 @@ def _mmmlu(card: TaskCard, data: Path | None) -> PublishedTask:
 
     def rows() -> Iterator[Example]:
         for number, (place, row) in enumerate(read_rows(path, ("Question", "A", "B", "C", "D", "Answer", "Subject"))):
-            asked = {"question": row["Question"], "options": [row[a] for a in "ABCD"]}
-            asked["answer"] = "ABCD".find(str(row["Answer"]).strip())
+            answer = "ABCD".find(str(row["Answer"]).strip())
+            asked = {"question": row["Question"], "options": [row[a] for a in "ABCD"], "answer": answer}
             yield choice_example(
                 card, place, f"{card.name}-{number}", asked, language="ar", subject=str(row["Subject"])
             )
@@ -257,8 +257,8 @@ def _arabic_mmlu(card: TaskCard, data: Path | None) -> PublishedTask:
         for number, (place, row) in enumerate(read_rows(path, columns)):
             options = [row[f"Option {n}"] for n in range(1, 6) if str(row.get(f"Option {n}") or "").strip()]
             context = str(row.get("Context") or "").strip()
-            asked = {"question": f"{context}\n\n{row['Question']}".strip(), "options": options}
-            asked["answer"] = "ABCDE".find(str(row["Answer Key"]).strip())
+            answer = "ABCDE".find(str(row["Answer Key"]).strip())
+            asked = {"question": f"{context}\n\n{row['Question']}".strip(), "options": options, "answer": answer}
             yield choice_example(
                 card, place, f"{card.name}-{number}", asked, language="ar", subject=str(row["Subject"])
             )

@@ -52,7 +52,7 @@ def count_sentences(text: str) -> int:
 
 
 def _compare(params: Params, count: int, limit: str, relation: str = "relation") -> bool:
-    return count < params[limit] if params[relation] == "less than" else count >= params[limit]
+    return bool(count < params[limit] if params[relation] == "less than" else count >= params[limit])
 
 
 def _is_language(text: str, language: str) -> bool:
@@ -97,19 +97,19 @@ def _first_word(params: Params, text: str) -> bool:
     if nth > filled or filled != params["num_paragraphs"] or not paragraphs[nth - 1].strip():
         return False
     word = paragraphs[nth - 1].split()[0].lstrip("'").lstrip('"')
-    return re.split(r"[.,?!'\"]", word)[0].lower() == params["first_word"]
+    return bool(re.split(r"[.,?!'\"]", word)[0].lower() == params["first_word"])
 
 
 def _highlights(params: Params, text: str) -> bool:
     single = [found for found in re.findall(r"\*[^\n*]*\*", text) if found.strip("*").strip()]
     double = [found for found in re.findall(r"\*\*([^\n*]*)\*\*", text) if found.strip()]
-    return len(single) + len(double) >= params["num_highlights"]
+    return bool(len(single) + len(double) >= params["num_highlights"])
 
 
 def _bullets(params: Params, text: str) -> bool:
     stars = re.findall(r"^\s*\*[^*].*$", text, flags=re.MULTILINE)
     dashes = re.findall(r"^\s*-.*$", text, flags=re.MULTILINE)
-    return len(stars) + len(dashes) == params["num_bullets"]
+    return bool(len(stars) + len(dashes) == params["num_bullets"])
 
 
 def _postscript(params: Params, text: str) -> bool:

@@ -107,7 +107,7 @@ def load_python(path: str) -> EvalTask:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
         where = f"{path}:{lines[-1]}" if lines else path
         raise DataError(f"the task file does not run: {type(error).__name__}: {error}", where=where) from error
-    task = getattr(module, "task", None)
+    task: Any = getattr(module, "task", None)
     missing = [part for part in ("card", "name", "examples", "prompt", "grade") if not hasattr(task, part)]
     if missing:
         what = "the file has no variable `task`" if task is None else f"its task has no {', '.join(missing)}"
