@@ -35,7 +35,7 @@ from tafkir.eval.records import EvalRecord
 from tafkir.eval.run import checkpoint_fingerprint, evaluate
 from tafkir.eval.summary import problem_scores, score_table
 from tafkir.ops.native import select_kernels
-from tafkir.quant.convert import quantize_checkpoint
+from tafkir.quant.calibrated import write_quantized
 from tafkir.quant.served import load_served
 from tafkir.recipe.bundled import find_checkpoint
 from tafkir.recipe.load import load_recipe
@@ -54,6 +54,9 @@ FORMATS: Mapping[str, dict[str, Any]] = {
     "w4a4-max": {"preset": "all-linear", "scales": "max"},
     "w4a16": {"preset": "all-linear", "scheme": "nvfp4_w4a16", "scales": "four_over_six"},
     "tafkir": {"preset": "tafkir"},
+    "w4a4-gptq": {"preset": "all-linear", "scales": "local_hessian", "calibration": {"gptq": True}},
+    "tafkir-gptq": {"preset": "tafkir", "scales": "local_hessian", "calibration": {"gptq": True}},
+    "tafkir-mse": {"preset": "tafkir", "scales": "mse"},
     "r1-fp4": {"preset": "r1-fp4", "scales": "four_over_six"},
     "mxfp4": {"preset": "all-linear", "scheme": "mxfp4", "layout": "compressed-tensors"},
     "fp8": {"preset": "all-linear", "scheme": "fp8_block"},
@@ -117,7 +120,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Every variant in turn; the result is written after each."""
     source = find_checkpoint(args.checkpoint)
     examples = problems(args.stories, not args.no_heldout)
-    plain = answers(source, examples, args, "before")
+    plain = answers(source, examples, args, "before") if args.samples else []
     teacher, tokenizer = load_checkpoint(source).decoder, Tokenizer.load(source)
     texts = [encode_conversation(tokenizer, make_story(FIRST_STORY - 1 - i)) for i in range(NUM_DIVERGENCE_STORIES)]
     result: dict[str, Any] = {
@@ -129,7 +132,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "checkpoint": str(args.checkpoint),
         "samples": args.samples,
         "temperature": args.temperature,
-        "before": shares(plain, plain),
+        "before": shares(plain, plain) if plain else None,
         "variants": {},
     }
     for variant in [*args.formats, *(f"qad {name}" for name in args.qad)]:
@@ -142,7 +145,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             row["qat"] = {key: stage[key] for key in told}
         folder = args.work / variant.replace(" ", "-")
         if not folder.exists():
-            quantize_checkpoint(origin, folder, QuantizeConfig.model_validate(FORMATS[name]))
+            write_quantized(origin, folder, QuantizeConfig.model_validate(FORMATS[name]))
         row |= {"formats": FORMATS[name], "kl": divergence(load_served(folder), teacher, texts)}
         if args.samples:
             row |= shares(plain, answers(folder, examples, args, variant.replace(" ", "-")))
@@ -171,7 +174,7 @@ def main() -> None:
     parser.add_argument("--qad", nargs="*", choices=tuple(FORMATS), default=["w4a4"])
     parser.add_argument("--stories", type=int, default=1500)
     parser.add_argument("--no-heldout", action="store_true", help="made-up problems alone")
-    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--samples", type=int, default=4, help="0: divergence alone")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--set", action="append", default=[], help="PATH=VALUE of the recipe of the qat stage")

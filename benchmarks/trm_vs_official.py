@@ -283,8 +283,6 @@ def compare(name: str, case: Case, dtype: str, args: argparse.Namespace) -> dict
     train["ours_samples_per_cpu_s"] = case.batch / train["ours_cpu_s"]
     train["official_samples_per_cpu_s"] = case.batch / train["official_cpu_s"]
     solved = alternate(our_solve(case, dtype, 1), official_solve(case, dtype, 1), args.repeats, args.least_s)
-    memory = {side: peak(args, name, dtype, side) for side in ("neither", "ours", "official")}
-    taken = {side: memory[side] - memory["neither"] for side in ("ours", "official")}
     return {
         "case": name,
         "dtype": dtype,
@@ -293,8 +291,17 @@ def compare(name: str, case: Case, dtype: str, args: argparse.Namespace) -> dict
         "first_losses": losses if case.same else None,
         "train": train,
         "solve_one_puzzle": solved,
-        "peak_rss_bytes": memory,
-        "process_memory_ratio": memory["ours"] / memory["official"],
+        **memory(args, name, dtype),
+    }
+
+
+def memory(args: argparse.Namespace, name: str, dtype: str) -> dict[str, Any]:
+    """Peak memory of training one case, by side."""
+    peaks = {side: peak(args, name, dtype, side) for side in ("neither", "ours", "official")}
+    taken = {side: peaks[side] - peaks["neither"] for side in ("ours", "official")}
+    return {
+        "peak_rss_bytes": peaks,
+        "process_memory_ratio": peaks["ours"] / peaks["official"],
         "memory_ratio": taken["ours"] / taken["official"] if taken["official"] > LEAST_BYTES else None,
     }
 
@@ -323,11 +330,11 @@ def render(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         train = row["train"]
         low, high = train["ratio_range"]
-        memory = "-" if row["memory_ratio"] is None else f"{row['memory_ratio']:.2f}x"
+        taken = "-" if row["memory_ratio"] is None else f"{row['memory_ratio']:.2f}x"
         lines.append(
             f"| {row['case']} | {row['dtype']} | {train['ours_samples_per_cpu_s']:.1f} | "
             f"{train['official_samples_per_cpu_s']:.1f} | {train['ratio']:.2f}x ({low:.2f} to {high:.2f}) | "
-            f"{row['solve_one_puzzle']['ratio']:.2f}x | {memory} |"
+            f"{row['solve_one_puzzle']['ratio']:.2f}x | {taken} |"
         )
     return "\n".join(lines)
 
@@ -353,6 +360,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     parser.add_argument("--render", type=Path, metavar="JSON", help="measure nothing, show what is there")
+    parser.add_argument("--memory", type=Path, metavar="JSON", help="measure the memory of what is there anew")
     parser.add_argument("--page", type=Path, help="write the table into this page, too: docs/trm.md")
     args = parser.parse_args()
     if args.render:
@@ -365,6 +373,13 @@ def main() -> None:
     official(args.path)
     if args.only:
         only(args.cases[0], args.dtypes[0], args.only)
+        return
+    if args.memory:
+        result = json.loads(args.memory.read_text(encoding="utf-8"))
+        for row in result["rows"]:
+            row.update(memory(args, row["case"], row["dtype"]))
+        args.memory.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        show(args, result)
         return
     rows = [compare(name, cases()[name], dtype, args) for name in args.cases for dtype in args.dtypes]
     result = {

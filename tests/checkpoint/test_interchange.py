@@ -11,8 +11,20 @@ import torch
 from safetensors.torch import load_file
 
 from tafkir.checkpoint import load_checkpoint, save_checkpoint
+from tafkir.models.build import build_decoder
+from tafkir.recipe.model import ModelConfig
 
 transformers = pytest.importorskip("transformers")
+
+TINY = ModelConfig(
+    vocab_size=64,
+    hidden_size=32,
+    num_hidden_layers=2,
+    head_dim=8,
+    intermediate_size=48,
+    moe_intermediate_size=16,
+    num_experts=8,
+)
 
 
 def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -80,3 +92,10 @@ def test_transformers_loads_what_we_write(theirs: tuple[Any, Path], tmp_path: Pa
     assert again.generation_config.temperature == 0.6
     ids = torch.arange(20).view(2, 10)
     assert torch.equal(again.eval()(ids).logits, model.eval()(ids).logits)
+
+
+def test_transformers_reads_the_config_of_a_family_that_it_does_not_know(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "ling", build_decoder(TINY, 0))
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "ling", trust_remote_code=True)
+    assert type(config).__name__ == "BailingMoeV2Config" and config.num_hidden_layers == 2
+    assert load_checkpoint(tmp_path / "ling").decoder.config.hidden_size == 32

@@ -23,32 +23,15 @@ from tafkir.engine.engine import Engine
 from tafkir.errors import CheckpointError
 from tafkir.export.gguf_files import export_gguf, repack_mxfp4, repack_nvfp4
 from tafkir.export.gguf_meta import architecture_of
-from tafkir.models.build import build_decoder
 from tafkir.models.decoder import Decoder
 from tafkir.quant.convert import quantize_checkpoint
-from tafkir.recipe.bundled import find_checkpoint
 from tafkir.recipe.hf_config import config_from_hf
-from tafkir.recipe.model import ModelConfig
 from tafkir.recipe.quantize import QuantizeConfig
 from tafkir.recipe.residual import ResidualConfig
 from tafkir.records import Request, SamplingParams
+from tests.export.families import BASE, FAMILIES, build_family
 
 gguf = pytest.importorskip("gguf")
-
-BASE = find_checkpoint("base-tiny")
-FAMILIES: dict[str, dict[str, Any]] = {
-    "qwen3": {"num_experts": 0, "num_shared_experts": 0, "first_k_dense_replace": 0, "partial_rotary_factor": 1.0,
-              "use_expert_bias": False, "routed_scaling_factor": 1.0, "score_function": "softmax", "n_group": 1,
-              "topk_group": 1},
-    "qwen3_moe": {"num_shared_experts": 0, "first_k_dense_replace": 0, "partial_rotary_factor": 1.0, "n_group": 1,
-                  "topk_group": 1, "use_expert_bias": False, "routed_scaling_factor": 1.0, "score_function": "softmax"},
-    "deepseek_v3": {
-        "attention_type": "mla", "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32,
-        "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 32, "rope_interleave": True,
-        "use_qk_norm": False, "partial_rotary_factor": 1.0,
-    },
-    "glm4_moe": {"use_qk_norm": True, "attention_bias": True, "n_group": 1, "topk_group": 1},
-}  # fmt: skip
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -94,19 +77,6 @@ def test_a_checkpoint_in_each_type(type: Any, tmp_path: Path) -> None:
             assert np.array_equal(values(tensors[name]).reshape(expected.shape), expected)
     assert all(tensors[n].tensor_type.name == "F32" for n in tensors if "norm" in n or "gate_inp" in n)
     assert len(tensors) == sum(result.types.values()) and not list(tmp_path.glob(".*"))
-
-
-def build_family(family: str) -> Decoder:
-    """A small decoder whose logits are spread, and whose norms are no ones."""
-    sizes = {"model_type": family, "vocab_size": 1024, "hidden_size": 64, "num_hidden_layers": 3}
-    decoder = build_decoder(ModelConfig.model_validate(sizes | FAMILIES[family]), seed=1)
-    with torch.no_grad():
-        for name, parameter in decoder.named_parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(3)
-            elif "norm" in name:
-                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.2)
-    return decoder
 
 
 @pytest.mark.parametrize(("scheme", "layout"), [("nvfp4", "modelopt"), ("mxfp4", "compressed-tensors")])

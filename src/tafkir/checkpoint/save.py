@@ -44,6 +44,24 @@ TOKENIZER_FILES = (
 )
 """What is copied from a tokenizer's folder, where it is there; tokenizer.json must be."""
 
+# transformers has no class for these configs, and vLLM reads a config through it: it asks the folder for one
+# (`--trust-remote-code`), as it does with the published checkpoints. vLLM's model reads `embedding_dropout` besides.
+_OWN_CONFIG_CLASSES = {
+    "bailing_moe_v2": (
+        "configuration_bailing_moe_v2",
+        "BailingMoeV2Config",
+        '''"""Ling 2.0's configuration, for programs that read this folder with trust_remote_code."""
+
+from transformers import PretrainedConfig
+
+
+class BailingMoeV2Config(PretrainedConfig):
+    model_type = "bailing_moe_v2"
+    embedding_dropout = 0.0
+''',
+    )
+}
+
 
 class SavesTokenizer(Protocol):
     """What a tokenizer needs for a checkpoint."""
@@ -106,7 +124,7 @@ def save_checkpoint(
     )
     with write_folder(path) as staging:
         ids = _write_tokenizer(staging, tokenizer, tokenizer_dir)
-        _write_json(staging / "config.json", hf_config | ids)
+        _write_json(staging / "config.json", hf_config | ids | _write_config_class(staging, hf_config["model_type"]))
         if not (staging / "generation_config.json").exists():
             _write_json(staging / "generation_config.json", ids)
         write_weights(staging, entries, lambda: write_hf_tensors(decoder, dtype), max_shard_bytes)
@@ -132,6 +150,15 @@ def _write_tokenizer(
     generation = source / "generation_config.json"
     ids = read_json(generation) if generation.is_file() else {}
     return {key: ids[key] for key in ("eos_token_id", "pad_token_id") if key in ids}
+
+
+def _write_config_class(staging: Path, model_type: str) -> dict[str, Any]:
+    """Put a class for the config into the folder where transformers has none; returns the key that names it."""
+    if model_type not in _OWN_CONFIG_CLASSES:
+        return {}
+    module, name, text = _OWN_CONFIG_CLASSES[model_type]
+    (staging / f"{module}.py").write_text(text, encoding="utf-8")
+    return {"auto_map": {"AutoConfig": f"{module}.{name}"}}
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
