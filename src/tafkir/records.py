@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "cancelled"]
 _BROKEN = frozenset({"sandbox", "start"})
-Outcome = Literal["correct", "wrong", "no_answer", "length", "timeout", "error", "graded"]
+Outcome = Literal["correct", "wrong", "no_answer", "length", "timeout", "unjudged", "error", "graded"]
 Split = Literal["train", "validation", "test"]
 StageName = Literal[
     "tokenizer", "pretrain", "sft", "reward", "dpo", "rlvr", "rlhf", "qat", "quantize", "eval", "lab", "trm", "report"
@@ -116,13 +116,15 @@ class Request:
     """One prompt to complete, or a completion to go on with.
 
     `prefix_ids` are tokens of the completion that were sampled before, such as under older weights: sampling goes on
-    after them, at the draw of the request's stream that comes next. `max_tokens` counts them.
+    after them, at the draw of the request's stream that comes next. `max_tokens` counts them. Where requests have to
+    wait, a lower `priority` goes first, and equal ones go in the order of their arrival.
     """
 
     id: str
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     prefix_ids: tuple[int, ...] = ()
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)

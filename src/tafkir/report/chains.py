@@ -20,6 +20,7 @@ OUTCOME_WORDS = {
     "no_answer": "no answer found",
     "length": "cut off by the length limit",
     "timeout": "took the grader too long",
+    "unjudged": "got no judgement of the form asked for",
     "error": "could not be graded",
     "graded": "graded, neither right nor wrong",
 }

@@ -14,7 +14,7 @@ from tafkir.tasks.published.base import EvalTask, TaskCard, TaskEntry, TaskSampl
 
 __all__ = ["EvalTask", "TaskCard", "TaskSampling", "list_tasks", "load_task"]
 
-FAMILIES = ("math", "choice", "instructions", "grids", "perplexity")
+FAMILIES = ("math", "choice", "instructions", "grids", "perplexity", "code", "contests", "judged")
 """Modules of `tafkir.tasks.published`; each has `TASKS`, a tuple of `TaskEntry`."""
 
 

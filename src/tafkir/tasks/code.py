@@ -23,6 +23,7 @@ __all__ = ["CodeProblems", "bundled_problems", "extract_program", "run_twice", "
 MAX_PROGRAM_LENGTH = 20_000
 _TOLERANCE = 1e-6
 _BLOCK = re.compile(r"```[a-zA-Z0-9]*[ \t]*\n(.*?)```", re.DOTALL)
+_OPEN_BLOCK = re.compile(r"```[a-zA-Z0-9]*[ \t]*\n(.*)\Z", re.DOTALL)
 
 
 @cache
@@ -48,14 +49,23 @@ def _read_tests(tests: Sequence[Sequence[str]]) -> list[tuple[tuple[Any, ...], A
     return [(ast.literal_eval(arguments), ast.literal_eval(value)) for arguments, value in tests]
 
 
-def extract_program(text: str, *, finished: bool = True) -> tuple[str | None, str]:
-    """The last fenced block of an answer, else all of it; or None and why there is none."""
+def extract_program(text: str, *, finished: bool = True, entry: str = "") -> tuple[str | None, str]:
+    """The last fenced block of an answer, else all of it; or None and why there is none.
+
+    Args:
+        finished: False for a text that a length limit cut off; only whole blocks count then.
+        entry: name of the function or class that is asked for; the last block that defines it goes before a later one,
+            which often shows how to call it.
+    """
     found = extract_text(text, finished=True, boxed=False)
     if found.text is None:
         return None, found.reason
-    blocks = _BLOCK.findall(found.text)
+    blocks = [str(block) for block in _BLOCK.findall(found.text)]
+    if finished and (rest := _OPEN_BLOCK.search(_BLOCK.sub("", found.text))):
+        blocks.append(rest[1])
     if blocks:
-        return str(blocks[-1]), ""
+        defines = re.compile(rf"^\s*(?:async\s+)?(?:def|class)\s+{re.escape(entry)}\b", re.MULTILINE)
+        return next((block for block in reversed(blocks) if entry and defines.search(block)), blocks[-1]), ""
     if not finished:
         return None, "cut off before the end of a program"
     return (found.text, "") if "def " in found.text else (None, "there is no program")

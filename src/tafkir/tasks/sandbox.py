@@ -15,6 +15,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import takewhile
 from typing import Any, Literal, Protocol, get_args
 
 from tafkir.errors import BackendUnavailable, TafkirError
@@ -90,6 +91,10 @@ class ProgramRunner(Protocol):
             calls: arguments of plain types.
             limits: instead of the runner's own.
         """
+        ...
+
+    def close(self) -> None:
+        """Let go of what is kept warm; the runner can still be used."""
         ...
 
 
@@ -246,7 +251,7 @@ def read_results(ran: Ran, wanted: int, limits: Limits) -> ProgramResult:
                 calls.setdefault(number, CallResult(decode(message["value"])))
         except (ValueError, TypeError, KeyError, RecursionError):
             return ProgramResult("died", "it wrote something else than results")
-    done = tuple(calls[number] for number in range(wanted) if number in calls and set(range(number)) <= calls.keys())
+    done = tuple(map(calls.__getitem__, takewhile(calls.__contains__, range(wanted))))
     if len(done) == wanted:
         return ProgramResult("finished", "", done)
     if late:

@@ -98,7 +98,7 @@ class SandboxServer:
         return self._watch(limit_s, output_bytes)
 
     def _watch(self, limit_s: float, output_bytes: int) -> Ran:
-        output = b""
+        output = bytearray()
         deadline, is_ready, is_open = time.monotonic() + START_LIMIT_S, False, True
         poll = select.poll()
         poll.register(self._output, select.POLLIN)
@@ -107,7 +107,7 @@ class SandboxServer:
             left = deadline - time.monotonic()
             events = dict(poll.poll(left * 1000)) if left > 0 else {}
             if not events:
-                return Ran(output, None, "time")
+                return Ran(bytes(output), None, "time")
             # the status is asked for first: what was written before it is read after it
             ended = self._control.fileno() in events
             status = self._status(time.monotonic() + 1.0) if ended else None
@@ -119,15 +119,15 @@ class SandboxServer:
                 is_open = bool(piece)
                 output += piece
                 if len(output) > output_bytes:
-                    return Ran(output, None, "output")
+                    return Ran(bytes(output), None, "output")
                 if not is_ready and b"\n" in output:
                     is_ready, deadline = True, time.monotonic() + limit_s
             if not is_open:
                 poll.unregister(self._output)
             if ended:
                 if status is None:  # the server is gone, and whatever ran with it
-                    return Ran(output, self._process.wait())
-                return Ran(output, int(status["status"]), reusable=bool(status["clean"]) and is_open)
+                    return Ran(bytes(output), self._process.wait())
+                return Ran(bytes(output), int(status["status"]), reusable=bool(status["clean"]) and is_open)
 
     def _status(self, deadline: float) -> dict[str, object] | None:
         """The server's next line; None where there will be none."""

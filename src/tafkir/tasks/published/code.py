@@ -1,7 +1,7 @@
 """Programs that tests decide on: HumanEval(+), MBPP and MBPP+.
 
-The program gets inputs in a sandbox and returns values. What they should be is what the canonical solution returns there,
-or what the test says, and is compared here, where no answer can reach it.
+The program gets inputs in a sandbox and returns values. What they should be is what the canonical solution returns
+there, or what the test says, and is compared here, where no answer can reach it.
 """
 
 from __future__ import annotations
@@ -118,9 +118,7 @@ class ProgramTask:
         if not finished and outcome == "wrong":
             outcome, reason = "length", f"cut off: {reason}"
         failure = "sandbox" if result.ending == "sandbox" else ""
-        return replace(
-            verdict(example, outcome, program[:1000], reason), failure=failure, sandbox=self.sandbox.tier
-        )
+        return replace(verdict(example, outcome, program[:1000], reason), failure=failure, sandbox=self.sandbox.tier)
 
 
 def _decide(suite: Suite, result: ProgramResult) -> tuple[Outcome, str]:
@@ -142,13 +140,28 @@ def _decide(suite: Suite, result: ProgramResult) -> tuple[Outcome, str]:
 # ---- HumanEval+ and MBPP+ ------------------------------------------------------------------------------------------
 
 _SET_EQUAL = frozenset(
-    ("similar_elements", "find_char_long", "common_in_nested_lists", "extract_singly", "larg_nnum")
-    + ("intersection_array", "find_dissimilar", "Diff")
+    "similar_elements find_char_long common_in_nested_lists extract_singly larg_nnum intersection_array find_dissimilar"
+    " Diff".split()
 )
 """MBPP+ problems whose list may come in any order, and with repeats."""
 _NOT_NONE = frozenset(("check_str", "text_match_three", "text_starta_endb"))
 """MBPP+ problems that ask for a match object or a truth value: only whether there is one counts."""
 _IS_THERE = "(lambda f: lambda *a: (lambda v: v if isinstance(v, bool) else v is not None)(f(*a)))"
+
+
+# Answers of megabytes come back as their hash; the canonical solution's do, too. 2 and 2.0 have one hash, as in Python.
+_SHORT = """
+def _tafkir_short(function):
+    def call(*arguments):
+        import hashlib
+        value = function(*arguments)
+        if type(value) not in (str, list, tuple) or len(value) <= 65536:
+            return value
+        is_text = type(value) is str
+        whole = value if is_text else [int(x) if type(x) is float and x.is_integer() else x for x in value]
+        return f"{type(value).__name__} {hashlib.sha256(repr(whole).encode('utf-8', 'replace')).hexdigest()}"
+    return call
+"""
 
 
 def plus_equal(expected: Any, value: Any, atol: float) -> bool:
@@ -217,7 +230,7 @@ def _polynomial(coefficients: Sequence[float], x: float) -> float:
 def _plus_suite(example: Example, sandbox: ProgramRunner, *, plus: bool) -> Suite:
     extra = example.extra
     name, atol = extra["entry"], extra["atol"]
-    entry = f"{_IS_THERE}({name})" if name in _NOT_NONE else name
+    entry = f"{_IS_THERE}({name})" if name in _NOT_NONE else f"_tafkir_short({name})"
     encoded = extra["base"] + (extra["plus"] if plus else [])
     calls = [decode(arguments) for arguments in encoded]
     expected = _reference(example, sandbox, entry, calls)
@@ -228,12 +241,16 @@ def _plus_suite(example: Example, sandbox: ProgramRunner, *, plus: bool) -> Suit
         except TypeError:  # such as a set of lists
             return False
 
-    return Suite(entry, calls, check)
+    return Suite(entry, calls, check, wrap=_with_short)
+
+
+def _with_short(program: str) -> str:
+    return f"{program}\n{_SHORT}"
 
 
 def _reference(example: Example, sandbox: ProgramRunner, entry: str, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
     """What the canonical solution returns. Raises GradingError where it does not: that says nothing of an answer."""
-    result = run_twice(sandbox, example.answer, entry, calls, _REFERENCE_LIMITS)
+    result = run_twice(sandbox, _with_short(example.answer), entry, calls, _REFERENCE_LIMITS)
     wrong = next((call.error for call in result.calls if call.error), "")
     if result.ending != "finished" or wrong:
         raise GradingError(f"the canonical solution fails: {wrong or result.detail}", where=example.id)
@@ -250,9 +267,7 @@ def _read_plus(card: TaskCard, data: Path | None, name: str) -> Iterable[Example
         extra |= {"base": row["base_input"], "plus": row["plus_input"]}
         if not isinstance(extra["base"], list) or not isinstance(extra["plus"], list):
             raise bad_row(where, "base_input and plus_input as lists of argument lists")
-        yield Example(
-            row["task_id"], name, "test", row["prompt"], row["prompt"] + row["canonical_solution"], extra
-        )
+        yield Example(row["task_id"], name, "test", row["prompt"], row["prompt"] + row["canonical_solution"], extra)
 
 
 def _ask_evalplus(example: Example) -> str:
@@ -318,7 +333,8 @@ def _mbpp_suite(example: Example, sandbox: ProgramRunner) -> Suite:
         entry,
         [(number,) for number in range(len(lefts))],
         lambda number, value: bool(value == expected[number]),
-        wrap=lambda program: f"{setup}\n{program}" if setup else program,
+        limits=replace(_LIMITS, call_s=15.0),
+        wrap=lambda program: f"{program}\n{setup}",
     )
 
 
