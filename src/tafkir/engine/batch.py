@@ -132,6 +132,11 @@ class RunningBatch:
             token_BW (int64) and logprob_BW (float32).
         """
         ints, floats = self._ints[:, : self.size], self._floats[:, : self.size]
+        if not bool(floats[0].any()):
+            top_N = logits_NV.float().log_softmax(-1).max(dim=-1)
+            # What cannot be drawn from is left to `sample`, which says so.
+            if bool(torch.isfinite(top_N.values).all()):
+                return top_N.indices.view(-1, width), top_N.values.view(-1, width)
         ints, floats = ints.repeat_interleave(width, dim=1), floats.repeat_interleave(width, dim=1)
         ahead_N = torch.arange(width, device=self._device).repeat(self.size)
         u_N = uniform(ints[Column.KEY], ints[Column.COUNT] + ahead_N)

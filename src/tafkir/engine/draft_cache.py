@@ -34,6 +34,7 @@ class DraftCache:
 
     def view(self, sequences: SequenceOf[Sequence], starts: SequenceOf[int], lengths: SequenceOf[int]) -> DraftView:
         """Attention for `lengths` new tokens of each sequence, written from `starts` on over what stands there."""
+        assert all(lengths)
         for seq in sequences:
             if seq not in self._rows:
                 self._rows[seq] = self._free.pop() if self._free else len(self._rows)
@@ -75,9 +76,16 @@ class DraftView:
     def __init__(
         self, cache: DraftCache, rows: SequenceOf[int], starts: SequenceOf[int], lengths: SequenceOf[int]
     ) -> None:
-        self._cache, self._rows = cache, rows
+        self._cache, self._rows, self._start = cache, rows, starts[0]
         self._alike = len(set(lengths)) == 1
         self._longest, self._end = max(lengths), max(a + n for a, n in zip(starts, lengths, strict=True))
+        if len(rows) == 1:
+            # The most common case, and one in which every small operation is felt.
+            self.place_N = torch.arange(starts[0], self._end)
+            self.last_B = torch.tensor([lengths[0] - 1])
+            seen = torch.ones(lengths[0], self._end, dtype=torch.bool).tril(starts[0]) if lengths[0] > 1 else None
+            self._mask = seen
+            return
         lengths_B, starts_B = torch.tensor(lengths), torch.tensor(starts)
         self._rows_B = torch.tensor(rows)
         step_BT = torch.arange(self._longest).expand(len(rows), -1)
@@ -86,14 +94,19 @@ class DraftView:
         self.place_N = place_BT[self._taken_BT]
         self._row_N = self._rows_B.repeat_interleave(lengths_B)
         self.last_B = lengths_B.cumsum(0) - 1
-        self._seen_B1TS = (torch.arange(self._end) <= place_BT.unsqueeze(2)).unsqueeze(1)
+        self._mask = (torch.arange(self._end) <= place_BT.unsqueeze(2)).unsqueeze(1)
 
     def attend(self, layer_idx: int, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
         keys, values = self._cache.layer(layer_idx, k_NGK, self._end)
-        keys[self._row_N, self.place_N] = k_NGK
-        values[self._row_N, self.place_N] = v_NGK
-        one = len(self._rows) == 1
-        rows = slice(self._rows[0], self._rows[0] + 1) if one else self._rows_B
+        rows: slice | Tensor
+        if len(self._rows) == 1:
+            rows = slice(self._rows[0], self._rows[0] + 1)
+            keys[self._rows[0], self._start : self._end] = k_NGK
+            values[self._rows[0], self._start : self._end] = v_NGK
+        else:
+            rows = self._rows_B
+            keys[self._row_N, self.place_N] = k_NGK
+            values[self._row_N, self.place_N] = v_NGK
         if self._alike:
             q_BTHK = q_NHK.view(len(self._rows), self._longest, *q_NHK.shape[1:])
         else:
@@ -103,7 +116,7 @@ class DraftView:
             q_BTHK.transpose(1, 2),
             keys[rows, : self._end].transpose(1, 2),
             values[rows, : self._end].transpose(1, 2),
-            attn_mask=self._seen_B1TS,
+            attn_mask=self._mask,
             enable_gqa=q_NHK.shape[1] != k_NGK.shape[1],
         ).transpose(1, 2)
         return out_BTHK.flatten(0, 1) if self._alike else out_BTHK[self._taken_BT]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tafkir.engine.draft_cache import DraftCache
 from tafkir.engine.sequence import Sequence
+from tafkir.engine.store import bucket
 from tafkir.errors import CapacityError
 from tafkir.models.decoder import Decoder
 from tafkir.models.mtp import MtpOutput
@@ -240,6 +241,7 @@ class NextnDrafter:
         first = decoder.config.num_hidden_layers
         self._caches = [DraftCache(1, first + k) for k in range(shape.depth)]
         self._tracks: dict[Sequence, _Track] = {}
+        self._rope = self._rope_table(0)
         self._device = decoder.embed_tokens.weight.device
 
     def observe(self, seq: Sequence, position: int, state_ND: Tensor) -> None:
@@ -314,18 +316,27 @@ class NextnDrafter:
         starts: SequenceOf[int],
     ) -> tuple[Tensor, list[Tensor]]:
         """One layer over `inputs`: the last hidden states [B, D], for the head, and every row's output state."""
-        config, lengths = self._decoder.config, [len(part) for part in inputs]
+        lengths = [len(part) for part in inputs]
         view = self._caches[depth].view([row.seq for row in rows], starts, lengths)
         ids = [token for text, length in zip(texts, lengths, strict=True) for token in text[-length:]]
         # The newest token of a text stands depth + 1 places after the position that is read with it.
         lasts = [len(text) - 2 - depth for text in texts]
         places = [i for last, length in zip(lasts, lengths, strict=True) for i in range(last - length + 1, last + 1)]
+        if max(places) >= len(self._rope[0]):
+            self._rope = self._rope_table(max(places))
         positions_N = torch.tensor(places, device=self._device)
-        cos, sin = rope_table(positions_N, config.rotary_size, config.rope_theta, config.rope_scaling)
+        cos, sin = (table.index_select(0, positions_N) for table in self._rope)
         embedded_ND = self._decoder.embed_tokens(torch.tensor(ids, device=self._device))
-        out: MtpOutput = self._mtp.layers[depth](torch.cat(list(inputs)), embedded_ND, cos, sin, view)
+        input_ND = torch.cat(list(inputs)) if len(inputs) > 1 else inputs[0]
+        out: MtpOutput = self._mtp.layers[depth](input_ND, embedded_ND, cos, sin, view)
         state_ND = out.hidden_MD if self._post_norm else out.pre_norm_MD
         return out.hidden_MD[view.last_B], list(state_ND.split(lengths))
+
+    def _rope_table(self, position: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of all positions up to this one, and some more."""
+        config = self._decoder.config
+        positions = torch.arange(bucket(position + 1), device=self._decoder.embed_tokens.weight.device)
+        return rope_table(positions, config.rotary_size, config.rope_theta, config.rope_scaling)
 
     def drop(self, seq: Sequence) -> None:
         self._tracks.pop(seq, None)
