@@ -273,6 +273,15 @@ def test_two_tries_count_once(tmp_path: Path) -> None:
     assert [row["value"] for row in rows] == [1 / 4, 1 / 2]
 
 
+def test_the_task_of_the_documentation(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    mine = tmp_path / "mine.py"
+    mine.write_text(page.split("```python\n")[1].split("```")[0], encoding="utf-8")
+    with ChatServer(lambda number, body: (200, {}, completion("هي القاهرة" if number % 2 else "لا أعرف"))) as server:
+        done = run(server, tmp_path, load_task(str(mine)))
+    assert sorted(sample.outcome for sample in done.samples) == ["correct", "correct", "wrong", "wrong"]
+
+
 def test_thinking_is_split_off() -> None:
     assert split_thinking("<think>\na\n</think>\nb") == ("a", "b")
     assert split_thinking("a</think> b</think>c") == ("a</think> b", "c")

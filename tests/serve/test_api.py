@@ -14,6 +14,7 @@ import httpx
 import openai
 import pytest
 
+from tafkir.checkpoint.fingerprint import checkpoint_fingerprint
 from tafkir.checkpoint.load import load_checkpoint
 from tafkir.data.chat import encode_prompt
 from tafkir.data.tokenizer import Tokenizer
@@ -32,9 +33,10 @@ def wait_until_idle(server: Server) -> None:
         time.sleep(0.01)
 
 
-def test_models_health_and_page(server: Server, client: openai.OpenAI) -> None:
+def test_models_health_and_page(server: Server, client: openai.OpenAI, checkpoint: Path) -> None:
     (model,) = client.models.list().data
     assert (model.id, model.owned_by) == (MODEL, "tafkir")
+    assert model.to_dict()["fingerprint"] == checkpoint_fingerprint(checkpoint)
     assert client.models.retrieve(MODEL).id == MODEL
     health = httpx.get(f"{server.url}/health")
     assert (health.status_code, health.json()["status"]) == (200, "ok")

@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import tafkir
+from tafkir.checkpoint.fingerprint import checkpoint_fingerprint
 from tafkir.data.chat import CHAT_TEMPLATE, encode_chat
 from tafkir.data.tokenizer import Tokenizer
 from tafkir.eval.answers import Ask, Reply
-from tafkir.eval.run import checkpoint_fingerprint
 from tafkir.protocols import Completer
 from tafkir.records import Message, Request
 

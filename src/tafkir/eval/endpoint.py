@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import queue
@@ -123,7 +124,14 @@ class EndpointAnswers:
             RolloutError: the endpoint refuses the key or the model, or cannot be reached any more.
         """
         drawn, drawing, stop = iter(asks), threading.Lock(), threading.Event()
-        results: queue.SimpleQueue[tuple[Ask, Reply] | Exception | None] = queue.SimpleQueue()
+        # Bounded: who takes the answers slowly, such as a slow grader, slows the asking.
+        results: queue.Queue[tuple[Ask, Reply] | Exception | None] = queue.Queue(self._options.concurrency)
+
+        def put(result: tuple[Ask, Reply] | Exception | None) -> None:
+            while not stop.is_set():
+                with contextlib.suppress(queue.Full):
+                    results.put(result, timeout=1.0)
+                    return
 
         def work() -> None:
             while not stop.is_set():
@@ -132,11 +140,11 @@ class EndpointAnswers:
                         ask = next(drawn, None)
                     if ask is None:
                         break
-                    results.put((ask, self._answer(ask, stop)))
+                    put((ask, self._answer(ask, stop)))
                 except Exception as error:
-                    results.put(error)
+                    put(error)
                     break
-            results.put(None)
+            put(None)
 
         # Daemons: an interrupted run must not wait for answers that take minutes.
         threads = [threading.Thread(target=work, daemon=True) for _ in range(self._options.concurrency)]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tafkir.checkpoint.manifest import MANIFEST_NAME
+from tafkir.checkpoint.fingerprint import checkpoint_fingerprint
 from tafkir.data.chat import encode_chat
 from tafkir.data.tokenizer import Tokenizer
 from tafkir.errors import DataError, RequestError
@@ -21,18 +21,6 @@ from tafkir.runlog.progress import Progress
 __all__ = ["checkpoint_fingerprint", "evaluate"]
 
 BATCH_REQUESTS = 1024
-
-
-def checkpoint_fingerprint(checkpoint: Path) -> str:
-    """Hash of what the answers depend on in a checkpoint; the manifest holds the weights' own hashes."""
-    manifest = checkpoint / MANIFEST_NAME
-    weights = [manifest] if manifest.exists() else sorted(checkpoint.glob("*.safetensors"))
-    digest = hashlib.sha256()
-    for path in (*weights, checkpoint / "config.json", checkpoint / "tokenizer.json"):
-        if path.exists():
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,6 +124,7 @@ def _add_status_routes(app: FastAPI, served: Served) -> None:
             "created": served.created,
             "owned_by": "tafkir",
             "max_model_len": served.engine.max_context,
+            "fingerprint": served.fingerprint,
             "num_parameters": config.num_parameters(),
             "num_active_parameters": config.num_parameters(active=True),
         }

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from starlette.concurrency import run_in_threadpool
 
+from tafkir.checkpoint.fingerprint import checkpoint_fingerprint
+from tafkir.checkpoint.manifest import MANIFEST_NAME
 from tafkir.serve.errors import ApiError
 from tafkir.serve.grammar import Grammar, GrammarCompiler, check_schema
 from tafkir.serve.options import ServerOptions
@@ -43,6 +45,11 @@ class Served:
     @property
     def engine(self) -> Engine:
         return self.worker.engine
+
+    @functools.cached_property
+    def fingerprint(self) -> str | None:
+        """Hash of the checkpoint, for clients that keep answers; None without a manifest, where it would take long."""
+        return checkpoint_fingerprint(self.path) if (self.path / MANIFEST_NAME).exists() else None
 
     @functools.cached_property
     def grammars(self) -> GrammarCompiler:
