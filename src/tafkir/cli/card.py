@@ -1,4 +1,4 @@
-"""`tafkir card CHECKPOINT... --task sudoku4`: recursive and language models in one table, with what answers cost."""
+"""`tafkir card`: models in one table with what answers cost, from results files, or measured on puzzles."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ def card(
     checkpoints: Annotated[
         list[str],
         typer.Argument(
-            metavar="[NAME=]CHECKPOINT...", help="Run directories, checkpoint folders or bundled names, of either kind."
+            metavar="RESULTS | [NAME=]CHECKPOINT...",
+            help="Results of `tafkir eval --tasks`; or, with --task, run directories, checkpoint folders or bundled "
+            "names, of either kind.",
         ),
     ],
     task: Annotated[
         str, typer.Option(help="Puzzles: sudoku4, sudoku6, maze-small, ..., or a recipe file with [trm.puzzles].")
-    ],
+    ] = "",
     split: Annotated[
         Literal["test", "validation", "train"], typer.Option(help="Part of the puzzles; answers to train can teach.")
     ] = "test",
@@ -39,16 +41,37 @@ def card(
     runs_dir: Annotated[Path, typer.Option(envvar="TAFKIR_RUNS_DIR", help="Where run directories are made.")] = Path(
         "runs"
     ),
+    shapes: Annotated[
+        list[str] | None,
+        typer.Option("--shape", metavar="NAME=CHECKPOINT", help="Results: weights of a model, or qwen3-32b, ..."),
+    ] = None,
+    prices: Annotated[
+        list[str] | None,
+        typer.Option("--price", metavar="NAME=DOLLARS", help="Results: for a million new tokens of a model."),
+    ] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="Results: beside what others have published on the same task.")
+    ] = False,
+    html: Annotated[Path, typer.Option(help="Results: where the page goes.")] = Path("card.html"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the card as JSON on stdout.")] = False,
 ) -> None:
-    """Set recursive and language models side by side on the same puzzles: the efficiency card.
+    """Set models side by side with what their answers cost: the efficiency card.
 
-    Accuracy with its 95 % interval, weights, FLOPs and seconds of one puzzle, bytes on disk; as a table, as card.json
-    and as card.html with accuracy against FLOPs. A language model is asked in text, once and greedily, and graded by
-    the same rules. Answers stay in the run directory: the same command goes on where it was stopped.
+    \b
+    tafkir card results/ --shape small=base-tiny --published         of answers that are there
+    tafkir card runs/trm-sudoku4 base-tiny mine=runs/my-sft --task sudoku4
 
-        tafkir card runs/trm-sudoku4 base-tiny mine=runs/my-sft --task sudoku4
+    Of results: accuracy with its 95 % interval against parameters, bytes, and FLOPs, tokens, seconds and dollars of an
+    answer, with Pareto's front; figures that others published are marked as theirs, with date and source.
+
+    On puzzles: accuracy with its 95 % interval, weights, FLOPs, seconds and joules of one puzzle, bytes on disk, as a
+    table, as card.json and as card.html with accuracy against FLOPs. A language model is asked in text, once and
+    greedily, and graded by the same rules. Answers stay in the run directory: the same command goes on where it was
+    stopped.
     """
+    if not task:
+        _show_results(checkpoints, shapes or [], prices or [], published, html, as_json)
+        return
     show_card(
         checkpoints,
         task,
@@ -102,6 +125,60 @@ def show_card(
         return
     print(render_card_table(result))
     print(f"\nCard: {run.path / 'card.html'}")
+
+
+def _show_results(
+    places: Sequence[str], shapes: Sequence[str], prices: Sequence[str], published: bool, html: Path, as_json: bool
+) -> None:
+    """The card of results files."""
+    from tafkir.cli.completer import checkpoint_of
+    from tafkir.errors import RecipeError, TafkirError
+    from tafkir.eval.results_card import render_results_table, results_card, shape_of_model
+    from tafkir.eval.samples import load_samples, samples_file
+    from tafkir.report.card import render_results_card
+    from tafkir.runlog.atomic import write_text
+
+    for place in places:
+        if not samples_file(Path(place)).is_file():
+            raise RecipeError(
+                "there are no results",
+                where=place,
+                expected="a folder of `tafkir eval --tasks`, or checkpoints with --task",
+                fix=f"tafkir card {place} --task sudoku4",
+            )
+
+    def shape(given: str) -> Any:
+        try:
+            return shape_of_model(str(checkpoint_of(given)))
+        except TafkirError:
+            return shape_of_model(given)
+
+    try:
+        costs = {name: float(price) for name, price in (_named(given, "--price") for given in prices)}
+    except ValueError as error:
+        raise RecipeError("a price is no number", where="--price", expected="NAME=DOLLARS") from error
+    found = results_card(
+        [sample for place in places for sample in load_samples(Path(place))],
+        shapes={name: shape(place) for name, place in (_named(given, "--shape") for given in shapes)},
+        prices=costs,
+        published=published,
+    )
+    write_text(html, render_results_card(found))
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    print(render_results_table(found))
+    print(f"\nCard: {html}")
+
+
+def _named(given: str, option: str) -> tuple[str, str]:
+    """From `NAME=VALUE`."""
+    from tafkir.errors import RecipeError
+
+    name, equals, value = given.partition("=")
+    if not equals or not value:
+        raise RecipeError(f"{given!r} names no model", where=option, expected="NAME=VALUE")
+    return name, value
 
 
 def _contestant(given: str) -> Contestant:

@@ -20,6 +20,7 @@ from tafkir.data.puzzles.votes import ATTEMPTS
 from tafkir.data.tokenizer import Tokenizer
 from tafkir.engine.arc import answer_tasks
 from tafkir.errors import CapacityError, DataError
+from tafkir.eval.costs import Meter
 from tafkir.eval.metrics import Estimate, accuracy
 from tafkir.eval.puzzles import answer_arc, answer_recursively, count_seen, seconds_alone
 from tafkir.eval.records import GREEDY, EvalRecord
@@ -91,6 +92,7 @@ class CardRow:
         records: file of the graded answers, relative to the run directory.
         first_attempt: share right at once, where two attempts count (ARC).
         seen_in_training: puzzles that training had in some form; None where nobody knows.
+        joules, peak_bytes: of one of the puzzles that `seconds` times, as `Meter` has them.
     """
 
     name: str
@@ -108,6 +110,8 @@ class CardRow:
     records: str | None = None
     first_attempt: float | None = None
     seen_in_training: int | None = None
+    joules: float | None = None
+    peak_bytes: int | None = None
 
 
 def is_recursive(checkpoint: Path) -> bool:
@@ -214,7 +218,7 @@ def _recursive_rows(
             active_parameters=shape.num_parameters(),
             bytes_on_disk=_weight_bytes(contestant.path),
             flops=recursion_flops(shape, amount),
-            seconds=seconds_alone(solver.model, inputs, halt_threshold=stop),
+            **_timed(lambda stop=stop: seconds_alone(solver.model, inputs, halt_threshold=stop), len(inputs) + 1),
             amount=amount,
             curve=points,
             outcomes=_count(record.outcome for record in records),
@@ -298,6 +302,7 @@ def _language_row(
         fingerprint=checkpoint_fingerprint(contestant.path),
         label=f"eval {contestant.name}",
     )
+    timed = prompts[: settings.timed]
     asked = [prompt for prompt in prompts for _ in range(attempts)]
     flops = [completion_flops(config, len(p), r.tokens) for p, r in zip(asked, records, strict=True)]
     first = [record for record in records if record.repeat == GREEDY]
@@ -310,7 +315,9 @@ def _language_row(
         active_parameters=config.num_parameters(active=True),
         bytes_on_disk=_weight_bytes(contestant.path),
         flops=attempts * fmean(flops),
-        seconds=attempts * _seconds_of_completions(completer, tokenizer, prompts[: settings.timed], limit),
+        **_timed(
+            lambda: attempts * _seconds_of_completions(completer, tokenizer, timed, limit), (len(timed) + 1) / attempts
+        ),
         amount=attempts * fmean(record.tokens for record in records),
         outcomes=_count(record.outcome for record in first),
         records=f"eval/{path.name}",
@@ -342,6 +349,14 @@ def _seconds_of_completions(
         assert sum(1 for _ in completer.complete([request])) == 1
         durations.append(time.perf_counter() - began)
     return median(durations[1:])
+
+
+def _timed(measure: Callable[[], float], puzzles: float) -> dict[str, Any]:
+    """`seconds` as `measure` returns them, and what else it took while it answered so many puzzles."""
+    with Meter() as meter:
+        seconds = measure()
+    joules = None if meter.joules is None else meter.joules / puzzles
+    return {"seconds": seconds, "joules": joules, "peak_bytes": meter.peak_bytes}
 
 
 def _weight_bytes(checkpoint: Path) -> int:

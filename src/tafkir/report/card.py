@@ -10,7 +10,7 @@ from typing import Any
 from tafkir.report.charts import percent
 from tafkir.report.page import frame_page, plain_table
 
-__all__ = ["render_card", "scatter"]
+__all__ = ["render_card", "render_results_card", "results_section", "row_colors", "scatter"]
 
 _HEAD = (
     "Model",
@@ -21,6 +21,9 @@ _HEAD = (
     "Seconds a puzzle",
     "On disk",
     "Steps or tokens",
+    "Tokens/s",
+    "Joules a puzzle",
+    "Peak memory",
 )
 _COLORS = ("c-rlvr", "c-sft", "c-second", "c-third", "c-pretrain")
 _WIDTH, _HEIGHT = 600, 310
@@ -45,6 +48,99 @@ def render_card(card: Mapping[str, Any]) -> str:
         f"<section><h2>All figures</h2>{plain_table(_HEAD, [_cells(row) for row in rows])}{_how(card)}</section></main>"
     )
     return frame_page(f"{name} · Tafkir efficiency card", body)
+
+
+# ---- of results files ----------------------------------------------------------------------------------------------
+
+_RESULTS_HEAD = (
+    "Model",
+    "Right",
+    "Parameters",
+    "On disk",
+    "Tokens an answer",
+    "FLOP an answer",
+    "Tokens/s",
+    "$ per 1,000",
+)
+_PUBLISHED_HEAD = ("Published elsewhere", "Right", "Parameters", "On disk", "Date", "Source")
+
+
+def render_results_card(card: Mapping[str, Any]) -> str:
+    """The card of results files as a page.
+
+    Args:
+        card: what `tafkir card RESULTS --json` prints.
+    """
+    cards = card["cards"]
+    models = list(dict.fromkeys(row["name"] for each in cards for row in each["rows"]))
+    body = (
+        f'<header class="hero"><p class="eyebrow">Tafkir efficiency card · <b>{len(cards)} tasks</b></p>'
+        f'<h1 dir="auto">{escape(", ".join(models))}</h1></header><main>{results_section(card)}</main>'
+    )
+    return frame_page(f"{', '.join(models)} · Tafkir efficiency card", body)
+
+
+def results_section(card: Mapping[str, Any]) -> str:
+    """A section for each task: plots and tables."""
+    return "".join(_task_section(each) for each in card["cards"])
+
+
+def _task_section(card: Mapping[str, Any]) -> str:
+    rows, others = card["rows"], card["published"]
+    keys = "".join(
+        f'<span class="{color} key-dot"><i style="color:var(--c)"></i>{escape(name)}</span>'
+        for name, color in row_colors(rows).items()
+    )
+    plots = [
+        scatter(rows, title="FLOP an answer"),
+        scatter(rows, cost="active_parameters", title="active parameters", others=others),
+    ]
+    figures = "".join(f'<figure class="card">{plot}<div class="legend">{keys}</div></figure>' for plot in plots if plot)
+    theirs = ""
+    if others:
+        cells = [_published_cells(row) for row in others]
+        theirs = plain_table(_PUBLISHED_HEAD, cells) + (
+            "<p><small>Squares in the plot. Other harnesses, prompts and budgets; without intervals; nothing of it was "
+            "measured here.</small></p>"
+        )
+    words = (
+        "FLOPs are of an answer's new tokens, counted from the shape. Tokens/s are of one answer with its waiting. A "
+        "star stands on Pareto's front: no other model here is as right for fewer FLOPs."
+    )
+    return (
+        f"<section><h2>{escape(card['task'])}</h2>"
+        f'<div class="cards pairs">{figures}</div>{plain_table(_RESULTS_HEAD, [_result_cells(row) for row in rows])}'
+        f"<p><small>{escape(words)}</small></p>{theirs}</section>"
+    )
+
+
+def _result_cells(row: Row) -> list[str]:
+    share = row["accuracy"]
+    return [
+        f"{row['name']}{' ★' if row['best'] else ''}\n{row['num_items']:,} items × {row['samples']}",
+        f"{percent(share['value'])}\n{percent(share['low'])} to {percent(share['high'])}",
+        f"{_known(row['parameters'])}\n{_known(row['active_parameters'])} active",
+        _known(row["bytes"], "B"),
+        _known(row["tokens"]),
+        _known(row["flops"]),
+        _known(row["tokens_per_s"]),
+        "–" if row["dollars"] is None else f"{row['dollars']:.3g}",
+    ]
+
+
+def _published_cells(row: Row) -> list[str]:
+    return [
+        f"{row['name']}\n{row['note'] or ''}",
+        percent(row["score"]),
+        _known(row["parameters"]),
+        _known(row["bytes"], "B"),
+        f"{row['date'] or ''}\nread {row['read']}",
+        row["source"].removeprefix("https://"),
+    ]
+
+
+def _known(value: float | None, unit: str = "") -> str:
+    return "–" if value is None else _short(value) + unit
 
 
 # ---- words -------------------------------------------------------------------------------------------------------
@@ -93,7 +189,8 @@ def _how(card: Mapping[str, Any]) -> str:
         "FLOPs are counted from shapes: multiplications and additions of matrix products and attention, for a language "
         "model over its prompt and its own tokens, for a recursive one over its passes. Seconds are wall time of one "
         f"puzzle alone, the median of {timed}, with {threads} of one machine. A search by the rules stands there as a "
-        "yardstick; where one is known, no network is needed."
+        "yardstick; where one is known, no network is needed. Joules are the whole machine's while it answered those, "
+        "where its processor counts them; memory is this process's, with all that it had loaded before."
     )
     return f"<p><small>{escape(words)}</small></p>"
 
@@ -112,6 +209,9 @@ def _cells(row: Row) -> list[str]:
         f"{row['seconds']:.3g}",
         f"{row['bytes_on_disk'] / 1e6:.2f} MB" if row["bytes_on_disk"] else "–",
         f"{row['amount']:.1f}" if row["amount"] else "–",
+        f"{row['amount'] / row['seconds']:,.0f}" if row["kind"] == "language" and row["seconds"] else "–",
+        "–" if row.get("joules") is None else f"{row['joules']:.3g}",
+        "–" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 1e6:,.0f} MB",
     ]
 
 
@@ -125,7 +225,7 @@ def _short(value: float) -> str:
 
 def _figure(rows: Sequence[Row]) -> str:
     drawn = [row for row in rows if row["flops"]]
-    colors = _colors(drawn)
+    colors = row_colors(drawn)
     keys = "".join(
         f'<span class="{color} key-dot"><i style="color:var(--c)"></i>{escape(name)}</span>'
         for name, color in colors.items()
@@ -140,17 +240,29 @@ def _figure(rows: Sequence[Row]) -> str:
     )
 
 
-def _colors(rows: Sequence[Row]) -> dict[str, str]:
+def row_colors(rows: Sequence[Row]) -> dict[str, str]:
+    """Name -> colour class, in the order of the rows."""
     names = list(dict.fromkeys(row["name"] for row in rows))
     return {name: _COLORS[place % len(_COLORS)] for place, name in enumerate(names)}
 
 
-def scatter(rows: Sequence[Row]) -> str:
-    """Accuracy over FLOPs as an SVG element; an empty string where no row has FLOPs."""
-    drawn = [row for row in rows if row["flops"]]
-    if not drawn:
+def scatter(
+    rows: Sequence[Row], *, cost: str = "flops", title: str = "FLOP a puzzle", others: Sequence[Row] = ()
+) -> str:
+    """Accuracy over what it costs as an SVG element; an empty string where no row's cost is known.
+
+    A dashed line runs along Pareto's front: nothing to its left is as accurate.
+
+    Args:
+        cost: key of the cost, such as "flops" or "active_parameters".
+        title: of the axis.
+        others: published figures, drawn as small squares without intervals: `name`, `score` and the cost.
+    """
+    drawn, others = [row for row in rows if row[cost]], [row for row in others if row[cost]]
+    if not drawn and not others:
         return ""
-    costs = [row["flops"] for row in drawn] + [flops for row in drawn for flops, _ in row["curve"]]
+    curves = [point for row in drawn for point in row.get("curve", ())] if cost == "flops" else []
+    costs = [row[cost] for row in (*drawn, *others)] + [flops for flops, _ in curves]
     low, high = math.floor(math.log10(min(costs))), math.ceil(math.log10(max(costs)))
     high = max(high, low + 1)
 
@@ -160,23 +272,25 @@ def scatter(rows: Sequence[Row]) -> str:
     def y(share: float) -> float:
         return _HEIGHT - _BOTTOM - share * (_HEIGHT - _BOTTOM - _TOP)
 
-    colors = _colors(drawn)
-    parts = [_axes([10.0**power for power in range(low, high + 1)], x, y)]
+    colors = row_colors(drawn)
+    parts = [_axes([10.0**power for power in range(low, high + 1)], x, y, title), _front(drawn, cost, x, y)]
+    parts += [_square(x(row[cost]), y(row["score"]), f"{row['name']}: {percent(row['score'])}") for row in others]
     for row in drawn:
         color = colors[row["name"]]
-        if row["curve"]:
+        if curves and row.get("curve"):
             path = " ".join(f"{x(flops):.1f},{y(share):.1f}" for flops, share in row["curve"])
             parts.append(f'<polyline class="thin {color}" points="{path}"/>')
             parts += [_dot(x(flops), y(share), color, 2.5, "") for flops, share in row["curve"][:-1]]
-        share, at = row["accuracy"], x(row["flops"])
-        hollow = row["kind"] == "recursive" and not row["curve"]
+        share, at = row["accuracy"], x(row[cost])
+        hollow = row.get("kind") == "recursive" and not row["curve"]
         whisker = f'y1="{y(share["low"]):.1f}" y2="{y(share["high"]):.1f}"'
         parts.append(f'<line class="whisker {color}" x1="{at:.1f}" x2="{at:.1f}" {whisker}/>')
-        title = f"{row['name']}, {row['answered']}: {percent(share['value'])} at {_short(row['flops'])}FLOP"
-        parts.append(_dot(at, y(share["value"]), color, 6, title, hollow=hollow))
+        words = ", ".join(filter(None, (row["name"], row.get("answered"))))
+        words = f"{words}: {percent(share['value'])} at {_short(row[cost])} {title}"
+        parts.append(_dot(at, y(share["value"]), color, 6, words, hollow=hollow))
     return (
         f'<svg class="chart" style="max-width: 860px" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'aria-label="Accuracy over FLOPs of a puzzle">{"".join(parts)}</svg>'
+        f'aria-label="Accuracy over {escape(title, quote=True)}">{"".join(parts)}</svg>'
     )
 
 
@@ -186,7 +300,25 @@ def _dot(x: float, y: float, color: str, radius: float, title: str, *, hollow: b
     return f'<circle class="{kind} {color}" cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}">{words}</circle>'
 
 
-def _axes(powers: Sequence[float], x: Any, y: Any) -> str:
+def _front(rows: Sequence[Row], cost: str, x: Any, y: Any) -> str:
+    """Steps along the rows that no other one beats in both."""
+    best, points = 0.0, []
+    for row in sorted(rows, key=lambda row: (row[cost], -row["accuracy"]["value"])):
+        value = row["accuracy"]["value"]
+        if value > best:
+            points += [f"{x(row[cost]):.1f},{y(best if points else value):.1f}", f"{x(row[cost]):.1f},{y(value):.1f}"]
+            best = value
+    return f'<polyline class="guide" fill="none" points="{" ".join(points)} {_WIDTH - _RIGHT},{y(best):.1f}"/>'
+
+
+def _square(x: float, y: float, title: str) -> str:
+    return (
+        f'<rect class="dot hollow c-baseline" x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8">'
+        f"<title>{escape(title)}</title></rect>"
+    )
+
+
+def _axes(powers: Sequence[float], x: Any, y: Any, title: str) -> str:
     right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
     parts = []
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
@@ -202,5 +334,6 @@ def _axes(powers: Sequence[float], x: Any, y: Any) -> str:
             f'<text class="tick" x="{place:.1f}" y="{bottom + 18}" text-anchor="middle">{_short(power)}</text>'
         )
     middle = (_LEFT + right) / 2
-    parts.append(f'<text class="tick" x="{middle:.0f}" y="{_HEIGHT - 8}" text-anchor="middle">FLOP a puzzle</text>')
+    place = f'x="{middle:.0f}" y="{_HEIGHT - 8}" text-anchor="middle"'
+    parts.append(f'<text class="tick" {place}>{escape(title)}</text>')
     return "".join(parts)
