@@ -106,6 +106,12 @@ Emit = Annotated[
     ),
 ]
 Image = Annotated[str | None, typer.Option("--image", help="With --emit k8s: of the container.")]
+HtmlFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--html", metavar="FILE", help="Write a page to pick other models, chips and workloads in, with curves."
+    ),
+]
 CheckpointName = Annotated[
     str | None, typer.Option("--checkpoint", help="With --emit: folder or hub name to serve (MODEL).")
 ]
@@ -142,6 +148,7 @@ def plan_model(
     emit: Emit = None,
     checkpoint: CheckpointName = None,
     image: Image = None,
+    html: HtmlFile = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show the terms that every number is made of.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -151,6 +158,7 @@ def plan_model(
     tafkir plan ring-flash-2.0 --hardware h20:4 --precision fp8
     tafkir plan deepseek-r1 --hardware b200:8 --precision nvfp4 --workload reasoning --explain
     tafkir plan qwen3-32b --hardware h100:2 --simulate 20000  percentiles, and the load where waiting begins
+    tafkir plan qwen3-32b --hardware h100:2 --html plan.html  a page with pickers and curves
     tafkir plan ./my-model --hardware cpu                     this machine, measured on the spot
     tafkir plan deepseek-v3 --hardware h800:2048 --train --precision fp8 --tokens 14.8e12
     tafkir plan qwen3-32b --hardware h100:4 --emit vllm --checkpoint Qwen/Qwen3-32B > serve.sh
@@ -178,6 +186,11 @@ def plan_model(
     asked = Asked(name, kind, count, deployment, load_workload(workload), workload, only)
     if emit:
         _emit(asked, objective, emit, checkpoint or model, image)
+        return
+    if html:
+        from tafkir.cli.plan_html import write_page
+
+        write_page(asked, html, simulate or 1500, hardware_file or [])
         return
     if day:
         _plan_day(asked, objective, day, as_json)

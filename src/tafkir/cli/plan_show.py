@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "chip_cells",
     "chip_json",
+    "confidence",
     "print_table",
     "print_terms",
     "serving_json",
@@ -106,7 +107,7 @@ def show_options(asked: Asked, options: list[Option], refusals: list[Refusal]) -
         print(f"not {refusal.layout}: {refusal.why}")
     if len(refusals) > len(shown):
         print(f"and {len(refusals) - len(shown)} more layouts do not do")
-    print(_confidence(asked.deployment))
+    print(confidence(asked.deployment))
 
 
 def _reason(option: Option) -> str:
@@ -120,7 +121,8 @@ def _reason(option: Option) -> str:
     )
 
 
-def _confidence(d: Deployment) -> str:
+def confidence(d: Deployment) -> str:
+    """Where the coefficients are from, and how far off they were where that is known."""
     from tafkir.plan.calibrate import left_out_errors
 
     c = d.coefficients
