@@ -119,7 +119,11 @@ class JudgeEndpoint:
         self._lock = threading.Lock()
         self._writer = JsonlWriter(cache) if cache else None
         rows = read_jsonl(cache) if cache else ()
-        self._known: dict[str, str] = {str(row["key"]): str(row["judgement"]) for row in rows}
+        self._known: dict[str, str] = {}
+        for row in rows:
+            self._known[str(row["key"])] = row["judgement"]
+            if row["judgement"] is None:
+                del self._known[str(row["key"])]
 
     def close(self) -> None:
         """Close the connections and the cache."""
@@ -142,13 +146,7 @@ class JudgeEndpoint:
             Ungraded: the budget is spent, or every call failed.
             BackendUnavailable: the endpoint refuses the key, the model or the request itself.
         """
-        body = {
-            "model": self.config.model,
-            "messages": messages,
-            "temperature": 0,
-            "max_tokens": self.config.max_tokens,
-        }
-        key = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        body, key = self._request(messages)
         with self._lock:
             if key in self._known:
                 self.counts.cached += 1
@@ -159,6 +157,22 @@ class JudgeEndpoint:
                 self._writer.append({"key": key, "judgement": judgement})
             self._known[key] = judgement
         return judgement
+
+    def reject(self, messages: list[dict[str, str]]) -> None:
+        """Forget the judgement of these messages, which is of no use: it is asked for again the next time."""
+        _, key = self._request(messages)
+        with self._lock:
+            if self._known.pop(key, None) is not None and self._writer is not None:
+                self._writer.append({"key": key, "judgement": None})
+
+    def _request(self, messages: list[dict[str, str]]) -> tuple[dict[str, Any], str]:
+        body = {
+            "model": self.config.model,
+            "messages": messages,
+            "temperature": 0,
+            "max_tokens": self.config.max_tokens,
+        }
+        return body, hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
     def _ask(self, body: Mapping[str, Any]) -> str:
         for attempt in range(self.config.max_retries + 1):

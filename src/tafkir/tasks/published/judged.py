@@ -110,17 +110,21 @@ class JudgedTask:
         if not finished or len(answers) < wanted:
             reason = "cut off" if not finished else f"{len(answers)} of {wanted} answers of the conversation"
             return Verdict("length" if not finished else "no_answer", 0.0, None, example.answer, reason)
+        asked: list[list[dict[str, str]]] = []
+
+        def ask(system: str, user: str) -> str:
+            messages = [{"role": "system", "content": system}] if system else []
+            asked.append([*messages, {"role": "user", "content": user}])
+            return self.judge.judgement(asked[-1])
+
         try:
-            score, details = self._score(example, answers, self._ask)
+            score, details = self._score(example, answers, ask)
         except MalformedJudgementError as why:
+            self.judge.reject(asked[-1])
             return Verdict("unjudged", 0.0, None, example.answer, f"the judge broke its format: {why}", "judge_format")
         except Ungraded as why:
             return Verdict("error", 0.0, None, example.answer, f"the judge gave no grade: {why}", "judge")
         return Verdict("graded", score, details[:1000], example.answer)
-
-    def _ask(self, system: str, user: str) -> str:
-        messages = [{"role": "system", "content": system}] if system else []
-        return self.judge.judgement([*messages, {"role": "user", "content": user}])
 
 
 def _dataset(path: str) -> Any:
