@@ -49,12 +49,15 @@ def _section(task: str, rows: Sequence[Row], models: Sequence[str]) -> str:
     chart = line_chart(
         lines,
         title=f"Accuracy on {task} by tokens an answer",
-        x_label="tokens",
+        x_label="tok.",
         y_format=lambda value: percent(value, 0),
         value_format=percent,
         y_min=0.0,
     )
-    keys = "".join(f'<span class="{line.color}"><i></i>{escape(line.name)}</span>' for line in lines)
+    keys = "".join(
+        f'<span class="{line.color}"><i style="color:var(--c)"></i><bdi>{escape(line.name)}</bdi></span>'
+        for line in lines
+    )
     table = plain_table(
         ("Model", "Tokens", "Accuracy", "95 % interval", "Cut"),
         [
@@ -69,6 +72,6 @@ def _section(task: str, rows: Sequence[Row], models: Sequence[str]) -> str:
         ],
     )
     return (
-        f'<section><h2><bdi>{escape(task)}</bdi></h2><figure class="card">{chart}<div class="legend">{keys}</div>'
-        f"<figcaption>{_LOOK}</figcaption></figure>{table}</section>"
+        f'<section><h2><bdi>{escape(task)}</bdi></h2><div class="cards"><figure class="card">{chart}'
+        f'<div class="legend">{keys}</div><figcaption>{_LOOK}</figcaption></figure></div>{table}</section>'
     )
