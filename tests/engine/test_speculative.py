@@ -12,6 +12,7 @@ import torch
 
 from tafkir.engine.drafters import Drafter, ModelDrafter, NextnDrafter, NgramDrafter
 from tafkir.engine.engine import Engine
+from tafkir.engine.paged_engine import PagedEngine
 from tafkir.engine.sequence import TokenEvent
 from tafkir.engine.shaping import Shaper, Shaping
 from tafkir.engine.speculative import Speculation
@@ -234,3 +235,24 @@ def test_it_stops_drafting_where_that_costs_more(decoder: Decoder) -> None:
     before = speculation.acceptance.num_drafts
     run(engine, [Request("a", (5,), SamplingParams(temperature=0, max_tokens=100))])
     assert speculation.acceptance.num_drafts == before, "off"
+
+
+@pytest.mark.parametrize("name", ["ngram", "nextn", "itself"])
+def test_with_known_beginnings_chunks_and_too_few_blocks(decoder: Decoder, name: str) -> None:
+    """Twice the same requests: the second time their prompts are in the cache, and layers that draft never saw them."""
+    wanted = requests(temperature=0.8)
+    expected = run(make(decoder), wanted)
+    engine = PagedEngine(
+        decoder,
+        eos_ids=(EOS,),
+        max_batch=6,
+        speculation=Speculation(DRAFTERS[name](decoder), adaptive=False),
+        max_cache_bytes=20 * 16 * decoder.config.kv_bytes_per_token(4),
+        chunk_tokens=24,
+        max_prefill_tokens=40,
+    )
+    for _ in range(2):
+        assert_same(run(engine, wanted), expected)
+    assert engine.speculation is not None and engine.speculation.acceptance.num_draft_tokens > 30
+    assert engine.prefix_hits > 100 and engine.num_preemptions > 0
+    assert engine.cache_usage == 0, "every block is returned"

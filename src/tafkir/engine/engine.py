@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from tafkir.models.decoder import Decoder
 from tafkir.ops.sampling import stream_key, top_logprobs
 from tafkir.records import Completion, FinishReason, Request
 
-__all__ = ["Engine", "PrepareWeights", "TextDecoder"]
+__all__ = ["Engine", "PrepareWeights", "Step", "TextDecoder", "Weights"]
 
 Weights = Iterable[tuple[str, Tensor]]
 PrepareWeights = Callable[[Weights, int], Weights]
@@ -44,7 +44,7 @@ class TextDecoder(Protocol):
 
 
 @dataclass(slots=True)
-class _Step:
+class Step:
     """What one step sampled: rows from `first` on, and which of them ended.
 
     A step that checked drafts has `events` in place of tokens, in order, several a row.
@@ -109,19 +109,32 @@ class Engine:
         self.decoder, self.tokenizer = decoder, tokenizer
         self.eos_ids, self.policy_version = tuple(eos_ids), policy_version
         weight = decoder.embed_tokens.weight
-        self._cache = build_cache(config, weight.detach(), max_cache_bytes, kv_cache, kv_scales)
+        self.max_batch = max_batch
         self.prepare_weights = prepare_weights
         # A dense decoder has nothing to record.
-        self._expert_log = ExpertLog() if record_experts and decoder.routers else None
+        records = record_experts and bool(decoder.routers)
+        self._cache, self._expert_log = self._build_cache(max_cache_bytes, kv_cache, kv_scales, records)
         self.speculation = speculation
         kept_state = speculation.drafter.state if speculation else None
         self._runner = Runner(decoder, self._cache, self._expert_log, kept_state)
-        self.max_batch = max_batch
         self._scheduler = Scheduler(max_batch, max_prefill_tokens)
         self._prompts = PromptTable()
         self._batch = RunningBatch(weight.device)
         self._grouping: Grouping | None = None
         self._by_id: dict[str, Sequence] = {}
+        self._num_arrived = 0
+
+    def _build_cache(
+        self,
+        max_bytes: int | None,
+        kv_cache: CacheFormat,
+        scales: SequenceOf[tuple[float, float]] | None,
+        records: bool,
+    ) -> tuple[Any, Any]:
+        """The cache, and what remembers experts where that is asked for."""
+        weight = self.decoder.embed_tokens.weight.detach()
+        cache = build_cache(self.decoder.config, weight, max_bytes, kv_cache, scales)
+        return cache, ExpertLog() if records else None
 
     # --- Completer -------------------------------------------------------------------------------------------------
 
@@ -303,14 +316,18 @@ class Engine:
             return None
         if self._scheduler.remove(request_id) is not None:
             del self._by_id[request_id]
-            return Completion(request_id, (), (), "cancelled", self.policy_version)
+            return self._unfinished(seq)
         row = self._batch.sequences.index(seq)
         return self._end({row: "cancelled"})[row]
+
+    def _unfinished(self, seq: Sequence) -> Completion:
+        """What a sequence without a row has sampled."""
+        return Completion(seq.request.id, seq.kept_ids, seq.kept_logprobs, "cancelled", self.policy_version)
 
     @torch.inference_mode()
     def cancel_all(self) -> list[Completion]:
         """Stop every request, running or waiting; what each has sampled so far, those without a token last."""
-        waiting = [Completion(seq.request.id, (), (), "cancelled", self.policy_version) for seq in self._scheduler]
+        waiting = [self._unfinished(seq) for seq in self._scheduler]
         for seq in list(self._scheduler):
             self._scheduler.remove(seq.request.id)
             del self._by_id[seq.request.id]
@@ -322,21 +339,25 @@ class Engine:
     # --- one step --------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def _advance(self) -> _Step:
+    def _advance(self) -> Step:
         self._compact()
         admitted = self._admit()
         if admitted:
             return self._prefill(admitted)
+        return self._step_running()
+
+    def _step_running(self) -> Step:
+        """One step of the running sequences alone, with drafts or without."""
         if not self._batch.num_alive:
-            return _Step()
+            return Step()
         return self._decode() if self.speculation is None else self._decode_timed(self.speculation)
 
-    def _decode(self) -> _Step:
-        """One step of the running sequences alone."""
+    def _decode(self) -> Step:
+        """One token for each running sequence."""
         grouping = self._make_room(1)
         return self._sample(0, self._runner.decode(self._batch, grouping))
 
-    def _decode_timed(self, speculation: Speculation) -> _Step:
+    def _decode_timed(self, speculation: Speculation) -> Step:
         """A step with drafts where they pay, else a plain one."""
         alive, began = self._batch.num_alive, speculation.clock()
         speculated = speculation.wanted(alive)
@@ -344,7 +365,7 @@ class Engine:
         speculation.note_step(alive, speculated, len(step.events) or alive, speculation.clock() - began)
         return step
 
-    def _check_drafts(self, speculation: Speculation) -> _Step:
+    def _check_drafts(self, speculation: Speculation) -> Step:
         """Feed drafts behind the newest tokens, and keep what the model would have said itself."""
         # A row that has ended has no room for more tokens.
         self._compact(force=True)
@@ -357,7 +378,7 @@ class Engine:
         kept = speculation.check(batch, drafts, self.decoder.logits(output.hidden_ND))
         batch.keep([row.tokens for row in kept], [row.logprobs for row in kept])
         speculation.observe(batch, kept, output)
-        step = _Step()
+        step = Step()
         for row, seq in zip(kept, batch.sequences, strict=True):
             assert seq is not None
             step.events += row.events(seq.request.id)
@@ -384,7 +405,7 @@ class Engine:
             admitted = self._scheduler.admit(0, 0, self._prompts, self._cache)
         return admitted
 
-    def _prefill(self, admitted: list[Sequence]) -> _Step:
+    def _prefill(self, admitted: list[Sequence]) -> Step:
         self._compact(force=True)
         fresh = []
         for seq in admitted:
@@ -405,12 +426,12 @@ class Engine:
         hidden = [seq.prompt.hidden_D for seq in admitted if seq.prompt is not None and seq.prompt.hidden_D is not None]
         return self._sample(first, self.decoder.logits(torch.stack(hidden)))
 
-    def _sample(self, first: int, logits_BV: Tensor) -> _Step:
+    def _sample(self, first: int, logits_BV: Tensor) -> Step:
         batch = self._batch
         shapers = {row: s.shaper for row, s in enumerate(batch.sequences[first:]) if s is not None and s.shaper}
         shaped = {row: shaper.shape(logits_BV[row]) for row, shaper in shapers.items()}
         tokens, logprobs, ended_B, stopped_B = batch.record(first, logits_BV, shaped)
-        step = _Step(first, batch.sequences[first:], tokens, logprobs)
+        step = Step(first, batch.sequences[first:], tokens, logprobs)
         reasons: dict[int, FinishReason] = {}
         rows = ended_B.nonzero().squeeze(1).tolist()
         if rows:
@@ -426,7 +447,7 @@ class Engine:
             step.ended = self._end(reasons)
         return step
 
-    def _watch(self, step: _Step, logits_BV: Tensor, reasons: dict[int, FinishReason]) -> None:
+    def _watch(self, step: Step, logits_BV: Tensor, reasons: dict[int, FinishReason]) -> None:
         """Stop strings and alternatives, for the sequences that asked for them."""
         assert step.tokens is not None
         for row, (seq, token) in enumerate(zip(step.sequences, step.tokens.tolist(), strict=True)):
@@ -449,18 +470,23 @@ class Engine:
             assert seq is not None and seq.prompt is not None
             seq.prompt.users -= 1
             self._batch.sequences[row] = None
+            experts = None if self._expert_log is None else self._expert_log.take(seq, len(tokens))
+            self._leave(seq, tokens)
             del self._by_id[seq.request.id]
             if self.speculation is not None:
                 self.speculation.drafter.drop(seq)
             completions[row] = Completion(
                 seq.request.id,
-                tuple(tokens),
-                tuple(logprobs),
+                seq.kept_ids + tuple(tokens),
+                seq.kept_logprobs + tuple(logprobs),
                 reasons[row],
                 self.policy_version,
-                None if self._expert_log is None else self._expert_log.take(seq, len(tokens)),
+                experts,
             )
         return completions
+
+    def _leave(self, seq: Sequence, tokens: SequenceOf[int]) -> None:
+        """A sequence gives its row back; it has sampled `tokens` there."""
 
     def _compact(self, force: bool = False) -> None:
         """Give the rows of ended sequences back: when enough have ended to be worth the copy, or before a prefill."""
@@ -510,4 +536,6 @@ class Engine:
 
     def _enqueue(self, seq: Sequence) -> None:
         self._by_id[seq.request.id] = seq
-        self._scheduler.waiting.append(seq)
+        self._num_arrived += 1
+        seq.arrival = self._num_arrived
+        self._scheduler.add(seq)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from tafkir.engine.batch import Column, RunningBatch
 from tafkir.engine.expert_log import ExpertLog
+from tafkir.engine.paged_cache import PagedRows
 from tafkir.engine.sequence import Prompt
-from tafkir.engine.store import Cache
 from tafkir.engine.views import Grouping
 from tafkir.models.attention import VarlenCausal
 from tafkir.models.decoder import Decoder, DecoderOutput
@@ -31,7 +32,7 @@ class Runner:
     """
 
     def __init__(
-        self, decoder: Decoder, cache: Cache, expert_log: ExpertLog | None = None, kept_state: str | None = None
+        self, decoder: Decoder, cache: Any, expert_log: ExpertLog | None = None, kept_state: str | None = None
     ) -> None:
         self.decoder, self.cache, self.expert_log, self.kept_state = decoder, cache, expert_log, kept_state
         self.device = decoder.embed_tokens.weight.device
@@ -49,11 +50,11 @@ class Runner:
                 prompt.state_PD = part
         return output.hidden_ND[view.last_N]
 
-    def decode(self, batch: RunningBatch, grouping: Grouping) -> Tensor:
+    def decode(self, batch: RunningBatch, grouping: Grouping | PagedRows) -> Tensor:
         """Feed every row's newest token; logits of the next one, [B, V]."""
         return self.decoder.logits(self.feed(batch, grouping, batch.column(Column.TOKEN).unsqueeze(1)).hidden_ND)
 
-    def feed(self, batch: RunningBatch, grouping: Grouping, ids_BW: Tensor) -> DecoderOutput:
+    def feed(self, batch: RunningBatch, grouping: Grouping | PagedRows, ids_BW: Tensor) -> DecoderOutput:
         """Feed every row its newest token and given ones after it, such as drafts; N = B W, row after row.
 
         What the batch counts stays: record the tokens that hold (`RunningBatch.record`), or count back

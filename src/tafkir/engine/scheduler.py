@@ -56,7 +56,7 @@ class PromptTable:
 
 
 class Scheduler:
-    """First come, first served.
+    """First come, first served, among requests of one priority.
 
     Args:
         max_batch: most sequences that run at once.
@@ -68,6 +68,13 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         # Where the batch is full, a prefill waits until it can serve several sequences at once.
         self.slack = max(1, max_batch // 16)
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence behind those that come before it (`Sequence.order`)."""
+        place = len(self.waiting)
+        while place and self.waiting[place - 1].order > seq.order:
+            place -= 1
+        self.waiting.insert(place, seq)
 
     def row_capacity(self, rows: int) -> int:
         """Cache rows to hold for so many sequences: the next power of two, never above the limit."""

@@ -56,6 +56,10 @@ class Sequence:
         watch: looks for stop strings; None without any.
         prompt: its row in the prompt store, once it runs.
         shaper: changes its logits before each draw.
+        arrival: its place among all requests that the engine was given.
+        kept_ids, kept_logprobs: what it had sampled before it had to give its room back; `key` and `limit` go on from
+            there.
+        blocks: of a paged cache, in the order of its tokens.
     """
 
     request: Request
@@ -66,11 +70,20 @@ class Sequence:
     watch: StopWatch | None = None
     prompt: Prompt | None = field(default=None, repr=False)
     shaper: Shaper | None = field(default=None, repr=False)
+    arrival: int = 0
+    kept_ids: tuple[int, ...] = ()
+    kept_logprobs: tuple[float, ...] = ()
+    blocks: list[int] = field(default_factory=list, repr=False)
 
     @property
     def context_ids(self) -> tuple[int, ...]:
         """What the cache holds before the first token that is sampled here."""
-        return self.request.prompt_ids + self.request.prefix_ids
+        return self.request.prompt_ids + self.request.prefix_ids + self.kept_ids
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who comes first: priority, then arrival."""
+        return self.request.priority, self.arrival
 
 
 @dataclass(frozen=True, slots=True)

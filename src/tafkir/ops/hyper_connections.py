@@ -44,7 +44,7 @@ class Maps(NamedTuple):
 
 
 def _native_takes(x_NnD: Tensor, *others: Tensor) -> bool:
-    return x_NnD.shape[1] in NATIVE_STREAMS and native.takes(x_NnD, *others)
+    return x_NnD.shape[1] in NATIVE_STREAMS and native.takes(x_NnD, *others, mixes_rows=True)
 
 
 def split_maps(flat_NM: Tensor, num_streams: int) -> Maps:

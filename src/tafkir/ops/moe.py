@@ -248,7 +248,7 @@ def moe_experts(
         [N, D] in x's dtype.
     """
     tensors = (x_ND, gate_up_EID, down_EDI, weights_NA)
-    if native.takes(*tensors):
+    if native.takes(*tensors, mixes_rows=True):
         x_ND, gate_up_EID, down_EDI, weights_NA = (x.contiguous() for x in tensors)
         ids_NA = expert_ids_NA.long().contiguous()
         out = _NativeMoEExperts.apply(x_ND, gate_up_EID, down_EDI, ids_NA, weights_NA)  # type: ignore[no-untyped-call]

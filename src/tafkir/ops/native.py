@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Collection
+import threading
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -13,7 +15,7 @@ from tafkir.errors import BackendUnavailable
 from tafkir.native.build import torch_blas
 from tafkir.native.compiled import BUILD_COMMAND, KernelChoice, kernels_path, resolve_kernels
 
-__all__ = ["call", "kernels_in_use", "select_kernels", "takes"]
+__all__ = ["call", "kernels_in_use", "rows_alone", "select_kernels", "takes"]
 
 # i: int, l: int64, f: float, p: a tensor's address. The first argument of each is the number of threads, except for
 # sort_pairs. Each returns 0, or another number where it cannot do what was asked.
@@ -52,6 +54,10 @@ _SIGNATURES = {
     "tafkir_post_norm_backward": "iiipppllp",
     "tafkir_split_heads": "iipppllllp",
     "tafkir_split_heads_backward": "iipppppllllp",
+    "tafkir_packed_linear": "iplpllp",
+    "tafkir_packed_values": "ipp",
+    "tafkir_decode_qkv": "ipplppppp",
+    "tafkir_decode_mlp": "ipplpp",
     "tafkir_paged_attention": "ippppppppllllllfp",
     "tafkir_row_linear": "ippllllp",
 }
@@ -64,6 +70,25 @@ class _State:
 
     chosen: Literal["native", "torch"] | None = None
     library: ctypes.CDLL | None = None
+
+
+class _Here(threading.local):
+    """What holds on this thread alone."""
+
+    rows_alone = False
+
+
+_here = _Here()
+
+
+@contextmanager
+def rows_alone() -> Iterator[None]:
+    """On this thread, kernels whose sums depend on how many rows there are take nothing (`takes(mixes_rows=True)`)."""
+    before, _here.rows_alone = _here.rows_alone, True
+    try:
+        yield
+    finally:
+        _here.rows_alone = before
 
 
 def select_kernels(choice: KernelChoice) -> Literal["native", "torch"]:
@@ -84,14 +109,17 @@ def kernels_in_use() -> Literal["native", "torch"]:
     return _State.chosen or select_kernels("auto")
 
 
-def takes(*tensors: Tensor, dtypes: Collection[torch.dtype] = (torch.float32,)) -> bool:
+def takes(*tensors: Tensor, dtypes: Collection[torch.dtype] = (torch.float32,), mixes_rows: bool = False) -> bool:
     """Whether the kernels are in use and the tensors are what they read: plain, on the CPU, not empty, of one dtype.
 
     Subclasses (the shards of tensor parallelism, say) have no address of their own; nor have the stand-ins of tracing.
 
     Args:
         dtypes: those that the kernel reads.
+        mixes_rows: its sums depend on how many rows there are; it is not wanted where `rows_alone` holds.
     """
+    if mixes_rows and _here.rows_alone:
+        return False
     return kernels_in_use() == "native" and all(
         x.dtype == tensors[0].dtype
         and x.dtype in dtypes

@@ -11,6 +11,7 @@ from torch import Tensor
 from tafkir.errors import SamplingError
 
 __all__ = [
+    "advance_key",
     "sample",
     "sample_reference",
     "stream_key",
@@ -46,6 +47,11 @@ def stream_key(seed: int, draw: int = 0) -> int:
     starts in the middle of the stream: `uniform(stream_key(seed, n), t)` is `uniform(stream_key(seed), n + t)`.
     """
     return _signed(_mix_reference((seed + _GAMMA) & _MASK) + draw * _GAMMA)
+
+
+def advance_key(key: int, draws: int) -> int:
+    """The key of the same stream so many draws on: `uniform(advance_key(key, n), t)` is `uniform(key, n + t)`."""
+    return _signed(key + draws * _GAMMA)
 
 
 def uniform_reference(seed: int, step: int) -> float:
