@@ -91,7 +91,13 @@ Simulate = Annotated[
 ]
 Router = Annotated[
     str | None,
-    typer.Option("--router", help="With --simulate: all replicas behind random, round_robin or least_loaded."),
+    typer.Option(
+        "--router",
+        help="With --simulate: all replicas behind random, round_robin, least_loaded or prefix_aware.",
+    ),
+]
+Prefixes = Annotated[
+    int, typer.Option("--prefixes", min=0, help="With --router: distinct prefixes that requests share (all are found).")
 ]
 DayRate = Annotated[
     float, typer.Option("--day", min=0.0, metavar="RATE", help="Show a day whose traffic peaks at RATE requests/s.")
@@ -144,6 +150,7 @@ def plan_model(
     train_engine: TrainEngine = None,
     simulate: Simulate = 0,
     router: Router = None,
+    prefixes: Prefixes = 0,
     day: DayRate = 0.0,
     emit: Emit = None,
     checkpoint: CheckpointName = None,
@@ -195,7 +202,7 @@ def plan_model(
     if day:
         _plan_day(asked, objective, day, as_json)
         return
-    _plan_serving(asked, objective, top, explain, as_json, simulate, router)
+    _plan_serving(asked, objective, top, explain, as_json, simulate, router, prefixes)
 
 
 @app.command("hardware")
@@ -252,7 +259,14 @@ def monitoring(
 
 
 def _plan_serving(
-    asked: Asked, objective: str, top: int, explain: bool, as_json: bool, simulate: int, router: str | None
+    asked: Asked,
+    objective: str,
+    top: int,
+    explain: bool,
+    as_json: bool,
+    simulate: int,
+    router: str | None,
+    prefixes: int,
 ) -> None:
     from tafkir.errors import RecipeError
     from tafkir.plan.advise import OBJECTIVES, advise
@@ -263,8 +277,8 @@ def _plan_serving(
     options, refusals = advise(asked.deployment, asked.workload, asked.chips, objective=objective, only=asked.only)
     if not options:
         _refuse(asked, refusals)
-    whole = next((option for option in options if option.fleet.prompts is None), None) if simulate else None
-    curve = load_curve(whole, asked.workload, simulate, router=router) if whole else []
+    whole = options[0] if simulate else None
+    curve = load_curve(whole, asked.workload, simulate, router=router, prefixes=prefixes) if whole else []
     if as_json:
         print(json.dumps(serving_json(asked, options[:top], refusals, curve), indent=2))
         return

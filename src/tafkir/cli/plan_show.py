@@ -198,7 +198,20 @@ def show_curve(option: Option, curve: list[SimulatedLoad], router: str | None) -
     """Percentiles of one replica of a layout, or of all behind a router, as the load grows."""
     price = option.fleet.decode.chip.price
     replicas = option.replicas if router else 1
-    head = ("req/s", "TTFT s p50", "p90", "p99", "TPOT ms p50", "p90", "p99", "tok/s", "decoding", "in line", "$/M out")
+    head = (
+        "req/s",
+        "TTFT s p50",
+        "p90",
+        "p99",
+        "TPOT ms p50",
+        "p90",
+        "p99",
+        "tok/s",
+        "decoding",
+        "in line",
+        "hits",
+        "$/M out",
+    )
     rows = []
     for load in curve:
         ttft = (f"{load.ttft.p50:.2f}", f"{load.ttft.p90:.2f}", f"{load.ttft.p99:.2f}")
@@ -206,7 +219,7 @@ def show_curve(option: Option, curve: list[SimulatedLoad], router: str | None) -
         dollars = (
             f"{price.mid * replicas * option.fleet.chips / 3600 / load.tokens_per_s * 1e6:.3f}" if price else "no price"
         )
-        numbers = (f"{load.tokens_per_s:,.0f}", f"{load.batch:.0f}", f"{load.waiting:,}", dollars)
+        numbers = (f"{load.tokens_per_s:,.0f}", f"{load.batch:.0f}", f"{load.waiting:,}", f"{load.hits:.0%}", dollars)
         rows.append((f"{load.rate:.2f}", *ttft, *tpot, *numbers))
     requests = sum(load.requests for load in curve) // max(1, len(curve))
     who = f"{replicas} x {option.name} behind {router}" if router else f"one replica of {option.name}"

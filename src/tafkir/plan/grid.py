@@ -76,10 +76,9 @@ def _cell(grid: Grid, d: Deployment, count: int, workload: Workload) -> dict[str
         return cell
     cell["layouts"] = [_layout(option) for option in found[:_LAYOUTS]]
     cell["pareto"] = frontier([point for option in found for point in _curve(option, workload)])
-    whole = next((option for option in found if option.fleet.prompts is None), None)
-    if whole and grid.requests:
-        cell["simulated"] = _simulated(whole, workload, grid.requests)
-        cell["simulated_layout"] = _name(whole)
+    if grid.requests:
+        cell["simulated"] = _simulated(found[0], workload, grid.requests)
+        cell["simulated_layout"] = _name(found[0])
     return cell
 
 

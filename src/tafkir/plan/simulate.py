@@ -9,12 +9,13 @@ from __future__ import annotations
 import heapq
 import math
 import random
-from collections import deque
-from dataclasses import dataclass, field
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 
 from tafkir.errors import RecipeError
 from tafkir.plan.advise import Option
-from tafkir.plan.load import CHUNK_TOKENS
+from tafkir.plan.load import CHUNK_TOKENS, Fleet
 from tafkir.plan.serving import Deployment, decode_step, prefill, total
 from tafkir.plan.workload import Workload
 
@@ -29,8 +30,12 @@ __all__ = [
     "steady_state",
 ]
 
-ROUTERS = ("random", "round_robin", "least_loaded")
-"""How a router chooses a replica: by chance, in turn, or the one with the fewest unfinished requests."""
+ROUTERS = ("random", "round_robin", "least_loaded", "prefix_aware")
+"""How a router chooses a replica: by chance, in turn, the one with the fewest unfinished requests, or the same among
+those that hold the request's prefix, unless they are far busier than the others."""
+
+# A holder of the prefix is passed over at this many times the least load, and so many requests on top.
+_BUSIER, _MORE = 1.5, 8
 
 _EXACT_BATCH, _BATCH_GRID = 64, 8
 _SHORTEST_CHUNK = 64
@@ -53,6 +58,7 @@ class SimulatedLoad:
     Attributes:
         rate: requests a second that arrived. requests: that were measured. tokens_per_s: of their answers.
         batch: sequences that were decoded together in the mean. waiting: prompts in line at the end.
+        hits: share of the requests that found their prefix.
     """
 
     rate: float
@@ -62,6 +68,7 @@ class SimulatedLoad:
     tokens_per_s: float
     batch: float
     waiting: int
+    hits: float = 1.0
 
 
 @dataclass(slots=True)
@@ -71,6 +78,7 @@ class _Times:
     deployment: Deployment
     context: float
     cached: float
+    prefix_tokens: float = 0.0
     _steps: dict[int, tuple[float, float]] = field(default_factory=dict)
     _prefills: dict[int, float] = field(default_factory=dict)
 
@@ -111,18 +119,23 @@ def percentiles(values: list[float]) -> Percentiles:
 _LOADS = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
 
 
-def load_curve(option: Option, workload: Workload, requests: int, *, router: str | None = None) -> list[SimulatedLoad]:
+def load_curve(
+    option: Option, workload: Workload, requests: int, *, router: str | None = None, prefixes: int = 0
+) -> list[SimulatedLoad]:
     """One replica of an option, or all behind a router, at growing load, up to and beyond what they carry.
 
     Args:
-        option: without workers of their own for prompts.
+        option: where prompts have workers of their own, these and the decoding ones together are a replica.
         workload: its mean lengths.
         requests: of each point.
-        router: one of `ROUTERS`; None takes one replica.
+        router: one of `ROUTERS`; None takes one replica. prefixes: see `simulate_fleet`.
     """
     d, memory = option.fleet.decode, option.memory
-    replicas = option.replicas if router else 1
-    most = replicas * option.point.tokens_per_s / workload.output_tokens
+    count = option.replicas if router else 1
+    most = count * option.point.tokens_per_s / workload.output_tokens
+    apart = replace(option.fleet, num_prefill=count * option.fleet.num_prefill) if option.fleet.prompts else None
+    if apart and not router:
+        router = "least_loaded"
     tokens = memory.free / memory.sequence * (workload.prompt_tokens + workload.output_tokens) * d.layout.dp
     limit = min(option.batch, memory.sequences) * d.layout.dp
     return [
@@ -130,8 +143,10 @@ def load_curve(option: Option, workload: Workload, requests: int, *, router: str
             d,
             workload,
             share * most,
-            replicas=replicas,
+            replicas=count * option.fleet.num_decode,
             router=router or ROUTERS[0],
+            prefixes=prefixes,
+            apart=apart,
             requests=requests,
             max_sequences=limit,
             cache_tokens=tokens,
@@ -181,6 +196,8 @@ def simulate_fleet(
     *,
     replicas: int,
     router: str = "least_loaded",
+    prefixes: int = 0,
+    apart: Fleet | None = None,
     requests: int = 20000,
     max_sequences: int = 256,
     cache_tokens: float = math.inf,
@@ -191,53 +208,112 @@ def simulate_fleet(
     Args:
         rate: requests a second of all replicas together.
         replicas: how many. router: one of `ROUTERS`.
+        prefixes: that requests share, each as long as the cached share of a mean prompt, popular ones asked for more
+            often (the share of the first x is the root of x). A replica keeps those that it used last in what room
+            requests leave. 0: every request finds its cached share.
+        apart: whose workers for prompts do these first; the replicas decode.
 
     The other arguments and the errors are those of `simulate_replica`.
     """
-    if not rate > 0 or requests < 10:
-        raise RecipeError(f"{rate:g} requests a second, {requests} of them", where="simulation", expected="more")
-    if cache_tokens < workload.prompt_tokens + workload.output_tokens:
-        raise RecipeError("a typical request does not fit the cache", where="simulation", fix="take another layout")
-    if router not in ROUTERS:
-        raise RecipeError("no such router", where=router, expected=f"one of {', '.join(ROUTERS)}")
-    times = _Times(deployment, workload.prompt_tokens + workload.output_tokens / 2, workload.cached)
+    _check(workload, rate, requests, cache_tokens, router, prefixes)
+    times = _Times(
+        deployment,
+        workload.prompt_tokens + workload.output_tokens / 2,
+        workload.cached,
+        workload.cached * workload.prompt_tokens,
+    )
     fleet = [_Replica(times, max_sequences, cache_tokens) for _ in range(replicas)]
-    lengths, routes = random.Random(seed), random.Random(seed + 1)
+    events: Iterable[tuple[float, list[float]]] = _arrivals(workload, rate, requests, cache_tokens, prefixes, seed)
+    if apart is not None:
+        if prefixes:
+            raise RecipeError(
+                "workers of their own for prompts find all prefixes", where="--prefixes", fix="leave it out"
+            )
+        events = _prefilled(events, apart, workload)
+    routes = random.Random(seed + 1)
     arrival, warm, start = 0.0, requests // 5, 0.0
-    for number in range(requests):
-        arrival += lengths.expovariate(rate)
-        prompt = max(1.0, lengths.expovariate(1 / workload.prompt_tokens))
-        output = max(1.0, lengths.expovariate(1 / workload.output_tokens))
-        prompt = min(prompt, max(1.0, cache_tokens - output))
+    for number, (arrival, request) in enumerate(events):
         for replica in fleet:
             replica.work_until(arrival)
         if number == warm:
             start = arrival
             for replica in fleet:
                 replica.forget()
-        chosen = _route(fleet, router, number, routes)
-        chosen.line.append([arrival, max(1.0, prompt * (1 - workload.cached)), output, prompt])
+        _route(fleet, router, number, routes, int(request[4])).line.append(request)
     # While requests still arrive, every replica is as busy as it stays.
     span = max(arrival - start, 1e-9)
     tokens = sum(replica.tokens for replica in fleet)
     busy = sum(replica.busy_s for replica in fleet)
     batch = sum(replica.sequence_s for replica in fleet) / max(busy, 1e-9)
     waiting = sum(len(replica.line) for replica in fleet)
+    found = sum(replica.found for replica in fleet)
+    hits = found / max(1, found + sum(replica.missed for replica in fleet)) if prefixes else 1.0
     for replica in fleet:
         replica.work_until(math.inf)
     ttft = [seconds for replica in fleet for seconds in replica.ttft]
     tpot = [seconds for replica in fleet for seconds in replica.tpot]
-    return SimulatedLoad(rate, len(tpot), percentiles(ttft), percentiles(tpot), tokens / span, batch, waiting)
+    return SimulatedLoad(rate, len(tpot), percentiles(ttft), percentiles(tpot), tokens / span, batch, waiting, hits)
 
 
-def _route(fleet: list[_Replica], router: str, number: int, rng: random.Random) -> _Replica:
+def _check(workload: Workload, rate: float, requests: int, cache_tokens: float, router: str, prefixes: int) -> None:
+    if not rate > 0 or requests < 10:
+        raise RecipeError(f"{rate:g} requests a second, {requests} of them", where="simulation", expected="more")
+    if cache_tokens < workload.prompt_tokens + workload.output_tokens:
+        raise RecipeError("a typical request does not fit the cache", where="simulation", fix="take another layout")
+    if router not in ROUTERS:
+        raise RecipeError("no such router", where=router, expected=f"one of {', '.join(ROUTERS)}")
+    if router == "prefix_aware" and not prefixes:
+        raise RecipeError("no prefixes to know of", where="--router prefix_aware", fix="say how many with --prefixes")
+
+
+def _arrivals(
+    workload: Workload, rate: float, requests: int, cache_tokens: float, prefixes: int, seed: int
+) -> Iterator[tuple[float, list[float]]]:
+    """Moments, and [arrival, prompt tokens to work on, output, prompt, prefix or -1], one after the other."""
+    lengths, asked = random.Random(seed), random.Random(seed + 2)
+    arrival = 0.0
+    for _ in range(requests):
+        arrival += lengths.expovariate(rate)
+        prompt = max(1.0, lengths.expovariate(1 / workload.prompt_tokens))
+        output = max(1.0, lengths.expovariate(1 / workload.output_tokens))
+        prompt = min(prompt, max(1.0, cache_tokens - output))
+        prefix = int(prefixes * asked.random() ** 2) if prefixes else -1
+        yield arrival, [arrival, max(1.0, prompt * (1 - workload.cached)), output, prompt, prefix]
+
+
+def _prefilled(
+    events: Iterable[tuple[float, list[float]]], fleet: Fleet, workload: Workload
+) -> list[tuple[float, list[float]]]:
+    """The same requests as they leave the workers for prompts, first come first served, with their caches moved."""
+    d, worker = fleet.decode, fleet.prompts
+    assert worker is not None
+    times = _Times(worker, workload.prompt_tokens, workload.cached)
+    # Groups that copy attention work on prompts of their own.
+    free = [0.0] * (fleet.num_prefill * worker.layout.dp)
+    ready = []
+    for arrival, request in events:
+        began = max(arrival, heapq.heappop(free))
+        done = began + times.prompts(math.ceil(request[1]) * worker.layout.dp, alone=True)
+        heapq.heappush(free, done)
+        size = d.shape.sequence_bytes(request[3], d.cache_dtype_bytes)
+        request[1] = 0.0
+        ready.append((done + size / (d.chip.network * d.coefficients.network_share), request))
+    return sorted(ready)
+
+
+def _route(fleet: list[_Replica], router: str, number: int, rng: random.Random, prefix: int) -> _Replica:
     if len(fleet) == 1:
         return fleet[0]
     if router == "random":
         return rng.choice(fleet)
     if router == "round_robin":
         return fleet[number % len(fleet)]
-    return min(fleet, key=lambda replica: replica.load)
+    least = min(fleet, key=lambda replica: replica.load)
+    if router == "prefix_aware":
+        holders = [replica for replica in fleet if prefix in replica.prefixes]
+        holder = min(holders, key=lambda replica: replica.load, default=least)
+        return holder if holder.load <= _BUSIER * least.load + _MORE else least
+    return least
 
 
 class _Replica:
@@ -251,7 +327,9 @@ class _Replica:
         self.clock, self.iteration, self.reserved, self.context = 0.0, 0, 0.0, 0.0
         # (last iteration, number, first token's time, steps, prompt, tokens reserved) of what is decoded.
         self.running: list[tuple[int, int, float, int, float, float]] = []
-        # [arrival, prompt tokens left, output, prompt] of what is not let in, and of what is.
+        # Prefixes that it holds, the one used last at the end.
+        self.prefixes: OrderedDict[int, None] = OrderedDict()
+        # [arrival, prompt tokens left, output, prompt, prefix] of what is not let in, and of what is.
         self.line: deque[list[float]] = deque()
         self.pending: deque[list[float]] = deque()
         self.started = 0
@@ -262,6 +340,7 @@ class _Replica:
         self.ttft: list[float] = []
         self.tpot: list[float] = []
         self.busy_s = self.sequence_s = self.tokens = 0.0
+        self.found = self.missed = 0
 
     @property
     def load(self) -> int:
@@ -281,11 +360,27 @@ class _Replica:
     def _admit(self) -> None:
         """Let requests in, first come first served, as long as all of each fits."""
         while self.line and len(self.running) + len(self.pending) < self.max_sequences:
-            _, _, output, prompt = self.line[0]
+            _, _, output, prompt, prefix = self.line[0]
             if self.reserved + prompt + output > self.cache_tokens and self.reserved:
                 return
             self.reserved += prompt + output
-            self.pending.append(self.line.popleft())
+            head = self.line.popleft()
+            if prefix >= 0:
+                self._find_prefix(head, int(prefix))
+            self.pending.append(head)
+
+    def _find_prefix(self, head: list[float], prefix: int) -> None:
+        """Charge the whole prompt where its prefix is not held; keep it, and forget those for which room is lacking."""
+        if prefix in self.prefixes:
+            self.found += 1
+            self.prefixes.move_to_end(prefix)
+        else:
+            self.missed += 1
+            head[1] = head[3]
+            self.prefixes[prefix] = None
+        room = max(0.0, self.cache_tokens - self.reserved)
+        while self.prefixes and len(self.prefixes) * self.times.prefix_tokens > room:
+            self.prefixes.popitem(last=False)
 
     def _advance(self, until: float) -> None:
         """One iteration with prompts in it, or as many without as nothing else happens."""
@@ -323,11 +418,11 @@ class _Replica:
             if head[1] > 0:
                 break
             done.append(self.pending.popleft())
-        seconds = self.times.prompts(math.ceil(used), alone=batch == 0)
+        seconds = self.times.prompts(math.ceil(used), alone=batch == 0) if used else 0.0
         self.clock += decode_s + seconds
         # What was running has had an iteration by the time that these have their first.
         now = self.iteration + (1 if batch else 0)
-        for arrival, _, output, prompt in done:
+        for arrival, _, output, prompt, _ in done:
             self.ttft.append(self.clock - arrival + self.constant + self.admission * decode_s)
             self.started += 1
             steps = max(1, math.ceil((output - 1) / self.yields))
