@@ -25,7 +25,7 @@ def compare(
         ),
     ],
     task: Annotated[
-        list[str] | None, typer.Option("--task", help="Only this task, or this stage of run directories; repeatable.")
+        list[str] | None, typer.Option("--task", "--stage", help="Only this task, or stage of runs; repeatable.")
     ] = None,
     margin: Annotated[
         float, typer.Option(min=0.01, max=50, metavar="POINTS", help="Differences within it count as none.")

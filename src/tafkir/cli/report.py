@@ -1,27 +1,71 @@
-"""`tafkir report RUN`: writes the report of a run anew."""
+"""`tafkir report RUN`: writes the report of a run, or of an evaluation, anew."""
 
 from __future__ import annotations
 
 import logging
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from tafkir.runlog.rundir import RunDir
 
 __all__ = ["report"]
 
 _logger = logging.getLogger(__name__)
 
 
-def report(run: Annotated[Path, typer.Argument(help="Run directory, such as runs/wordmath-tiny.")]) -> None:
-    """Write the report of a run anew, finished or not, by whichever version of Tafkir it was made."""
+class Language(StrEnum):
+    """Of an evaluation's report."""
+
+    EN = "en"
+    AR = "ar"
+
+
+def report(
+    run: Annotated[
+        Path, typer.Argument(help="Run directory, such as runs/wordmath-tiny, or results of `tafkir eval --tasks`.")
+    ],
+    language: Annotated[Language, typer.Option(help="Of an evaluation's report.")] = Language.EN,
+) -> None:
+    """Write the report of a run anew, finished or not, by whichever version of Tafkir it was made.
+
+    That of an evaluation has the scores, what each model keeps of the first one's, and what answers cost.
+    """
     from tafkir.report.stage import write_report
     from tafkir.runlog.rundir import RunDir
 
     directory = RunDir.open(run)
+    if (directory.path / "samples.jsonl").is_file():
+        _write_evaluation(directory, language.value)
+        print(directory.report_html)
+        return
     chains = _sample_chains(directory.recipe_path)
     write_report(directory) if chains is None else write_report(directory, chains)
     print(directory.report_html)
+
+
+def _write_evaluation(run: RunDir, language: str) -> None:
+    """Scores, comparison with the first model, and card, from the results file alone."""
+    from tafkir.eval.compare import compare_sides
+    from tafkir.eval.results_card import results_card
+    from tafkir.eval.samples import load_samples
+    from tafkir.eval.sides import load_sides
+    from tafkir.eval.table import score_samples
+    from tafkir.report.evaluation import render_evaluation
+    from tafkir.runlog.atomic import write_text
+
+    samples, sides = load_samples(run.path), load_sides([run.path])
+    compared = compare_sides(sides, common=True, num_flips=0) if len(sides) > 1 else None
+    data = {
+        "name": run.path.resolve().name,
+        "scores": score_samples(samples),
+        "comparison": compared.to_dict() if compared else None,
+        "card": results_card(samples),
+    }
+    write_text(run.report_html, render_evaluation(data, language))
 
 
 def _sample_chains(path: Path) -> int | None:

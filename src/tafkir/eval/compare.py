@@ -90,7 +90,9 @@ def compare_sides(
         raise RunDirError(
             f"{len(sides)} model given", where="compare", expected="two or more", fix="name another place"
         )
-    first, notes, pairs = sides[0], [], []
+    first = sides[0]
+    notes: list[str] = []
+    pairs: list[tuple[Side, list[_Pair]]] = []
     for second in sides[1:]:
         chosen = _common_tasks(first, second, tasks)
         pairs.append((second, [_Pair(task, first, second, common, notes) for task in chosen]))

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Literal
@@ -218,7 +219,7 @@ def _recursive_rows(
             active_parameters=shape.num_parameters(),
             bytes_on_disk=_weight_bytes(contestant.path),
             flops=recursion_flops(shape, amount),
-            **_timed(lambda stop=stop: seconds_alone(solver.model, inputs, halt_threshold=stop), len(inputs) + 1),
+            **_timed(partial(seconds_alone, solver.model, inputs, halt_threshold=stop), len(inputs) + 1),
             amount=amount,
             curve=points,
             outcomes=_count(record.outcome for record in records),

@@ -87,7 +87,7 @@ def results_card(
         `tasks`: rows of `name`, `accuracy` (with interval), `num_items`, `samples`, `parameters`,
         `active_parameters`, `bytes`, `tokens` (mean of an answer), `flops` (of an answer's new tokens), `tokens_per_s`
         (of one answer, waiting included), `dollars` (of 1,000 answers), `failed`, and `best` (no other row is at once
-        cheaper in FLOPs and more accurate); `published`: rows of the shipped table that have the task.
+        cheaper, in FLOPs or else in tokens, and more accurate); `published`: rows of the shipped table with the task.
 
     Raises:
         RecipeError: a shape or price is of a model that has no answers.
@@ -134,15 +134,13 @@ def _row(name: str, samples: Sequence[Sample], shape: Shape | None, price: float
 
 
 def _mark_best(rows: Sequence[dict[str, Any]]) -> None:
-    """Pareto's front over FLOPs and accuracy, among rows whose FLOPs are known."""
+    """Pareto's front over accuracy and FLOPs, or tokens where the FLOPs of a row are not known."""
+    cost = "flops" if all(row["flops"] for row in rows) else "tokens"
+    known = [(row[cost], row["accuracy"]["value"]) for row in rows if row[cost]]
     for row in rows:
-        row["best"] = row["flops"] is not None and not any(
-            other["flops"] is not None
-            and other["flops"] <= row["flops"]
-            and other["accuracy"]["value"] >= row["accuracy"]["value"]
-            and (other["flops"], other["accuracy"]["value"]) != (row["flops"], row["accuracy"]["value"])
-            for other in rows
-        )
+        own = (row[cost], row["accuracy"]["value"])
+        beaten = any(less <= own[0] and more >= own[1] and (less, more) != own for less, more in known if row[cost])
+        row["best"] = bool(row[cost]) and not beaten
 
 
 def _published(task: str) -> list[dict[str, Any]]:

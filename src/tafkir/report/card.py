@@ -302,7 +302,8 @@ def _dot(x: float, y: float, color: str, radius: float, title: str, *, hollow: b
 
 def _front(rows: Sequence[Row], cost: str, x: Any, y: Any) -> str:
     """Steps along the rows that no other one beats in both."""
-    best, points = 0.0, []
+    best = 0.0
+    points: list[str] = []
     for row in sorted(rows, key=lambda row: (row[cost], -row["accuracy"]["value"])):
         value = row["accuracy"]["value"]
         if value > best:

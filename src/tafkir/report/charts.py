@@ -317,12 +317,13 @@ def _hover(lines: Sequence[Line], x: _Scale, y: _Scale, words_of: tuple[str, Cal
 # ---- intervals and heat ------------------------------------------------------------------------------------------
 
 
-def interval_plot(bars: Sequence[Bar], *, title: str, signed: bool = False, reach: float = 0.01) -> str:
+def interval_plot(bars: Sequence[Bar], *, title: str, signed: bool = False, reach: float = 0.01, unit: str = "") -> str:
     """Dots with their intervals on one axis that holds zero, as HTML rows with fluid SVG tracks.
 
     Args:
         signed: the values are differences, written with their sign; otherwise shares, written in percent.
         reach: value that the axis reaches at least, so that several plots can share one.
+        unit: below the values, instead of "points" or "%".
     """
     if not bars:
         return ""
@@ -333,7 +334,7 @@ def interval_plot(bars: Sequence[Bar], *, title: str, signed: bool = False, reac
     rows = "".join(_interval_row(bar, axis, ticks, signed) for bar in bars)
     words = [f"{'+' if signed and t > 0 else ''}{_tick_label(round(100 * t, 9))}" for t in ticks]
     labels = "".join(f'<span style="left:{axis(t):.2f}%">{w}</span>' for t, w in zip(ticks, words, strict=True))
-    unit = "points" if signed else "%"
+    unit = escape(unit) or ("points" if signed else "%")
     foot = f'<div class="iv-row iv-axis"><span></span><span class="iv-ticks">{labels}</span><span>{unit}</span></div>'
     return f'<div class="intervals" role="img" aria-label="{escape(title, quote=True)}">{rows}{foot}</div>'
 

@@ -13,10 +13,11 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-ur
 
 
 def frame_page(title: str, body: str, *, language: str = "en") -> str:
-    """A whole page around `body`, which is HTML."""
+    """A whole page around `body`, which is HTML; Arabic runs from right to left."""
+    direction = ' dir="rtl"' if language == "ar" else ""
     style = resources.files("tafkir.report").joinpath("page.css").read_text(encoding="utf-8")
     return (
-        f'<!doctype html>\n<html lang="{language}">\n<head>\n<meta charset="utf-8">\n'
+        f'<!doctype html>\n<html lang="{language}"{direction}>\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'

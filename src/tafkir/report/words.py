@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-__all__ = ["ACCURACY_HEAD", "COST_HEAD", "DIFFERENCE_HEAD", "RETENTION_HEAD", "WORDS"]
+__all__ = ["ACCURACY_HEAD", "COST_HEAD", "DIFFERENCE_HEAD", "EVALUATION_WORDS", "RETENTION_HEAD", "WORDS"]
 
 ACCURACY_HEAD: Sequence[str] = ("", "Sampled, 95 %", "Greedy, 95 %", "Any of k", "Cut off", "Problems")
 RETENTION_HEAD: Sequence[str] = ("Model", "Problems", "Answers", "Kept", "95 %", "Of")
@@ -40,3 +40,106 @@ WORDS: Mapping[str, str] = {
         "Each token visits only a few of a layer's experts; the router picks them. A healthy router uses all of them."
     ),
 }
+
+_ENGLISH: Mapping[str, str] = {
+    "title": "Tafkir evaluation",
+    "tasks": "Tasks",
+    "sections": "Sections",
+    "evaluation": "Scores",
+    "retention": "What is kept",
+    "card": "What answers cost",
+    "model": "Model",
+    "task": "Task",
+    "right": "Right, 95 %",
+    "items": "Items × samples",
+    "cut": "Cut off",
+    "none": "No answer",
+    "failed": "Failed",
+    "tokens": "Tokens an answer",
+    "to": "to",
+    "no_end": "no end",
+    "look_scores": (
+        "Dots are means over items, bars their 95 % intervals; all samples of an item count as one observation. Failed "
+        "requests are no zeros: they are left out and counted."
+    ),
+    "lead_kept": (
+        "Beside the first model, on the same items. Equivalent: two one-sided tests put the difference within "
+        "a margin of {margin} (in points). “Could have been seen”: the difference that so many items show four times "
+        "in five."
+    ),
+    "beside": "{second} beside {first}",
+    "points": "points",
+    "verdict": "Verdict",
+    "better": "better",
+    "worse": "worse",
+    "equivalent": "equivalent",
+    "undecided": "undecided",
+    "kept": "Kept, 95 %",
+    "difference": "Points, 95 %",
+    "flips": "Down / up",
+    "seen": "Could have been seen",
+    "lead_card": (
+        "Accuracy against what an answer takes. The dashed line is Pareto's front, a star stands on it: no other model "
+        "here is as right for less."
+    ),
+    "parameters": "Parameters",
+    "active": "active",
+    "bytes": "Bytes",
+    "axis_flops": "FLOP an answer",
+    "axis_tokens": "tokens an answer",
+    "speed": "Tokens/s",
+    "dollars": "$ per 1,000",
+    "footer": "Made by Tafkir from the results file alone; every number can be recomputed from it.",
+}
+
+_ARABIC: Mapping[str, str] = {
+    "title": "تقييم تفكير",
+    "tasks": "المهام",
+    "sections": "الأقسام",
+    "evaluation": "النتائج",
+    "retention": "ما الذي بقي",
+    "card": "كلفة الإجابات",
+    "model": "النموذج",
+    "task": "المهمة",
+    "right": "الصحيح، 95 %",
+    "items": "الأسئلة × العيّنات",
+    "cut": "مقطوعة",
+    "none": "بلا جواب",
+    "failed": "فشلت",
+    "tokens": "رموز الإجابة",
+    "to": "إلى",
+    "no_end": "بلا حدّ",
+    "look_scores": (
+        "النقاط متوسطات على الأسئلة، والأشرطة مجالات ثقة 95 %؛ كل عيّنات السؤال الواحد مشاهدة واحدة. "
+        "الطلبات التي فشلت ليست أصفارًا: تُستبعد وتُعَدّ."
+    ),
+    "lead_kept": (
+        "بجانب النموذج الأول، على الأسئلة نفسها. «مكافئ» تعني أن اختبارين من طرف واحد يضعان الفرق ضمن {margin} نقطة؛ "
+        "و«ما كان يمكن رؤيته» هو الفرق الذي يُظهره هذا العدد من الأسئلة أربع مرات من خمس."
+    ),
+    "beside": "{second} بجانب {first}",
+    "points": "نقطة",
+    "verdict": "الحكم",
+    "better": "أفضل",
+    "worse": "أسوأ",
+    "equivalent": "مكافئ",
+    "undecided": "غير محسوم",
+    "kept": "ما بقي، 95 %",
+    "difference": "النقاط، 95 %",
+    "flips": "نزل / صعد",
+    "seen": "ما كان يمكن رؤيته",
+    "lead_card": (
+        "الدقة مقابل ما تتطلبه الإجابة. الخط المتقطع جبهة باريتو، وعليها النجمة: لا نموذج آخر هنا بهذه الدقة بكلفة أقل."
+    ),
+    "parameters": "المعاملات",
+    "active": "نشطة",
+    "bytes": "بايت",
+    "axis_flops": "عمليات الإجابة (FLOP)",
+    "axis_tokens": "رموز الإجابة",
+    "speed": "رمز/ثانية",
+    "dollars": "دولار لكل 1,000",
+    "footer": "صنعه تفكير من ملف النتائج وحده؛ كل رقم يمكن أن يُحسب منه من جديد.",
+}
+
+EVALUATION_WORDS: Mapping[str, Mapping[str, str]] = {"en": _ENGLISH, "ar": _ARABIC}
+"""The words of an evaluation's report, by language; both have the same keys."""
