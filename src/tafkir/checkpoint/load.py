@@ -116,7 +116,7 @@ def load_checkpoint(name: Path | str, *, dtype: torch.dtype = torch.float32, ver
     path = find_checkpoint(name)
     hf_config = read_json(path / "config.json")
     decoder, manifest = _load(path, hf_config, Decoder, dtype, verify_hashes)
-    return Checkpoint(path, decoder.config, decoder, _tokenizer_path(path), manifest)
+    return Checkpoint(path, decoder.config, decoder, tokenizer_path(path), manifest)
 
 
 def load_reward_model(
@@ -132,7 +132,7 @@ def load_reward_model(
     model, manifest = _load(path, hf_config, RewardModel, dtype, verify_hashes)
     lineage = manifest.lineage if manifest else {}
     mean, std = float(lineage.get("reward_mean", 0.0)), float(lineage.get("reward_std", 1.0))
-    return RewardCheckpoint(path, model, _tokenizer_path(path), mean, std)
+    return RewardCheckpoint(path, model, tokenizer_path(path), mean, std)
 
 
 def outline_checkpoint(name: Path | str) -> Decoder:
@@ -143,8 +143,8 @@ def outline_checkpoint(name: Path | str) -> Decoder:
     """
     path = find_checkpoint(name)
     hf_config = read_json(path / "config.json")
-    with _opened(path, hf_config, verify_hashes=False) as (config, files):
-        return _on_meta(Decoder, drop_absent_mtp(config, files.names), torch.float32)
+    with opened(path, hf_config, verify_hashes=False) as (config, files):
+        return on_meta(Decoder, drop_absent_mtp(config, files.names), torch.float32)
 
 
 def read_parts(name: Path | str, decoder: Decoder, parts: Mapping[str, Part]) -> None:
@@ -160,12 +160,12 @@ def read_parts(name: Path | str, decoder: Decoder, parts: Mapping[str, Part]) ->
     """
     path = find_checkpoint(name)
     hf_config = read_json(path / "config.json")
-    with _opened(path, hf_config, verify_hashes=False) as (_, files), _placed(files):
+    with opened(path, hf_config, verify_hashes=False) as (_, files), placed(files):
         table = architecture_of(hf_config, str(path / "config.json"))
         read_hf_parts(decoder, parts, files.names, files.read_window, table)
 
 
-def _tokenizer_path(path: Path) -> Path | None:
+def tokenizer_path(path: Path) -> Path | None:
     return path if (path / "tokenizer.json").is_file() else None
 
 
@@ -173,7 +173,7 @@ def _load(
     path: Path, hf_config: Mapping[str, Any], kind: type[AnyDecoder], dtype: torch.dtype, verify_hashes: bool
 ) -> tuple[AnyDecoder, Manifest | None]:
     """Build a model of a kind from a folder's config and fill it from its files."""
-    with _opened(path, hf_config, verify_hashes) as (config, files), _placed(files):
+    with opened(path, hf_config, verify_hashes) as (config, files), placed(files):
         model = _empty(kind, drop_absent_mtp(config, files.names), dtype)
         table = architecture_of(hf_config, str(path / "config.json"))
         read_hf_tensors(model, files.names, files.read, table, read_into=files.read_into)
@@ -181,7 +181,7 @@ def _load(
 
 
 @contextmanager
-def _opened(path: Path, hf_config: Mapping[str, Any], verify_hashes: bool) -> Iterator[tuple[ModelConfig, WeightFiles]]:
+def opened(path: Path, hf_config: Mapping[str, Any], verify_hashes: bool) -> Iterator[tuple[ModelConfig, WeightFiles]]:
     where = str(path / "config.json")
     config, block_size, manifest = _read_config(hf_config, where), fp8_block_size(hf_config, where), read_manifest(path)
     packed = packed_method(hf_config, path)
@@ -192,7 +192,7 @@ def _opened(path: Path, hf_config: Mapping[str, Any], verify_hashes: bool) -> It
 
 
 @contextmanager
-def _placed(files: WeightFiles) -> Iterator[None]:
+def placed(files: WeightFiles) -> Iterator[None]:
     """Errors within say which file they are about."""
     try:
         yield
@@ -213,13 +213,13 @@ def empty_decoder(config: ModelConfig, dtype: torch.dtype) -> Decoder:
 
 
 def _empty(kind: type[AnyDecoder], config: ModelConfig, dtype: torch.dtype) -> AnyDecoder:
-    decoder = _on_meta(kind, config, dtype).to_empty(device="cpu")
+    decoder = on_meta(kind, config, dtype).to_empty(device="cpu")
     for parameter in decoder.parameters():
         advise_huge_pages(parameter)
     return decoder
 
 
-def _on_meta(kind: type[AnyDecoder], config: ModelConfig, dtype: torch.dtype) -> AnyDecoder:
+def on_meta(kind: type[AnyDecoder], config: ModelConfig, dtype: torch.dtype) -> AnyDecoder:
     with torch.device("meta"):
         decoder = kind(config)
     decoder = decoder.to(dtype)

@@ -17,7 +17,10 @@ KernelChoice = Literal["auto", "native", "torch"]
 
 SOURCES = tuple(
     Path(__file__).with_name(name)
-    for name in ("kernels.cpp", "streams.cpp", "formats.cpp", "weights.cpp", "sublayers.cpp", "paged.cpp", "shared.h")
+    for name in (
+        *("kernels.cpp", "streams.cpp", "formats.cpp", "weights.cpp", "sublayers.cpp", "paged.cpp", "decode.cpp"),
+        *("shared.h", "vectors.h"),
+    )
 )
 OVERRIDE = "TAFKIR_KERNELS"
 """Environment variable that says what "auto" means, "native" or "torch"; a recipe's own word counts more."""

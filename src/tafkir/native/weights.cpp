@@ -15,6 +15,8 @@
 #include <cstring>
 #include <limits>
 
+#include "vectors.h"
+
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
@@ -24,67 +26,19 @@ constexpr int64_t kBatch = 16;  // blocks
 constexpr uint32_t kInfinity = 0x7f800000u;
 constexpr float kE2m1Max = 6.0f, kFp8Max = 448.0f;
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint64_t Longs __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef uint8_t Bytes __attribute__((vector_size(16)));
-typedef uint8_t EightBytes __attribute__((vector_size(8)));
-
 enum Kind : int64_t { kFloat32 = 0, kBfloat16 = 1, kE8m0 = 2 };
 enum Rule : int64_t { kMax = 0, kFourOverSix = 1, kMse = 2, kInverse = 3 };
 
-template <class To, class From>
-inline To bits_of(const From& from) {
-  static_assert(sizeof(To) == sizeof(From), "a copy of bits");
-  To to;
-  std::memcpy(&to, &from, sizeof to);
-  return to;
-}
-
-inline Floats all(float x) { return Floats{} + x; }
 inline Words all_words(uint32_t x) { return Words{} + x; }
 inline Words size_bits(Floats x) { return bits_of<Words>(x) & 0x7fffffffu; }
 inline Floats magnitude(Floats x) { return bits_of<Floats>(size_bits(x)); }
 
 template <int64_t kKind>
 inline Floats load(const void* values, int64_t block) {
-  if (kKind == kBfloat16) {
-    Halves half;
-    std::memcpy(&half, static_cast<const uint16_t*>(values) + block * kBlock, sizeof half);
-    return bits_of<Floats>(__builtin_convertvector(half, Words) << 16);
-  }
+  if (kKind == kBfloat16) return bfloat16_values(static_cast<const uint16_t*>(values) + block * kBlock);
   Floats out;
   std::memcpy(&out, static_cast<const float*>(values) + block * kBlock, sizeof out);
   return out;
-}
-
-// Of two vectors with groups of 2 x kHalf lanes each: first or second halves of the groups, those of `a` and `b` in turn.
-template <int kHalf, bool kSecond, class Vector>
-inline Vector halves(Vector a, Vector b) {
-  Ints from;
-  for (int lane = 0; lane < 16; lane++) {
-    const int pair = lane / kHalf;
-    from[lane] = (pair >> 1) * 2 * kHalf + lane % kHalf + (kSecond ? kHalf : 0) + (pair & 1 ? 16 : 0);
-  }
-  return __builtin_shuffle(a, b, from);
-}
-
-template <int kHalf, class Vector, class Join>
-inline void fold(Vector* rows, Join join) {
-  for (int i = 0; i < kHalf; i++)
-    rows[i] = join(halves<kHalf, false>(rows[i], rows[i + kHalf]), halves<kHalf, true>(rows[i], rows[i + kHalf]));
-}
-
-// Lane i of the result joins the lanes of row i, halves to halves: the order in which the reference sums, too.
-template <class Vector, class Join>
-inline Vector join_rows(Vector* rows, Join join) {
-  fold<8>(rows, join);
-  fold<4>(rows, join);
-  fold<2>(rows, join);
-  fold<1>(rows, join);
-  return rows[0];
 }
 
 // As integers, the bits of magnitudes are in the order of the numbers, with NaN above them all.
@@ -96,11 +50,6 @@ inline Words e4m3_codes(Floats x) {
   const Words bits = bits_of<Words>(x);
   const Words normal = ((bits + 0x7ffffu + (bits >> 20 & 1u)) >> 20) - 960u;
   return x < 0.015625f ? small : normal;
-}
-
-inline Floats e4m3_values(Words codes) {
-  const Floats small = __builtin_convertvector(codes, Floats) * 0.001953125f;
-  return codes < 8u ? small : bits_of<Floats>((codes << 20) + (120u << 23));
 }
 
 // Clamped to what a scale may be: 2^-9, the smallest E4M3 number, to 448.

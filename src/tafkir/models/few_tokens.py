@@ -1,0 +1,173 @@
+"""A few tokens through a decoder in two kernel calls a layer, with whatever attention there is between them.
+
+Shapes: N tokens, D hidden, H query heads, G key-value heads, K head_dim, J = half the rotated dims, A active experts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tafkir.models.attention import Attention, AttentionState
+from tafkir.models.decoder import Decoder, DecoderLayer, DecoderOutput
+from tafkir.models.experts import MoE
+from tafkir.models.layers import SwiGLU
+from tafkir.models.packed_layers import PackedExperts, PackedLinear
+from tafkir.models.residual import PlainResidual
+from tafkir.models.router import Routing
+from tafkir.ops import native
+from tafkir.ops.packed import MatrixStruct, PackedMatrix, structs_of
+from tafkir.ops.rope import rope_table
+
+__all__ = ["FewTokens"]
+
+_SIZES = (
+    "hidden", "heads", "kv_heads", "head_dim", "half", "width", "experts", "active", "groups", "open_groups", "sigmoid",
+    "normalise", "qkv_parts", "wide_parts", "expert_parts",
+)  # fmt: skip
+_POINTERS = (
+    "attention_norm", "mlp_norm", "q_norm", "k_norm", "qkv_bias", "out_bias", "router_bias",
+    "qkv", "out", "wide", "down", "router", "experts_in", "experts_out",
+)  # fmt: skip
+# Longer contexts have their cosines computed at each step.
+_KEPT_POSITIONS = 1 << 14
+
+
+class _LayerStruct(ctypes.Structure):
+    """`Layer` of native/decode.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _SIZES),
+        *((name, ctypes.c_double) for name in ("eps", "scaling")),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+    ]
+
+
+class FewTokens:
+    """Runs the layers of a packed decoder; a token's numbers do not depend on the others in the batch."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder, self._config = decoder, decoder.config
+        self._kept: list[object] = []
+        self._layers = [self._layer(layer) for layer in decoder.layers]
+        config = decoder.config
+        self._rope: tuple[Tensor, Tensor] | None = None
+        if config.max_position_embeddings <= _KEPT_POSITIONS:
+            self._rope = self._rope_table(torch.arange(config.max_position_embeddings))
+
+    @staticmethod
+    def takes(decoder: Decoder) -> bool:
+        """Whether the kernels are in use and know all that the decoder is made of."""
+        return (
+            native.kernels_in_use() == "native"
+            and decoder.norm.weight.device.type == "cpu"
+            and type(decoder.residual) is PlainResidual
+            and all(_is_plain(layer) for layer in decoder.layers)
+        )
+
+    def __call__(self, ids_N: Tensor, positions_N: Tensor, attention: AttentionState) -> DecoderOutput:
+        """As `Decoder.forward`; the routings' weights, scores and logits are empty, and so is the load."""
+        config, num_tokens = self._config, len(ids_N)
+        x_ND = self._decoder.embed_tokens(ids_N)
+        cos_NJ, sin_NJ = self._rope_at(positions_N)
+        dim, kv_heads = config.head_dim, config.num_key_value_heads
+        q_NHK = torch.empty(num_tokens, config.num_attention_heads, dim)
+        k_NGK, v_NGK = torch.empty(num_tokens, kv_heads, dim), torch.empty(num_tokens, kv_heads, dim)
+        routings, nothing = [], torch.empty(0)
+        for i, layer in enumerate(self._layers):
+            address = ctypes.addressof(layer)
+            native.call("tafkir_decode_qkv", address, x_ND, num_tokens, cos_NJ, sin_NJ, q_NHK, k_NGK, v_NGK)
+            attended_NHK = attention.attend(i, q_NHK, k_NGK, v_NGK)
+            expert_ids_NA = None
+            if layer.experts:
+                expert_ids_NA = torch.empty(num_tokens, layer.active, dtype=torch.int64)
+                routings.append(Routing(expert_ids_NA, nothing, nothing, nothing))
+            native.call("tafkir_decode_mlp", address, attended_NHK.contiguous(), num_tokens, x_ND, expert_ids_NA)
+        return DecoderOutput(self._decoder.norm(x_ND), x_ND, routings, [])
+
+    def _rope_table(self, positions_N: Tensor) -> tuple[Tensor, Tensor]:
+        return rope_table(positions_N, self._config.rotary_size, self._config.rope_theta, self._config.rope_scaling)
+
+    def _rope_at(self, positions_N: Tensor) -> tuple[Tensor, Tensor]:
+        if self._rope is None:
+            return self._rope_table(positions_N)
+        return self._rope[0].index_select(0, positions_N), self._rope[1].index_select(0, positions_N)
+
+    def _layer(self, layer: nn.Module) -> _LayerStruct:
+        assert isinstance(layer, DecoderLayer) and isinstance(layer.attention, Attention)
+        config, attention, mlp = self._config, layer.attention, layer.mlp
+        struct = _LayerStruct(
+            hidden=config.hidden_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            half=config.rotary_size // 2,
+            eps=config.rms_norm_eps,
+            attention_norm=self._address(layer.input_layernorm.weight),
+            mlp_norm=self._address(layer.post_attention_layernorm.weight),
+            q_norm=self._address(attention.q_norm.weight if attention.q_norm is not None else None),
+            k_norm=self._address(attention.k_norm.weight if attention.k_norm is not None else None),
+            qkv_bias=self._address(attention.qkv_proj.bias),
+            out_bias=self._address(attention.o_proj.bias),
+        )
+        struct.qkv, struct.qkv_parts = self._matrices(_parts(attention.qkv_proj))
+        struct.out, _ = self._matrices(_parts(attention.o_proj))
+        dense = mlp if isinstance(mlp, SwiGLU) else mlp.shared_experts
+        if dense is not None:
+            struct.wide, struct.wide_parts = self._matrices(_parts(dense.gate_up_proj))
+            struct.down, _ = self._matrices(_parts(dense.down_proj))
+        if isinstance(mlp, MoE):
+            self._fill_experts(struct, mlp)
+        return struct
+
+    def _fill_experts(self, struct: _LayerStruct, mlp: MoE) -> None:
+        config, experts = self._config, mlp.get_submodule("experts")
+        assert isinstance(experts, PackedExperts)
+        struct.width, struct.experts = config.moe_intermediate_size, config.num_experts
+        struct.active, struct.scaling = config.num_experts_per_tok, config.routed_scaling_factor
+        struct.groups, struct.open_groups = config.n_group, config.topk_group
+        struct.sigmoid, struct.normalise = config.score_function == "sigmoid", config.norm_topk_prob
+        struct.router, _ = self._matrices([PackedMatrix("float32", mlp.router.weight.detach().float())])
+        struct.router_bias = self._address(mlp.router.expert_bias)
+        struct.expert_parts = len(experts.gate_up[0])
+        struct.experts_in, _ = self._matrices([part for parts in experts.gate_up for part in parts])
+        struct.experts_out, _ = self._matrices([part for parts in experts.down for part in parts])
+
+    def _address(self, tensor: Tensor | None) -> int | None:
+        """Of float32 numbers that stay where they are as long as this object lives."""
+        if tensor is None:
+            return None
+        plain = tensor.detach().float().contiguous()
+        self._kept.append(plain)
+        return plain.data_ptr()
+
+    def _matrices(self, parts: Sequence[PackedMatrix]) -> tuple[int, int]:
+        structs: ctypes.Array[MatrixStruct] = structs_of(parts)
+        self._kept += [structs, list(parts)]
+        return ctypes.addressof(structs), len(parts)
+
+
+def _parts(linear: nn.Module) -> tuple[PackedMatrix, ...]:
+    assert isinstance(linear, PackedLinear)
+    return linear.parts
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Grouped-query attention and a packed feed-forward block under plain residuals, without hooks."""
+    assert isinstance(layer, DecoderLayer)
+    attention, mlp = layer.attention, layer.mlp
+    if type(attention) is not Attention or not isinstance(mlp, MoE | SwiGLU):
+        return False
+    dense = mlp if isinstance(mlp, SwiGLU) else mlp.shared_experts
+    linears: list[nn.Module] = [attention.o_proj, attention.qkv_proj]
+    linears += [dense.down_proj, dense.gate_up_proj] if dense is not None else []
+    return (
+        all(isinstance(linear, PackedLinear) for linear in linears)
+        and all(len(_parts(linear)) == 1 for linear in linears[::2])
+        and (isinstance(mlp, SwiGLU) or isinstance(mlp.get_submodule("experts"), PackedExperts))
+        and all(type(x) is PlainResidual for x in (layer.attention_residual, layer.mlp_residual))
+        and not any(m._forward_hooks or m._forward_pre_hooks for m in layer.modules())
+    )

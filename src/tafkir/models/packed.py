@@ -1,0 +1,84 @@
+"""A decoder whose matrices stay as a checkpoint stores them; norms, biases and activations are float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tafkir.models.attention import AttentionState
+from tafkir.models.decoder import Decoder, DecoderOutput
+from tafkir.models.experts import Experts
+from tafkir.models.few_tokens import FewTokens
+from tafkir.models.layers import Embedding, Linear
+from tafkir.models.packed_layers import PackedEmbedding, PackedExperts, PackedLinear
+from tafkir.ops.packed import FEW_ROWS, PackedMatrix, packed_linear, packed_values
+
+__all__ = ["PackedDecoder"]
+
+
+class PackedDecoder(Decoder):
+    """Built like a `Decoder`; `place` then puts each tensor where it belongs. Its weights cannot be written to.
+
+    Up to `FEW_ROWS` tokens of a decoder with grouped-query attention and plain residuals go through fused kernels
+    (`models.few_tokens`), where those are in use.
+    """
+
+    few: FewTokens | None = None
+
+    def place(self, name: str, tensor: Tensor | list[tuple[PackedMatrix, ...]]) -> None:
+        """Args:
+        name: a name of the decoder's state dict.
+        tensor: the tensor itself, or the parts of a matrix; of stacked experts, those of each.
+        """
+        path, _, leaf = name.rpartition(".")
+        module = self.get_submodule(path)
+        if isinstance(tensor, Tensor):
+            if leaf in module._buffers:
+                module._buffers[leaf] = tensor
+            else:
+                module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+            return
+        above, _, own = path.rpartition(".")
+        new: nn.Module = module
+        if isinstance(module, Experts):
+            new = PackedExperts()
+        elif isinstance(module, Embedding):
+            new = PackedEmbedding(*tensor[0])
+        elif isinstance(module, Linear):
+            new = PackedLinear(tensor[0], module.bias)
+        if isinstance(new, PackedExperts):
+            setattr(new, leaf.removesuffix("_proj"), tensor)
+        setattr(self.get_submodule(above), own, new)
+
+    def forward(
+        self,
+        input_ids_N: Tensor,
+        positions_N: Tensor,
+        attention: AttentionState,
+        replayed_expert_ids: Sequence[Tensor] | None = None,
+    ) -> DecoderOutput:
+        """As a decoder's; of few tokens, routings tell the experts alone, and there is no load."""
+        if replayed_expert_ids is None and 0 < len(input_ids_N) <= FEW_ROWS:
+            if self.few is None and FewTokens.takes(self):
+                self.few = FewTokens(self)
+            if self.few is not None:
+                return self.few(input_ids_N, positions_N, attention)
+        return super().forward(input_ids_N, positions_N, attention, replayed_expert_ids)
+
+    @property
+    def head_parts(self) -> tuple[PackedMatrix, ...]:
+        """The matrix that makes logits."""
+        if isinstance(self.lm_head, PackedLinear):
+            return self.lm_head.parts
+        embedding = self.get_submodule("embed_tokens")
+        assert isinstance(embedding, PackedEmbedding)
+        return (embedding.table,)
+
+    @property
+    def head_weight(self) -> Tensor:
+        return torch.cat([packed_values(part) for part in self.head_parts])
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        return packed_linear(hidden_ND, self.head_parts)
