@@ -27,10 +27,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def build_family(family: str) -> Decoder:
+def build_family(family: str, **other: Any) -> Decoder:
     """A small decoder whose logits are spread, and whose norms are no ones."""
     sizes = {"model_type": family, "vocab_size": 1024, "hidden_size": 64, "num_hidden_layers": 3}
-    decoder = build_decoder(ModelConfig.model_validate(sizes | FAMILIES[family]), seed=1)
+    decoder = build_decoder(ModelConfig.model_validate(sizes | FAMILIES[family] | other), seed=1)
     with torch.no_grad():
         for name, parameter in decoder.named_parameters():
             if parameter.dim() > 1:
