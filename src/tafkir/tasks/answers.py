@@ -6,6 +6,7 @@ import re
 import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import Literal
 
 __all__ = [
@@ -235,8 +236,12 @@ def read_value(text: str) -> Value | None:
 
     None for anything else: two numbers, an expression (48/2 for 24 is one), symbols. Never evaluates anything.
     """
-    if len(text) > MAX_ANSWER_LENGTH:
-        return None
+    return None if len(text) > MAX_ANSWER_LENGTH else _read_value(text)
+
+
+# The expected answer is read for every sample of its problem.
+@lru_cache(maxsize=1 << 14)
+def _read_value(text: str) -> Value | None:
     match = _READ.fullmatch(_unwrap(_strip_latex(normalize(text))))
     if match is None:
         return None
