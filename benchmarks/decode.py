@@ -27,13 +27,13 @@ def decode_ours(folder: str, weights: str, sequences: int, prompt: int, output: 
 
     from tafkir.checkpoint.load import load_checkpoint
     from tafkir.checkpoint.packed import load_packed
-    from tafkir.engine.engine import Engine
+    from tafkir.engine.paged_engine import PagedEngine
     from tafkir.ops.native import select_kernels
     from tafkir.records import Request, SamplingParams
 
     select_kernels("native")
     decoder = (load_packed if weights == "stored" else load_checkpoint)(Path(folder)).decoder
-    engine = Engine(decoder, eos_ids=(), max_batch=sequences)
+    engine = PagedEngine(decoder, eos_ids=(), max_batch=sequences, prefix_caching=False)
     generator = torch.Generator().manual_seed(0)
     result: dict[str, Any] = {}
     for length in (2, output):  # the first one warms up
@@ -41,7 +41,9 @@ def decode_ours(folder: str, weights: str, sequences: int, prompt: int, output: 
             ids = torch.randint(16, decoder.config.vocab_size, (prompt,), generator=generator)
             params = SamplingParams(temperature=0.0, max_tokens=length)
             engine.add_request(Request(id=str(i), prompt_ids=tuple(ids.tolist()), params=params))
-        engine.step()
+        begun: set[str] = set()
+        while len(begun) < sequences:
+            begun |= {event.request_id for event in engine.step()}
         wall, cpu, tokens = time.perf_counter(), time.process_time(), 0
         while engine.has_work:
             tokens += len(engine.step())
