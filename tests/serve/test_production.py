@@ -218,6 +218,19 @@ def test_a_full_queue_refuses_at_once_and_keeps_its_word(checkpoint: Path) -> No
         assert post(server).status_code == 200
 
 
+def test_the_cache_is_told_of(server: Server) -> None:
+    """A second prompt of the same beginning is found; a request's priority is a field of its own."""
+    prompt = "What is 48 plus 24? Ali has 3 apples and buys 5 more. How many? The answer is 72. What is 24 plus 48?"
+    for _ in range(2):
+        body = {"prompt": prompt, "max_tokens": 2, "priority": -1}
+        assert httpx.post(f"{server.url}/v1/completions", json=body).status_code == 200
+    metrics = {}
+    for family in text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text):
+        metrics |= {sample.name: sample.value for sample in family.samples}
+    assert metrics["vllm:prefix_cache_queries_total"] > metrics["vllm:prefix_cache_hits_total"] >= 16
+    assert metrics["vllm:num_preemptions_total"] == metrics["vllm:kv_cache_usage_perc"] == 0
+
+
 def test_metrics_are_prometheus_text(server: Server) -> None:
     def read() -> dict[str, float]:
         families = text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text)

@@ -28,6 +28,15 @@ Speculate = Annotated[
     ),
 ]
 
+
+class WeightNumbers(StrEnum):
+    """`serve.loading.WeightNumbers`, as a command line names it."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    STORED = "stored"
+
+
 CheckpointName = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder, run directory, or bundled name.")
 ]
@@ -50,6 +59,19 @@ def serve(
         typer.Option("--kv-cache", help="Its numbers: auto as the weights', fp8 a byte each, nvfp4 4.5 bits."),
     ] = CacheNumbers.AUTO,
     speculate: Speculate = None,
+    weights: Annotated[
+        WeightNumbers,
+        typer.Option(help="In memory: float32, or stored as in the checkpoint (bf16, INT8, FP8, NVFP4); auto: stored"),
+    ] = WeightNumbers.AUTO,
+    prefix_cache: Annotated[
+        bool, typer.Option(help="Begin with what earlier requests of the same beginning have left in the cache.")
+    ] = True,
+    batch_invariant: Annotated[
+        bool,
+        typer.Option(
+            "--batch-invariant", help="The same tokens and log-probabilities to the bit, alone or in any mix."
+        ),
+    ] = False,
     max_queue: Annotated[int, typer.Option(min=1, help="Most requests that wait.")] = 256,
     threads: Annotated[int | None, typer.Option(min=1, help="Processor threads; torch's choice if left out.")] = None,
     api_key: Annotated[
@@ -94,6 +116,9 @@ def serve(
         max_cache_bytes=max_cache_mb << 20 if max_cache_mb else None,
         kv_cache=kv_cache.value,
         speculate=speculate,
+        weights=weights.value,
+        prefix_caching=prefix_cache,
+        batch_invariant=batch_invariant,
         max_queue=max_queue,
         num_threads=threads,
         options=options,

@@ -123,6 +123,12 @@ class Engine:
         self._grouping: Grouping | None = None
         self._by_id: dict[str, Sequence] = {}
         self._num_arrived = 0
+        self.num_preemptions = 0
+        """Sequences that had to give their room back."""
+        self.prefix_queries = self.prefix_hits = 0
+        """Prompt tokens that were looked up among what earlier requests have left, and those that were found."""
+        self.batch_invariant = False
+        """Whether a request's numbers are the same to the bit in any company."""
 
     def _build_cache(
         self,
@@ -248,7 +254,12 @@ class Engine:
     @property
     def cache_bytes(self) -> int:
         """Bytes of the key-value cache at this moment."""
-        return self._cache.num_bytes
+        return int(self._cache.num_bytes)
+
+    @property
+    def cache_usage(self) -> float:
+        """Share of the cache in use, 0 to 1; 0 where it has no limit."""
+        return float(self._cache.num_bytes / self._cache.max_bytes) if self._cache.max_bytes else 0.0
 
     def check(self, request: Request, *, top_logprobs: int = 0) -> None:
         """Raises RequestError or CapacityError when the request could not run. Any thread may call this."""
@@ -270,7 +281,7 @@ class Engine:
 
     def _alone(self, context: int, limit: int) -> int:
         """Bytes that a request of so many tokens takes in an empty cache."""
-        return self._cache.alone(context, limit)
+        return int(self._cache.alone(context, limit))
 
     def add_request(self, request: Request, *, top_logprobs: int = 0, shaper: Shaper | None = None) -> None:
         """Queue a request; `step` reports its tokens.

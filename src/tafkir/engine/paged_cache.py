@@ -107,7 +107,8 @@ class PagedCache:
         self.latent, self.invariant, self.device = config.attention_type == "mla", invariant, like.device
         self.rank = config.mla.kv_lora_rank if self.latent else 0
         heads, dim = (1, config.mla.latent_dim) if self.latent else (config.num_key_value_heads, config.head_dim)
-        layers, pairs = config.num_hidden_layers, scales or [(None, None)] * config.num_hidden_layers
+        layers = config.num_hidden_layers
+        pairs: Sequence[tuple[float | None, float | None]] = scales or [(None, None)] * layers
         kinds = 1 if self.latent else 2
         codecs = [
             [CacheCodec(format, dim, pair[i]) for pair in pairs] if format != "auto" else [] for i in range(kinds)

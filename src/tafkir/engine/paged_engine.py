@@ -74,13 +74,11 @@ class PagedEngine(Engine):
         batch_invariant: bool = False,
         **options: Any,
     ) -> None:
-        self.chunk_tokens, self.batch_invariant, self._caching = chunk_tokens, batch_invariant, prefix_caching
+        self.chunk_tokens, self._caching, self._invariant = chunk_tokens, prefix_caching, batch_invariant
         super().__init__(decoder, **options)
+        self.batch_invariant = batch_invariant
         # Sequences whose prompts are in the making, and how many of their tokens are in the cache.
         self._prefilling: dict[Sequence, int] = {}
-        self.num_preemptions = 0
-        self.prefix_queries = self.prefix_hits = 0
-        """Prompt tokens that were looked up, and those that were found."""
 
     def _build_cache(
         self,
@@ -99,7 +97,7 @@ class PagedEngine(Engine):
             scales=scales,
             caching=self._caching,
             record_experts=records,
-            invariant=self.batch_invariant,
+            invariant=self._invariant,
         )
         return cache, _SlotExperts(cache) if records else None
 
@@ -110,7 +108,7 @@ class PagedEngine(Engine):
     @property
     def cache_usage(self) -> float:
         """Share of the blocks that running sequences hold."""
-        return self._cache.blocks.num_used / self._cache.blocks.num_blocks  # type: ignore[no-any-return]
+        return float(self._cache.blocks.num_used / self._cache.blocks.num_blocks)
 
     def load_weights(self, weights: Weights, version: int) -> None:
         super().load_weights(weights, version)
@@ -279,4 +277,4 @@ class PagedEngine(Engine):
 
     def _alone(self, context: int, limit: int) -> int:
         drafts = self.speculation.drafter.max_tokens if self.speculation else 0
-        return self._cache.num_blocks_for(context + limit + 1 + drafts) * self._cache.block_bytes  # type: ignore[no-any-return]
+        return int(self._cache.num_blocks_for(context + limit + 1 + drafts) * self._cache.block_bytes)

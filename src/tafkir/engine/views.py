@@ -172,8 +172,9 @@ class DecodeView:
         own_out = torch.bmm(weights_BGRS[..., longest_prompt:].flatten(0, 1), values)
         prompt_out = torch.bmm(group.gather(weights_BGRS[..., :longest_prompt]), prompt_values)
         out_BGRV = own_out.view(*q_BGRK.shape[:3], -1) + group.scatter(prompt_out, self._heads)
-        out_BWGRV = out_BGRV.unflatten(2, (self._width, repeats)).transpose(1, 2)
-        return out_BWGRV.reshape(len(q_NHK), -1, out_BGRV.shape[-1])
+        width = out_BGRV.shape[-1]
+        out_BGWRV = out_BGRV.view(self._batch, self._heads, self._width, repeats, width)
+        return out_BGWRV.permute(0, 2, 1, 3, 4).reshape(len(q_NHK), -1, width)
 
     def _append(self, cache_BGSK: Tensor, new_NGK: Tensor) -> Tensor:
         """Write each sequence's new entries; the cached entries of every sequence and kv head, [B G, S, K]."""

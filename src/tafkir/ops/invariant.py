@@ -107,7 +107,8 @@ class _RowByRow(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return _INSTEAD.get(func, func)(*args, **(kwargs or {}))
+        instead: Callable[..., Any] = _INSTEAD.get(func, func)
+        return instead(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from tafkir.serve.worker import EngineWorker
 
 if TYPE_CHECKING:
     from tafkir.engine.cache_formats import CacheFormat
+    from tafkir.serve.loading import WeightNumbers
 
 __all__ = ["build_app"]
 
@@ -44,6 +45,9 @@ def build_app(
     max_cache_bytes: int | None = None,
     kv_cache: CacheFormat = "auto",
     speculate: str | None = None,
+    weights: WeightNumbers = "auto",
+    prefix_caching: bool = True,
+    batch_invariant: bool = False,
     max_queue: int = 256,
     num_threads: int | None = None,
     options: ServerOptions | None = None,
@@ -58,6 +62,9 @@ def build_app(
         max_cache_bytes: limit of the key-value cache.
         kv_cache: its number format; auto takes the dtype of the weights.
         speculate: what drafts tokens, as in `build_speculation`; None: nothing.
+        weights: what they are in memory, as in `build_engine`.
+        prefix_caching: begin with what earlier requests of the same beginning have left in the cache.
+        batch_invariant: the same numbers to the bit for a request, alone or in any company.
         max_queue: most requests that wait beyond those; further ones get a 503.
         num_threads: CPU threads of the model; None leaves torch's choice.
         options: keys, rates and other limits of those who call.
@@ -71,7 +78,8 @@ def build_app(
         Path(checkpoint), model_name, max_queue, num_threads, options,
         {
             "max_batch": max_batch, "max_context": max_context, "max_cache_bytes": max_cache_bytes,
-            "kv_cache": kv_cache, "speculate": speculate,
+            "kv_cache": kv_cache, "speculate": speculate, "weights": weights,
+            "paged": True, "prefix_caching": prefix_caching, "batch_invariant": batch_invariant,
         },
     )  # fmt: skip
 
@@ -166,7 +174,9 @@ def _add_status_routes(app: FastAPI, served: Served) -> None:
             ("vllm:num_requests_running", "Sequences that are being generated.", worker.num_running),
             ("vllm:num_requests_waiting", "Sequences that wait for a place.", worker.num_waiting),
             ("tafkir:kv_cache_bytes", "Bytes of the key-value cache.", worker.engine.cache_bytes),
+            ("vllm:kv_cache_usage_perc", "Share of the cache's blocks in use, 0 to 1.", worker.engine.cache_usage),
         )
+        worker.metrics.note_cache(worker.engine)
         if worker.engine.speculation is not None:
             worker.metrics.note_drafts(worker.engine.speculation.acceptance)
         page = worker.metrics.render(served.name, gauges)

@@ -96,6 +96,7 @@ class Generation:
         top_logprobs: int,
         shapers: Sequence[Shaper | None],
         timeout_s: float | None = None,
+        priority: int = 0,
     ) -> Generation:
         """Queue every sample of every prompt.
 
@@ -106,7 +107,8 @@ class Generation:
         name = uuid.uuid4().hex
         requests: list[Request] = []
         for ids, samples in prompts:
-            requests += [Request(f"{name}-{len(requests) + j}", ids, params) for j, params in enumerate(samples)]
+            first = len(requests)
+            requests += [Request(f"{name}-{first + j}", ids, s, priority=priority) for j, s in enumerate(samples)]
         inbox = Inbox()
         worker.submit(requests, inbox, top_logprobs=top_logprobs, shapers=shapers)
         prompt_tokens = sum(len(ids) for ids, _ in prompts)

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from tafkir.checkpoint.load import load_checkpoint
+from tafkir.checkpoint.packed import load_packed
 from tafkir.engine.cache_formats import CacheFormat
 from tafkir.engine.drafters import Drafter, ModelDrafter, NextnDrafter, NgramDrafter
 from tafkir.engine.engine import Engine
+from tafkir.engine.paged_engine import PagedEngine
 from tafkir.engine.speculative import Speculation, parse_speculate
 from tafkir.models.decoder import Decoder
+from tafkir.ops.native import kernels_in_use
 from tafkir.quant.served import load_served
 from tafkir.recipe.bundled import find_checkpoint
 
 if TYPE_CHECKING:
     from tafkir.data.tokenizer import Tokenizer
 
-__all__ = ["build_engine", "build_speculation", "name_of"]
+__all__ = ["WeightNumbers", "build_engine", "build_speculation", "name_of"]
+
+WeightNumbers = Literal["auto", "float32", "stored"]
+"""What weights are in memory: float32, or as the checkpoint stores them; auto: stored, where the kernels are built."""
 
 
 def build_engine(
@@ -33,12 +39,19 @@ def build_engine(
     served: bool = False,
     kv_cache: CacheFormat = "auto",
     speculate: str | None = None,
+    weights: WeightNumbers = "float32",
+    paged: bool = False,
+    prefix_caching: bool = True,
+    batch_invariant: bool = False,
 ) -> Engine:
     """Load the weights on the calling thread, which alone should run the engine afterwards.
 
     With `served`, inputs of matrices that are stored in NVFP4 together with them are rounded, as engines do that
     compute in four bits. `kv_cache` is the number format of the cache; auto takes the weights' dtype. `speculate` says
-    what drafts tokens (`build_speculation`); None: nothing.
+    what drafts tokens (`build_speculation`); None: nothing. With stored `weights` the engine cannot be given others,
+    and a token's numbers differ from those in float32 in the order of sums alone. `paged` serves many people from one
+    paged cache, with `prefix_caching` and `batch_invariant` as `PagedEngine` takes them; the latter takes "auto"
+    weights as float32.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged.
@@ -46,17 +59,24 @@ def build_engine(
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    decoder = load_served(checkpoint) if served else load_checkpoint(checkpoint).decoder
-    return Engine(
-        decoder,
-        eos_ids=(tokenizer.turn_end_id, tokenizer.document_end_id),
-        max_batch=max_batch or 32,
-        max_context=max_context,
-        max_cache_bytes=max_cache_bytes,
-        tokenizer=tokenizer,
-        kv_cache=kv_cache,
-        speculation=build_speculation(decoder, speculate) if speculate else None,
-    )
+    if served:
+        decoder = load_served(checkpoint)
+    elif weights == "stored" or (weights == "auto" and kernels_in_use() == "native" and not batch_invariant):
+        decoder = load_packed(checkpoint).decoder
+    else:
+        decoder = load_checkpoint(checkpoint).decoder
+    options: dict[str, Any] = {
+        "eos_ids": (tokenizer.turn_end_id, tokenizer.document_end_id),
+        "max_batch": max_batch or 32,
+        "max_context": max_context,
+        "max_cache_bytes": max_cache_bytes,
+        "tokenizer": tokenizer,
+        "kv_cache": kv_cache,
+        "speculation": build_speculation(decoder, speculate) if speculate else None,
+    }
+    if paged:
+        return PagedEngine(decoder, prefix_caching=prefix_caching, batch_invariant=batch_invariant, **options)
+    return Engine(decoder, **options)
 
 
 def build_speculation(decoder: Decoder, speculate: str) -> Speculation:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tafkir.engine.engine import Engine
     from tafkir.engine.speculative import Acceptance
 
 __all__ = ["Counter", "Histogram", "ServerMetrics"]
@@ -78,6 +79,9 @@ class ServerMetrics:
         )
         self.prompt_tokens = Counter("vllm:prompt_tokens", "Prompt tokens of sequences that started.")
         self.generation_tokens = Counter("vllm:generation_tokens", "Tokens sampled.")
+        self.prefix_queries = Counter("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
+        self.prefix_hits = Counter("vllm:prefix_cache_hits", "Prompt tokens found there.")
+        self.preemptions = Counter("vllm:num_preemptions", "Sequences that had to give their cache back.")
         self.responses = Counter("tafkir:http_responses", "HTTP answers, by status.", "code", ())
         self.ttft = Histogram("vllm:time_to_first_token_seconds", "From arrival to the first token.", _SECONDS)
         self.inter_token = Histogram("vllm:inter_token_latency_seconds", "Between tokens of a sequence.", _SECONDS)
@@ -103,6 +107,12 @@ class ServerMetrics:
         self.draft_tokens.values[""] = seen.num_draft_tokens
         self.accepted_tokens.values[""] = seen.num_accepted_tokens
         self.accepted_per_pos.values.update({str(i): n for i, n in enumerate(list(seen.accepted_per_pos))})
+
+    def note_cache(self, engine: Engine) -> None:
+        """Take over what the engine has counted."""
+        self.prefix_queries.values[""] = engine.prefix_queries
+        self.prefix_hits.values[""] = engine.prefix_hits
+        self.preemptions.values[""] = engine.num_preemptions
 
     def render(self, model: str, gauges: Sequence[tuple[str, str, float]]) -> str:
         """The page behind /metrics; `gauges` are (name, meaning, value) of this moment."""

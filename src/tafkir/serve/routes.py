@@ -162,8 +162,9 @@ async def _submit(
         for _ in samples
     ]
     timeout_s = served.options.request_timeout_s or None
+    limits: dict[str, Any] = {"timeout_s": timeout_s, "priority": body.priority}
     return Generation.submit(
-        served.worker, http, prompts, choices, top_logprobs=top_logprobs, shapers=shapers, timeout_s=timeout_s
+        served.worker, http, prompts, choices, top_logprobs=top_logprobs, shapers=shapers, **limits
     )
 
 

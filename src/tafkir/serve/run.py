@@ -36,6 +36,9 @@ def serve(
     max_cache_bytes: int | None = None,
     kv_cache: Literal["auto", "fp8", "nvfp4"] = "auto",
     speculate: str | None = None,
+    weights: Literal["auto", "float32", "stored"] = "auto",
+    prefix_caching: bool = True,
+    batch_invariant: bool = False,
     max_queue: int = 256,
     num_threads: int | None = None,
     options: ServerOptions | None = None,
@@ -46,8 +49,8 @@ def serve(
         checkpoint: a checkpoint folder with a tokenizer.
         host: address to listen on; the default is reachable from this machine alone.
         port: 0 takes a free one, which the log names.
-        model_name, max_batch, max_context, max_cache_bytes, kv_cache, speculate, max_queue, num_threads, options: as
-            in `build_app`.
+        model_name, max_batch, max_context, max_cache_bytes, kv_cache, speculate, weights, prefix_caching,
+            batch_invariant, max_queue, num_threads, options: as in `build_app`.
 
     Raises:
         BackendUnavailable: the address cannot be used.
@@ -67,6 +70,9 @@ def serve(
             max_cache_bytes=max_cache_bytes,
             kv_cache=kv_cache,
             speculate=speculate,
+            weights=weights,
+            prefix_caching=prefix_caching,
+            batch_invariant=batch_invariant,
             max_queue=max_queue,
             num_threads=num_threads,
             options=options,

@@ -131,6 +131,7 @@ class GenerationRequest(BaseModel):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1, lt=1 << 31, description="0 or -1: no cut.")
     seed: int | None = None
+    priority: int = Field(0, ge=-(1 << 31), lt=1 << 31, description="Where requests wait, lower ones go first.")
     stop: list[str] = Field(default_factory=list, max_length=_MAX_STOPS)
     stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=_MAX_STOPS)
     min_p: float = Field(0.0, ge=0, le=1)

@@ -247,7 +247,9 @@ class EngineWorker:
 
         taken: list[_Scoring] = []
         size = 0
-        while self._scorings and (not taken or size + len(self._scorings[0].token_ids) <= _SCORE_TOKENS):
+        # Alone, where the company must make no difference.
+        most = 0 if self.engine.batch_invariant else _SCORE_TOKENS
+        while self._scorings and (not taken or size + len(self._scorings[0].token_ids) <= most):
             job = self._scorings.popleft()
             if job.future.set_running_or_notify_cancel():
                 taken.append(job)

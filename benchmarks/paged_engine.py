@@ -1,0 +1,129 @@
+"""What the paged engine costs beside the one with rows, and how far a request's numbers move with its company.
+
+    PYTHONPATH=src python benchmarks/paged_engine.py
+
+Sides take turns within every repeat: contiguous rows (the engine of rollouts), blocks with the compiled kernel, blocks
+that are gathered by torch before each step's attention, and the batch-invariant mode. Prefill of prompts of 128 tokens
+comes before the clock; figures are CPU-seconds of decoding alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from tafkir.engine.engine import Engine
+from tafkir.engine.paged_engine import PagedEngine
+from tafkir.models.build import build_decoder
+from tafkir.models.decoder import Decoder
+from tafkir.ops import native
+from tafkir.recipe.model import ModelConfig
+from tafkir.records import Request, SamplingParams
+
+SIDES = ("rows", "paged", "gathered", "invariant")
+PROMPT = 128
+
+
+def build(dtype: torch.dtype) -> Decoder:
+    """29M parameters, 7M active: 32 experts of which a token visits four."""
+    config = ModelConfig(
+        vocab_size=8192, hidden_size=256, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
+        head_dim=32, intermediate_size=512, moe_intermediate_size=128, num_experts=32, num_experts_per_tok=4, n_group=1,
+        topk_group=1, max_position_embeddings=2048,
+    )  # fmt: skip
+    decoder = build_decoder(config, 0)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(2)  # fresh weights give nearly uniform logits
+    decoder = decoder.to(dtype)
+    for router in decoder.routers:
+        if router.expert_bias is not None:
+            router.expert_bias = router.expert_bias.float()
+    return decoder
+
+
+def engine_of(decoder: Decoder, side: str, batch: int) -> Engine:
+    if side == "rows":
+        return Engine(decoder, eos_ids=(), max_batch=batch)
+    options: dict[str, Any] = {"batch_invariant": side == "invariant", "prefix_caching": False}
+    with mock.patch.object(native, "takes", return_value=False) if side == "gathered" else nullcontext():
+        return PagedEngine(decoder, eos_ids=(), max_batch=batch, **options)
+
+
+def requests(batch: int, tokens: int, seed: int) -> list[Request]:
+    generator = torch.Generator().manual_seed(seed)
+    prompts = torch.randint(0, 8192, (batch, PROMPT), generator=generator).tolist()
+    return [Request(str(i), tuple(p), SamplingParams(max_tokens=tokens, seed=i)) for i, p in enumerate(prompts)]
+
+
+def seconds_per_token(decoder: Decoder, side: str, batch: int, tokens: int, seed: int) -> float:
+    """CPU-seconds of a sampled token once all prompts are in the cache."""
+    engine = engine_of(decoder, side, batch)
+    for request in requests(batch, tokens, seed):
+        engine.add_request(request)
+    while engine.num_running < batch or not engine.step():
+        pass
+    began, sampled = time.process_time(), 0
+    while engine.has_work:
+        sampled += len(engine.step())
+    return (time.process_time() - began) / sampled
+
+
+def company(decoder: Decoder, side: str, count: int, tokens: int) -> dict[str, Any]:
+    """The same requests alone and all at once: where log-probabilities differ, before the first token that does."""
+    asked = requests(count, tokens, 7)
+    together = {done.request_id: done for done in engine_of(decoder, side, count).complete(asked)}
+    gaps, changed = [], 0
+    for request in asked:
+        (alone,) = engine_of(decoder, side, 1).complete([request])
+        other = together[request.id]
+        changed += alone.token_ids != other.token_ids
+        for a, b, p, q in zip(alone.token_ids, other.token_ids, alone.logprobs, other.logprobs, strict=True):
+            if a != b:
+                break
+            gaps.append(abs(p - q))
+    return {"max": max(gaps), "mean": statistics.mean(gaps), "tokens": len(gaps), "changed_requests": changed}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/paged_engine.json"))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    found: dict[str, Any] = {"kernels": native.kernels_in_use(), "prompt": PROMPT, "tokens": args.tokens, "speed": []}
+    for dtype in args.dtypes:
+        decoder = build(getattr(torch, dtype))
+        for batch in args.batches:
+            spent: dict[str, list[float]] = {side: [] for side in SIDES}
+            for repeat in range(args.repeats + 1):  # the first warms up
+                for side in SIDES if repeat % 2 else SIDES[::-1]:
+                    seconds = seconds_per_token(decoder, side, batch, args.tokens, repeat)
+                    if repeat:
+                        spent[side].append(seconds)
+            row = {"dtype": dtype, "batch": batch}
+            for side in SIDES:
+                pairs = [a / b for a, b in zip(spent["rows"], spent[side], strict=True)]
+                row |= {side: 1 / statistics.median(spent[side]), f"{side}_over_rows": statistics.median(pairs)}
+            print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+            found["speed"].append(row)
+        found[f"company_{dtype}"] = {side: company(decoder, side, 16, 32) for side in ("rows", "paged", "invariant")}
+        print(json.dumps(found[f"company_{dtype}"]), flush=True)
+    args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
