@@ -16,7 +16,8 @@ from tafkir.errors import DataError, GradingError
 from tafkir.records import Example
 from tafkir.tasks.catalog import EvalTask, list_tasks, load_task
 from tafkir.tasks.published.instructions import follow
-from tafkir.tasks.published.math import MathRule
+from tafkir.tasks.published.math import MathRule, tidy
+from tafkir.tasks.published.numeric import compare
 from tafkir.tasks.symbolic import SymbolicVerifier
 
 GOLDENS = Path(__file__).with_name("goldens")
@@ -109,6 +110,30 @@ def test_perplexity_has_texts_and_no_verdicts() -> None:
     assert sum(len(example.question) for example in task.examples("test")) == 187_399
     with pytest.raises(GradingError, match="no answer to grade"):
         task.grade(task.examples("test")[0], "")
+
+
+@pytest.mark.parametrize(
+    ("expected", "answer", "equal"),
+    [
+        ("\\frac{\\sqrt7}{14}", "\\frac{1}{2\\sqrt{7}}", True),
+        ("x^2-1", "(x-1)(x+1)", True),
+        ("x^2-1", "(x-1)(x+2)", False),
+        ("\\frac{1023}{1024}", "\\frac{1023}{1025}", False),
+        ("(1,\\frac{1}{2})", "(1,\\frac{2}{4})", True),
+        ("(1,2)", "(2,1)", False),
+        ("[1,2)", "(1,2)", None),
+        ("1,2", "2,1", None),
+        ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix}1\\\\3\\end{pmatrix}", False),
+        ("\\frac{1}{3}", "0.333", None),
+        ("\\frac{5}{3}", "1\\frac{2}{3}", None),
+        ("2i", "2", None),
+        ("x", "10^{11}+x-10^{11}", None),
+        ("1", "x^0", True),
+        ("\\sqrt[3]{8}", "2", True),
+    ],
+)
+def test_values_tell_or_say_nothing(expected: str, answer: str, equal: bool | None) -> None:
+    assert compare(tidy(expected), tidy(answer)) is equal
 
 
 # ---- a comparison that takes too long ------------------------------------------------------------------------------

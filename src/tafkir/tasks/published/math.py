@@ -35,6 +35,7 @@ from tafkir.tasks.published.base import (
     find_file,
     read_rows,
 )
+from tafkir.tasks.published.numeric import compare
 from tafkir.tasks.symbolic import SymbolicVerifier, default_verifier
 
 __all__ = ["TASKS", "MathRule", "NumberRule", "find_box", "numbers_equal", "tidy"]
@@ -107,8 +108,9 @@ def _find_expression(text: str, *, finished: bool) -> Extraction:
 
 _TEXT = re.compile(r"\\(?:text(?:bf|it|rm|sf)?|mathrm|mathbf|mathit|mbox|operatorname)\s*\{([^{}]*)\}")
 _UNIT = re.compile(r"(?<=.)\\(?:text|mbox|mathrm)\{\s[^{}]*\}.*$", re.DOTALL)
-_SPACING = re.compile(r"\\(?:[,;:!> ]|quad|qquad|displaystyle|left|right|big|Big|bigg|Bigg)(?![A-Za-z])|~|\s+")
-_FRAC = re.compile(r"\\[dtc]?frac\s*(\{[^{}]*\}|\\?\w)\s*(\{[^{}]*\}|\d|[a-zA-Z](?![a-zA-Z]))")
+_SPACING = re.compile(r"(?<!\\)\\(?:[,;:!> ]|quad|qquad|displaystyle|left|right|big|Big|bigg|Bigg)(?![A-Za-z])|~|\s+")
+_GROUP = r"\{(?:[^{}]|\{[^{}]*\})*\}"
+_FRAC = re.compile(rf"\\[dtc]?frac\s*({_GROUP}|\\?\w)\s*({_GROUP}|\d|[a-zA-Z](?![a-zA-Z]))")
 _SQRT = re.compile(r"\\sqrt\s*(\d|[a-zA-Z])(?![a-zA-Z])")
 _SLASH = re.compile(r"(-?)(\d+)/(\d+)")
 _NAMED = re.compile(r"\\?[A-Za-zء-ي]{1,2}(?:\([A-Za-z]\))?(?:=|\\in(?![a-z]))")
@@ -170,7 +172,8 @@ class MathRule:
     """An expression: the last box, else what follows "answer is", else the last formula; equal by three steps.
 
     The same spelling (`tidy`, in the manner of Hendrycks et al., arXiv 2103.03874), the same plain number, else equal
-    for math-verify in a process with a time limit. An answer that takes longer is a "timeout".
+    for math-verify in a process with a time limit, unless their values tell (`compare`). An answer that
+    takes longer is a "timeout".
     """
 
     def __init__(self, verifier: SymbolicVerifier | None = None) -> None:
@@ -188,10 +191,14 @@ class MathRule:
         if given.casefold() == gold.casefold() if _WORDS.fullmatch(gold) else given == gold:
             return "correct", ""
         equal = numbers_equal(example.answer, answer)
+        equal = numbers_equal(gold, given) if equal is None else equal
         if equal is None and ("\\text" in example.answer or _WORDS.fullmatch(gold)) and len(gold) > 3:
             equal = _bare(given) == _bare(gold)  # words are no product of their letters
         elif equal is None and is_unevaluated(answer) and read_value(example.answer) is not None:
             return "wrong", "an expression that is not worked out"
+        if equal is not None:
+            return ("correct", "") if equal else ("wrong", "not equal to the expected answer")
+        equal = compare(gold, given)
         if equal is not None:
             return ("correct", "") if equal else ("wrong", "not equal to the expected answer")
         result = (self._verifier or default_verifier()).compare(example.answer, _readable(answer))
