@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tafkir.errors import SamplingError
 from tafkir.ops.sampling import (
+    greedy,
     sample,
     sample_reference,
     stream_key,
@@ -131,6 +132,9 @@ def test_greedy_takes_the_lowest_of_equals_at_temperature_one_logprobs() -> None
     token, logprob = sample(logits, *params(1, temperature=0.0), draws(1))
     assert int(token) == 1
     assert float(logprob) == pytest.approx(float(logits.log_softmax(-1)[0, 1]), abs=1e-6)
+    many = torch.randn(40, 150, generator=torch.Generator().manual_seed(6)) * 5
+    expected = sample(many, *params(40, temperature=0.0), draws(40))
+    assert all(torch.equal(got, wanted) for got, wanted in zip(greedy(many), expected, strict=True))
 
 
 def test_logprob_is_of_the_untruncated_distribution_at_the_temperature() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tafkir.engine.sequence import Sequence
 from tafkir.engine.store import bucket
-from tafkir.ops.sampling import sample, uniform
+from tafkir.ops.sampling import greedy, sample, uniform
 
 __all__ = ["Column", "RunningBatch"]
 
@@ -133,10 +133,8 @@ class RunningBatch:
         """
         ints, floats = self._ints[:, : self.size], self._floats[:, : self.size]
         if not bool(floats[0].any()):
-            top_N = logits_NV.float().log_softmax(-1).max(dim=-1)
-            # What cannot be drawn from is left to `sample`, which says so.
-            if bool(torch.isfinite(top_N.values).all()):
-                return top_N.indices.view(-1, width), top_N.values.view(-1, width)
+            token_N, logprob_N = greedy(logits_NV)
+            return token_N.view(-1, width), logprob_N.view(-1, width)
         ints, floats = ints.repeat_interleave(width, dim=1), floats.repeat_interleave(width, dim=1)
         ahead_N = torch.arange(width, device=self._device).repeat(self.size)
         u_N = uniform(ints[Column.KEY], ints[Column.COUNT] + ahead_N)

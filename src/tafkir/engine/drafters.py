@@ -65,7 +65,7 @@ class NgramDrafter:
         longest, shortest: how many tokens must agree; the longest match wins, and of equals the latest.
     """
 
-    state = None
+    state: str | None = None
 
     def __init__(self, max_tokens: int = 5, longest: int = 4, shortest: int = 2) -> None:
         self.max_tokens, self._sizes = max_tokens, range(longest, shortest - 1, -1)
@@ -107,7 +107,7 @@ def _draw(logits_BV: Tensor, rows: SequenceOf[Row], ahead: int) -> list[int]:
     """A draft's next token, `ahead` draws after the newest one, drawn by the number that the model will draw with."""
     params = [row.seq.request.params for row in rows]
     if all(p.temperature == 0 for p in params):
-        return logits_BV.argmax(-1).tolist()  # type: ignore[no-any-return]
+        return logits_BV.argmax(-1).tolist()
     device = logits_BV.device
     u_B = uniform(
         torch.tensor([row.seq.key for row in rows], device=device),
@@ -133,7 +133,7 @@ class ModelDrafter:
         CapacityError: the vocabularies differ in size.
     """
 
-    state = None
+    state: str | None = None
     _CHUNK = 512
 
     def __init__(self, decoder: Decoder, vocab_size: int, max_tokens: int = 4) -> None:
@@ -236,7 +236,7 @@ class NextnDrafter:
         self._decoder, self._mtp, shape = decoder, decoder.mtp, decoder.mtp.shape
         self.max_tokens = max_tokens or shape.depth
         self._post_norm = shape.input_state == "post_norm"
-        self.state = "hidden_ND" if self._post_norm else "pre_norm_ND"
+        self.state: str | None = "hidden_ND" if self._post_norm else "pre_norm_ND"
         self._chained = shape.chain_hidden
         first = decoder.config.num_hidden_layers
         self._caches = [DraftCache(1, first + k) for k in range(shape.depth)]

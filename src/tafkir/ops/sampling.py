@@ -12,6 +12,7 @@ from tafkir.errors import SamplingError
 
 __all__ = [
     "advance_key",
+    "greedy",
     "sample",
     "sample_reference",
     "stream_key",
@@ -170,6 +171,15 @@ def sample(
     chosen_B = scaled_BV.gather(-1, token_B.unsqueeze(-1)).squeeze(-1)
     logprob_B = (chosen_B - max_B1.squeeze(-1)).double() - log_total_B
     return token_B, logprob_B.float()
+
+
+def greedy(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
+    """What `sample` gives at temperature 0, to the bit, without a draw."""
+    scaled_BV = logits_BV.float()
+    max_B1, argmax_B1 = scaled_BV.max(dim=-1, keepdim=True)
+    _check_finite(max_B1)
+    log_total_B = _weights(scaled_BV, max_B1)[1].sum(dim=-1, dtype=torch.float64).log()
+    return argmax_B1.squeeze(-1), (-log_total_B).float()
 
 
 def _check_finite(max_B1: Tensor) -> None:
