@@ -24,8 +24,9 @@ from tafkir.errors import BackendUnavailable, TafkirError
 from tafkir.records import Example
 from tafkir.tasks import bubblewrap as bubblewrap_module
 from tafkir.tasks import sandbox as sandbox_module
+from tafkir.tasks.backends import open_sandbox
 from tafkir.tasks.code import CodeProblems, bundled_problems, extract_program, same_value
-from tafkir.tasks.sandbox import CallResult, Limits, Sandbox, open_sandbox
+from tafkir.tasks.sandbox import CallResult, Limits, Sandbox
 from tafkir.tasks.sandbox_program import decode, encode
 from tafkir.tasks.sandbox_remote import RemoteSandbox
 from tafkir.tasks.syscalls import build_filter

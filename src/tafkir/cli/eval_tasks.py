@@ -159,6 +159,7 @@ def _summary(done: Evaluation, rows: list[dict[str, Any]], budget: Budget) -> di
         "prompt_tokens_now": budget.prompt_tokens,
         "tokens_now": budget.tokens,
         "cost_now": budget.cost if any(budget.prices) else None,
+        "sandbox": sorted({sample.sandbox for sample in done.samples} - {""}),
     }
 
 
@@ -177,6 +178,8 @@ def _print_rest(summary: dict[str, Any], path: Path) -> None:
         found = row["accuracy"]
         score = f"{100 * found['value']:5.1f} % [{100 * found['low']:.1f}, {100 * found['high']:.1f}]" if found else "-"
         print(f"{row['model']} on {row['task']} at {row['budget']:,} tokens: {score}, {row['cut']:.1%} cut")
+    if summary["sandbox"]:
+        print(f"Programs ran in the tier {' and '.join(summary['sandbox'])}")
     print(f"Answers: {path}")
 
 

@@ -113,6 +113,20 @@ def evaluate(
     extra_body: Annotated[
         str | None, typer.Option(metavar="JSON", help="Added to every request: '{\"top_k\": 20}'.")
     ] = None,
+    sandbox: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIER",
+            help="Where answered programs run: bwrap, rlimit (needs --unsafe), or remote (TAFKIR_SANDBOX_URL).",
+            show_default="bwrap",
+        ),
+    ] = None,
+    unsafe: Annotated[
+        bool, typer.Option("--unsafe", help="Let the tier rlimit run programs with your own rights.")
+    ] = False,
+    judge: Annotated[
+        str | None, typer.Option(metavar="URL#MODEL", help="Endpoint that judges answers; its key: TAFKIR_JUDGE_KEY.")
+    ] = None,
 ) -> None:
     """Score models on published tasks, on held-out problems, on puzzles, or on what they find in long texts.
 
@@ -135,7 +149,7 @@ def evaluate(
         "data": data, "out": out, "limit": limit, "seed": seed, "temperature": temperature, "top_p": top_p,
         "max_tokens": max_tokens, "until_settled": until_settled, "curve": curve, "max_total_tokens": max_total_tokens,
         "max_seconds": max_seconds, "max_cost": max_cost, "price": price, "fail_on_error": fail_on_error,
-        "extra_body": extra_body,
+        "extra_body": extra_body, "sandbox": sandbox, "unsafe": unsafe, "judge": judge,
     }  # fmt: skip
     of_needle = {"lengths": lengths, "depths": depths, "num_needles": needles}
     if tasks is not None:
@@ -183,31 +197,38 @@ def _tasks(models: Sequence[str], names: str, given: Mapping[str, Any]) -> None:
     from tafkir.cli.eval_tasks import Ending, Models, evaluate_tasks, load_tasks
     from tafkir.eval.endpoint import EndpointOptions
     from tafkir.eval.harness import Budget, EvalSettings
+    from tafkir.tasks.backends import Backends, choose_backends
 
     budget = Budget(given["max_total_tokens"], given["max_seconds"], given["max_cost"], _prices(given))
     options = EndpointOptions(
         given["concurrency"], given["timeout"], given["retries"], extra_body=_object(given["extra_body"])
     )
     limits = (budget.max_tokens, budget.max_seconds, budget.max_cost)
-    evaluate_tasks(
-        models,
-        load_tasks(names, given["data"] or ()),
-        EvalSettings(
-            samples=given["samples"],
-            limit=given["limit"],
-            seed=given["seed"],
-            temperature=given["temperature"],
-            top_p=given["top_p"],
-            max_tokens=given["max_tokens"],
-            until_settled=given["until_settled"],
-        ),
-        budget,
-        Models(options, given["api_key_env"], given["kv_cache"], stops_early=any(limit for limit in limits)),
-        Ending(
-            _numbers(given["curve"], int, "--curve") if given["curve"] else (), given["fail_on_error"], given["as_json"]
-        ),
-        given["out"],
+    backends = Backends(
+        given["sandbox"], given["unsafe"], given["judge"] or "", judge_cache=given["out"] / "judged.jsonl"
     )
+    with choose_backends(backends):
+        evaluate_tasks(
+            models,
+            load_tasks(names, given["data"] or ()),
+            EvalSettings(
+                samples=given["samples"],
+                limit=given["limit"],
+                seed=given["seed"],
+                temperature=given["temperature"],
+                top_p=given["top_p"],
+                max_tokens=given["max_tokens"],
+                until_settled=given["until_settled"],
+            ),
+            budget,
+            Models(options, given["api_key_env"], given["kv_cache"], stops_early=any(limit for limit in limits)),
+            Ending(
+                _numbers(given["curve"], int, "--curve") if given["curve"] else (),
+                given["fail_on_error"],
+                given["as_json"],
+            ),
+            given["out"],
+        )
 
 
 def _prices(given: Mapping[str, Any]) -> tuple[float, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -18,6 +18,13 @@ def regrade(
         list[str] | None,
         typer.Option(metavar="[TASK=]PATH", help="Data of a task that is not in the package: a file or a folder."),
     ] = None,
+    sandbox: Annotated[
+        str | None, typer.Option(metavar="TIER", help="As in eval: bwrap, rlimit or remote.", show_default="bwrap")
+    ] = None,
+    unsafe: Annotated[
+        bool, typer.Option("--unsafe", help="Let the tier rlimit run programs with your own rights.")
+    ] = False,
+    judge: Annotated[str | None, typer.Option(metavar="URL#MODEL", help="Endpoint that judges answers.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Only tell what would change.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -30,11 +37,14 @@ def regrade(
     from tafkir.eval.regrade import regrade_samples
     from tafkir.eval.samples import load_samples, samples_file
     from tafkir.runlog.rundir import RunDir
+    from tafkir.tasks.backends import Backends, choose_backends
+    from tafkir.tasks.sandbox import Tier
 
     path = samples_file(results)
     names = tasks or ",".join(dict.fromkeys(sample.task for sample in load_samples(path)))
-    wanted = {task.name: task for task in load_tasks(names, data or ())}
-    with RunDir(path.parent).lock():
+    backends = Backends(cast(Tier | None, sandbox), unsafe, judge or "", judge_cache=path.with_name("judged.jsonl"))
+    with choose_backends(backends), RunDir(path.parent).lock():
+        wanted = {task.name: task for task in load_tasks(names, data or ())}
         done = regrade_samples(path, wanted, write=not dry_run).to_dict()
     if as_json:
         print(json.dumps(done, indent=2, ensure_ascii=False))

@@ -18,10 +18,11 @@ from tafkir.eval.perplexity import PERPLEXITY, measure_text
 from tafkir.eval.samples import Sample, append_sample, load_samples
 from tafkir.eval.scores import estimate_of, item_scores
 from tafkir.recipe.seeds import derive_seed
-from tafkir.records import Example, SamplingParams
+from tafkir.records import Example, Message, SamplingParams
 from tafkir.runlog.metrics import JsonlWriter
 from tafkir.runlog.progress import Progress
 from tafkir.tasks.catalog import EvalTask
+from tafkir.tasks.published.base import TURN, Conversation
 
 __all__ = ["Budget", "EvalSettings", "Evaluation", "evaluate_models", "grade_sample"]
 
@@ -324,43 +325,60 @@ class _Run:
                 if not self._is_done(one) and not self._is_spent():
                     self.result.asked += 1
                     self._write(measure_text(model, one.blank))
-            elif sample is None or sample.finish_reason == "error":
+            elif sample is None or sample.finish_reason in ("error", "turn"):
                 missing[one.ask.key] = one
             elif not self._is_done(one):
                 self._submit(one, replace(one.blank, **_answer_of(sample)))
-        if missing:
-            for ask, reply in model.answers(self._draw(missing)):
-                self._take(missing[ask.key], reply)
+        while missing and not self.result.stopped:
+            asked = missing
+            missing = {}
+            for ask, reply in model.answers(self._draw(model, asked)):
+                if self._take(asked[ask.key], reply):
+                    missing[ask.key] = asked[ask.key]
         while self._ungraded:
             self._ungraded.popleft().result()
 
-    def _draw(self, missing: Mapping[str, _Planned]) -> Iterator[Ask]:
+    def _draw(self, model: Answerer, missing: Mapping[str, _Planned]) -> Iterator[Ask]:
         for one in missing.values():
             if self._is_spent():
                 return
-            yield one.ask
+            begun = self._begun(one)
+            yield replace(one.ask, prompt=model.read(_conversation(one, begun))) if begun else one.ask
+
+    def _begun(self, one: _Planned) -> Sample | None:
+        """The turns so far of a conversation that goes on."""
+        sample = self.known.get(one.blank.identity)
+        return sample if sample is not None and sample.finish_reason == "turn" else None
 
     def _is_spent(self) -> bool:
         self.result.stopped = self.result.stopped or self._budget.spent()
         return bool(self.result.stopped)
 
-    def _take(self, one: _Planned, reply: Reply) -> None:
+    def _take(self, one: _Planned, reply: Reply) -> bool:
+        """Grade and write an answer; True where the conversation goes on after it."""
         self.result.asked += 1
         self.result.retries += reply.retries
         self._budget.tokens += reply.tokens
         self._budget.prompt_tokens += reply.prompt_tokens
         thinking, text = (reply.reasoning, reply.text) if reply.reasoning else split_thinking(reply.text)
+        begun = self._begun(one)
         sample = replace(
             one.blank,
-            text=text,
-            reasoning=thinking,
+            text=f"{begun.text}{TURN}{text}" if begun else text,
+            reasoning=f"{begun.reasoning}{TURN}{thinking}" if begun else thinking,
             outcome=reply.failure or "error",
             reason=reply.reason,
-            tokens=reply.tokens,
+            tokens=reply.tokens + (begun.tokens if begun else 0),
             finish_reason="error" if reply.failure else reply.finish_reason,
-            latency_s=round(reply.latency_s, 4),
+            latency_s=round(reply.latency_s + (begun.latency_s if begun else 0.0), 4),
         )
+        if sample.finish_reason == "stop" and _next_turn(one, sample) is not None:
+            sample = replace(sample, finish_reason="turn", reason="the conversation goes on")
+            append_sample(self._writer, sample)
+            self.known[sample.identity] = sample
+            return True
         self._submit(one, sample)
+        return False
 
     def _submit(self, one: _Planned, sample: Sample) -> None:
         self._ungraded.append(self._pool.submit(self._finish, one, sample))
@@ -386,6 +404,23 @@ class _Run:
             self._progress.update(self._done, tokens=sample.tokens, **numbers)
 
 
+def _next_turn(one: _Planned, sample: Sample) -> str | None:
+    answers = sample.text.count(TURN) + 1
+    return one.task.follow_up(one.example, answers) if isinstance(one.task, Conversation) else None
+
+
+def _conversation(one: _Planned, begun: Sample) -> list[Message]:
+    """All that was said so far, and what the user says next."""
+    messages = list(one.task.prompt(one.example))
+    answers = begun.text.split(TURN)
+    assert isinstance(one.task, Conversation)
+    for number, answer in enumerate(answers, start=1):
+        said = one.task.follow_up(one.example, number)
+        assert said is not None
+        messages += [Message("assistant", answer), Message("user", said)]
+    return messages
+
+
 def _answer_of(sample: Sample) -> dict[str, object]:
     """What a stored sample knows of the answer itself."""
     names = ("text", "reasoning", "tokens", "finish_reason", "latency_s")
@@ -406,4 +441,5 @@ def grade_sample(task: EvalTask, example: Example, sample: Sample) -> Sample:
         extracted=verdict.extracted,
         expected=verdict.expected,
         reason=verdict.reason,
+        sandbox=verdict.sandbox,
     )

@@ -34,7 +34,9 @@ class Sample:
         outcome: `length` is a cut-off answer, `error` a request or a grader that failed, `timeout` one that was late.
         reward: 0 to 1; says nothing where the outcome is one of `FAILURES`.
         tokens: of the completion, the thinking among them; 0 where the endpoint does not say.
-        finish_reason: "stop", "length", or what else the endpoint says; "error" where there is no answer.
+        finish_reason: "stop", "length", or what else the endpoint says; "error" where there is no answer,
+            "turn" where the conversation goes on.
+        sandbox: the tier that its program ran in; empty where none ran.
         latency_s: from asking to the whole answer, waiting in the engine's queue among it.
     """
 
@@ -60,6 +62,7 @@ class Sample:
     finish_reason: Literal["stop", "length", "error"] | str
     latency_s: float
     fingerprint: str
+    sandbox: str = ""
 
     @property
     def correct(self) -> bool:
@@ -113,7 +116,7 @@ def append_sample(writer: JsonlWriter, sample: Sample) -> None:
 
 
 def _parse(row: Mapping[str, Any], where: str) -> Sample:
-    missing: Sequence[str] = [name for name in _FIELDS if name not in row]
+    missing: Sequence[str] = [name for name in _FIELDS if name not in row and name != "sandbox"]
     if missing:
         raise DataError(
             f"the sample lacks {', '.join(missing)}",
@@ -121,4 +124,4 @@ def _parse(row: Mapping[str, Any], where: str) -> Sample:
             expected="a line that `tafkir eval --tasks` wrote",
             fix="move the file away and evaluate again",
         )
-    return Sample(**{name: row[name] for name in _FIELDS})
+    return Sample(**{name: row[name] for name in _FIELDS if name in row})

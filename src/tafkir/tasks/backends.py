@@ -11,15 +11,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, cast, get_args
 
 from tafkir.errors import TafkirError
-from tafkir.tasks.sandbox import Limits, ProgramRunner, Tier, open_sandbox
+from tafkir.tasks.sandbox import Limits, ProgramRunner, Sandbox, Tier
 
 if TYPE_CHECKING:
     from tafkir.tasks.judge import JudgeEndpoint
 
-__all__ = ["Backends", "choose_backends", "default_judge", "default_sandbox"]
+__all__ = ["Backends", "choose_backends", "default_judge", "default_sandbox", "open_sandbox"]
+
+
+URL_VARIABLE = "TAFKIR_SANDBOX_URL"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,3 +104,40 @@ def default_judge(*, max_tokens: int = 2048) -> JudgeEndpoint:
         )
         _open[name] = JudgeEndpoint(config, _chosen.judge_cache)
     return cast("JudgeEndpoint", _open[name])
+
+
+def open_sandbox(
+    tier: Tier = "bwrap", *, unsafe: bool = False, url: str = "", limits: Limits | None = None
+) -> ProgramRunner:
+    """The runner of a tier; nothing falls back to a weaker one by itself.
+
+    Args:
+        unsafe: the user's word that "rlimit" may run what a model writes with their own rights.
+        url: of the SandboxFusion server; $TAFKIR_SANDBOX_URL when empty.
+
+    Raises:
+        TafkirError: "rlimit" without `unsafe`, or "remote" without an address.
+        BackendUnavailable: the tier does not work here.
+    """
+    limits = limits or Limits()
+    if tier not in get_args(Tier):
+        raise TafkirError(f"there is no sandbox {tier!r}", where="sandbox", expected="bwrap, rlimit or remote")
+    if tier == "rlimit" and not unsafe:
+        raise TafkirError(
+            "the tier rlimit protects nothing but memory and time: the program could read and delete your files",
+            where="sandbox",
+            expected="the tier bwrap or remote",
+            fix="add --unsafe where that does not matter, such as in a container made for it",
+        )
+    if tier == "remote":
+        from tafkir.tasks.sandbox_remote import RemoteSandbox
+
+        url = url or os.environ.get(URL_VARIABLE, "")
+        if not url:
+            raise TafkirError(
+                "the tier remote needs the address of a SandboxFusion server",
+                where="sandbox",
+                fix=f"set {URL_VARIABLE}=http://host:8080",
+            )
+        return RemoteSandbox(url, limits)
+    return Sandbox(tier, limits)

@@ -149,7 +149,7 @@ class CodeProblems:
         entry = example.extra["entry"]
         calls = [arguments for arguments, _ in tests]
         result = run_twice(self.sandbox, program, entry, calls)
-        outcome, reason = ("error", result.detail) if result.ending == "sandbox" else _compare(entry, tests, result)
+        outcome, reason = _compare(entry, tests, result)
         failure = "sandbox" if result.ending == "sandbox" else ""
         return replace(_verdict(example, outcome, program, reason), failure=failure, sandbox=self.sandbox.tier)
 
@@ -163,6 +163,8 @@ def run_twice(
 
 
 def _compare(entry: str, tests: Sequence[tuple[tuple[Any, ...], Any]], result: ProgramResult) -> tuple[Outcome, str]:
+    if result.ending == "sandbox":
+        return "error", result.detail
     for number, (call, (arguments, expected)) in enumerate(zip(result.calls, tests, strict=False), start=1):
         where = f"test {number} of {len(tests)}: {entry}({', '.join(map(repr, arguments))})"
         if call.error:

@@ -12,6 +12,7 @@ from tafkir.protocols import Task
 from tafkir.recipe.seeds import derive_seed
 from tafkir.recipe.tasks import TaskConfig
 from tafkir.records import Example, Message, Split, Verdict
+from tafkir.tasks.backends import open_sandbox
 from tafkir.tasks.choice import MULTIPLE_CHOICE
 from tafkir.tasks.code import CodeProblems
 from tafkir.tasks.generated import GeneratedTask, PuzzleKind
@@ -21,7 +22,7 @@ from tafkir.tasks.puzzles.grids import GRIDS
 from tafkir.tasks.puzzles.knights import KNIGHTS_AND_KNAVES
 from tafkir.tasks.puzzles.maze import MAZE
 from tafkir.tasks.puzzles.sudoku import SUDOKU
-from tafkir.tasks.sandbox import Limits, open_sandbox
+from tafkir.tasks.sandbox import Limits
 
 __all__ = [
     "KINDS",

@@ -16,20 +16,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import takewhile
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
-from tafkir.errors import BackendUnavailable, TafkirError
+from tafkir.errors import BackendUnavailable
 from tafkir.tasks.bubblewrap import TMP_BYTES, UNSAFE, bwrap_command
 from tafkir.tasks.sandbox_program import decode, encode
 from tafkir.tasks.sandbox_server import MAX_OUTPUT_BYTES, Ran, SandboxServer
 from tafkir.tasks.syscalls import build_filter
 
-__all__ = ["CallResult", "Limits", "ProgramResult", "ProgramRunner", "Sandbox", "Tier", "build_request", "open_sandbox"]
+__all__ = ["CallResult", "Limits", "ProgramResult", "ProgramRunner", "Sandbox", "Tier", "build_request", "read_results"]
 
 Tier = Literal["bwrap", "rlimit", "remote"]
 Ending = Literal["finished", "failed", "time", "memory", "died", "sandbox"]
-
-URL_VARIABLE = "TAFKIR_SANDBOX_URL"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,43 +94,6 @@ class ProgramRunner(Protocol):
     def close(self) -> None:
         """Let go of what is kept warm; the runner can still be used."""
         ...
-
-
-def open_sandbox(
-    tier: Tier = "bwrap", *, unsafe: bool = False, url: str = "", limits: Limits | None = None
-) -> ProgramRunner:
-    """The runner of a tier; nothing falls back to a weaker one by itself.
-
-    Args:
-        unsafe: the user's word that "rlimit" may run what a model writes with their own rights.
-        url: of the SandboxFusion server; $TAFKIR_SANDBOX_URL when empty.
-
-    Raises:
-        TafkirError: "rlimit" without `unsafe`, or "remote" without an address.
-        BackendUnavailable: the tier does not work here.
-    """
-    limits = limits or Limits()
-    if tier not in get_args(Tier):
-        raise TafkirError(f"there is no sandbox {tier!r}", where="sandbox", expected="bwrap, rlimit or remote")
-    if tier == "rlimit" and not unsafe:
-        raise TafkirError(
-            "the tier rlimit protects nothing but memory and time: the program could read and delete your files",
-            where="sandbox",
-            expected="the tier bwrap or remote",
-            fix="add --unsafe where that does not matter, such as in a container made for it",
-        )
-    if tier == "remote":
-        from tafkir.tasks.sandbox_remote import RemoteSandbox
-
-        url = url or os.environ.get(URL_VARIABLE, "")
-        if not url:
-            raise TafkirError(
-                "the tier remote needs the address of a SandboxFusion server",
-                where="sandbox",
-                fix=f"set {URL_VARIABLE}=http://host:8080",
-            )
-        return RemoteSandbox(url, limits)
-    return Sandbox(tier, limits)
 
 
 class Sandbox:

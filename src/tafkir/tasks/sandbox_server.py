@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tafkir.tasks.bubblewrap import ENVIRONMENT
 from tafkir.tasks.syscalls import build_filter
@@ -129,7 +129,7 @@ class SandboxServer:
                     return Ran(bytes(output), self._process.wait())
                 return Ran(bytes(output), int(status["status"]), reusable=bool(status["clean"]) and is_open)
 
-    def _status(self, deadline: float) -> dict[str, object] | None:
+    def _status(self, deadline: float) -> dict[str, Any] | None:
         """The server's next line; None where there will be none."""
         while b"\n" not in self._said:
             self._control.settimeout(max(deadline - time.monotonic(), 0.001))

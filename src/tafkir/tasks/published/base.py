@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 from tafkir.data.lines import BadRowError, numbered_lines, parse_row
 from tafkir.errors import DataError
@@ -19,6 +19,8 @@ from tafkir.records import Example, Message, Outcome, Split, Verdict
 from tafkir.tasks.answers import Extraction
 
 __all__ = [
+    "TURN",
+    "Conversation",
     "EvalTask",
     "PublishedTask",
     "Rule",
@@ -76,6 +78,19 @@ class EvalTask(Task, Protocol):
 
     @property
     def card(self) -> TaskCard: ...
+
+
+TURN: Final = "\n\x1e\n"
+"""Stands between the answers of a conversation, which is graded as one text."""
+
+
+@runtime_checkable
+class Conversation(EvalTask, Protocol):
+    """A task that goes on after the first answer."""
+
+    def follow_up(self, example: Example, answers: int) -> str | None:
+        """What the user says after so many answers; None at the end."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -222,7 +222,7 @@ def _special(entry: str, arguments: tuple[Any, ...], expected: Any, value: Any, 
 
 def _polynomial(coefficients: Sequence[float], x: float) -> float:
     try:
-        return math.fsum(c * math.pow(x, power) for power, c in enumerate(coefficients))
+        return sum(c * math.pow(x, power) for power, c in enumerate(coefficients))
     except (OverflowError, ValueError):
         return math.inf
 

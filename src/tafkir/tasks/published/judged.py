@@ -19,20 +19,16 @@ from tafkir.errors import DataError
 from tafkir.records import Example, Message, Split, Verdict
 from tafkir.tasks.answers import extract_text
 from tafkir.tasks.backends import default_judge
-from tafkir.tasks.published.base import TaskCard, TaskEntry, TaskSampling, bad_row, find_file, read_rows
+from tafkir.tasks.published.base import TURN, TaskCard, TaskEntry, TaskSampling, bad_row, find_file, read_rows
 
 __all__ = [
     "TASKS",
-    "TURN",
     "JudgedTask",
     "MalformedJudgementError",
     "agreement",
     "creative_games",
     "creative_pair_prompt",
 ]
-
-TURN: Final = "\n\x1e\n"
-"""Stands between the answers of a conversation of several turns."""
 
 _MAX_JUDGEMENT: Final = 2048
 
