@@ -223,7 +223,7 @@ def _tasks(models: Sequence[str], names: str, given: Mapping[str, Any]) -> None:
             budget,
             Models(options, given["api_key_env"], given["kv_cache"], stops_early=any(limit for limit in limits)),
             Ending(
-                _numbers(given["curve"], int, "--curve") if given["curve"] else (),
+                [int(budget) for budget in _numbers(given["curve"], int, "--curve")] if given["curve"] else (),
                 given["fail_on_error"],
                 given["as_json"],
             ),

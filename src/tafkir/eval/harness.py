@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from tafkir.errors import DataError, RecipeError
 from tafkir.eval.answers import Answerer, Ask, Reply, split_thinking
@@ -421,7 +422,7 @@ def _conversation(one: _Planned, begun: Sample) -> list[Message]:
     return messages
 
 
-def _answer_of(sample: Sample) -> dict[str, object]:
+def _answer_of(sample: Sample) -> dict[str, Any]:
     """What a stored sample knows of the answer itself."""
     names = ("text", "reasoning", "tokens", "finish_reason", "latency_s")
     return {name: getattr(sample, name) for name in names}
