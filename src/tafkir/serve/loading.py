@@ -14,6 +14,7 @@ from tafkir.engine.drafters import Drafter, ModelDrafter, NextnDrafter, NgramDra
 from tafkir.engine.engine import Engine
 from tafkir.engine.paged_engine import PagedEngine
 from tafkir.engine.speculative import Speculation, parse_speculate
+from tafkir.errors import RecipeError
 from tafkir.models.decoder import Decoder
 from tafkir.ops.native import kernels_in_use
 from tafkir.quant.served import load_served
@@ -56,7 +57,10 @@ def build_engine(
     Raises:
         CheckpointError: the checkpoint is missing or damaged.
         CapacityError: the sizes do not fit the model.
+        RecipeError: `batch_invariant` over stored weights, whose kernels change with the number of tokens.
     """
+    if batch_invariant and weights == "stored":
+        raise RecipeError("--batch-invariant", where="--weights stored", fix="take --weights float32, or auto")
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     if served:
