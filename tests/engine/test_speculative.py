@@ -47,7 +47,7 @@ def make(decoder: Decoder, drafter: MakeDrafter | None = None, **options: Any) -
 def requests(**params: Any) -> list[Request]:
     """Prompts of many lengths, some shared; answers that end at their limit, at the context's, or by a stop token."""
     found = []
-    for i, length in enumerate((1, 16, 33, 60, 118)):
+    for i, length in enumerate((1, 7, 16, 33, 60, 118)):
         text = tuple(random_text(length, i, vocab=8) if length == 33 else random_text(length, i))
         for j in range(1 + i % 2):
             limit = {"max_tokens": 3 + 6 * ((i + j) % 4), "seed": 10 * i + j, "stop_token_ids": (i, 40 + i), **params}
@@ -77,7 +77,7 @@ def test_the_same_tokens_and_logprobs(decoder: Decoder, name: str, params: dict[
     seen = engine.speculation.acceptance
     assert seen.num_draft_tokens > 30, "there were drafts, and not all of them were right"
     # A text that ends within a draft leaves the rest of it unused.
-    assert (seen.num_accepted_tokens > 0.75 * seen.num_draft_tokens) == (name == "itself")
+    assert (seen.num_accepted_tokens > 0.9 * seen.num_draft_tokens) == (name == "itself")
     assert sum(seen.accepted_per_pos) == seen.num_accepted_tokens
     assert sum(seen.drafted_per_pos) == seen.num_draft_tokens
 
@@ -251,9 +251,10 @@ def test_to_the_bit_where_every_row_is_computed_alone(decoder: Decoder, temperat
         assert (drafted[name].token_ids, drafted[name].logprobs) == (done.token_ids, done.logprobs)
 
 
+@pytest.mark.slow
 def test_with_known_beginnings_chunks_and_too_few_blocks(decoder: Decoder) -> None:
     """Twice the same requests: the second time their prompts are in the cache, and layers that draft never saw them."""
-    wanted = requests(temperature=0.8, max_tokens=30, stop_token_ids=())
+    wanted = requests(temperature=0.8, max_tokens=40, stop_token_ids=())
     expected = run(make(decoder, eos_ids=()), wanted)
     engine = PagedEngine(
         decoder,
