@@ -132,7 +132,15 @@ def main() -> None:
         sys.stdout.flush()
     if args.out:
         args.out.write_text(
-            json.dumps({"models": dict(named), "repeats": args.repeats, "results": results}, indent=1) + "\n"
+            json.dumps(
+                {
+                    "models": {name: Path(folder).name for name, folder in named},
+                    "repeats": args.repeats,
+                    "results": results,
+                },
+                indent=1,
+            )
+            + "\n"
         )
 
 
