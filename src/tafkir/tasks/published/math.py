@@ -107,10 +107,12 @@ def _find_expression(text: str, *, finished: bool) -> Extraction:
 # ---- whether it is right -------------------------------------------------------------------------------------------
 
 _TEXT = re.compile(r"\\(?:text(?:bf|it|rm|sf)?|mathrm|mathbf|mathit|mbox|operatorname)\s*\{([^{}]*)\}")
-_UNIT = re.compile(r"(?<=.)\\(?:text|mbox|mathrm)\{\s[^{}]*\}.*$", re.DOTALL)
+_UNIT = re.compile(r"(?<=.)\\(?:text|mbox|mathrm)\{\s[^{}]*\}(?:\^\{?\d\}?)?\s*$")
+_AND = re.compile(r"\\(?:text|mbox)\{\s*and\s*\}")
+_BASE = re.compile(r"(-?[\dA-F.]+)_\{?(\d+)\}?")
 _SPACING = re.compile(r"(?<!\\)\\(?:[,;:!> ]|quad|qquad|displaystyle|left|right|big|Big|bigg|Bigg)(?![A-Za-z])|~|\s+")
 _GROUP = r"\{(?:[^{}]|\{[^{}]*\})*\}"
-_FRAC = re.compile(rf"\\[dtc]?frac\s*({_GROUP}|\\?\w)\s*({_GROUP}|\d|[a-zA-Z](?![a-zA-Z]))")
+_FRAC = re.compile(rf"\\[dtc]?frac\s*({_GROUP}|\\pi|\w)\s*({_GROUP}|\d|[a-zA-Z](?![a-zA-Z]))")
 _SQRT = re.compile(r"\\sqrt\s*(\d|[a-zA-Z])(?![a-zA-Z])")
 _SLASH = re.compile(r"(-?)(\d+)/(\d+)")
 _NAMED = re.compile(r"\\?[A-Za-zء-ي]{1,2}(?:\([A-Za-z]\))?(?:=|\\in(?![a-z]))")
@@ -131,6 +133,7 @@ def tidy(text: str) -> str:
         if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening) + len(closing):
             text = text[len(opening) : -len(closing)]
     text = text.strip().rstrip(".").replace("\\$", "").replace("\\%", "%").replace("{,}", ",").replace("\\\\", "\\\\ ")
+    text = _AND.sub(",", text).replace(",,", ",")
     text = _TEXT.sub(r"\1", _UNIT.sub("", text)).replace("^\\circ", "").replace("^{\\circ}", "")
     text = _SPACING.sub("", text).replace("\\le", "\\leq").replace("\\leqq", "\\leq")
     text = text.replace("\\ge", "\\geq").replace("\\geqq", "\\geq")
@@ -190,8 +193,15 @@ class MathRule:
         gold, given = tidy(example.answer), tidy(answer)
         if given.casefold() == gold.casefold() if _WORDS.fullmatch(gold) else given == gold:
             return "correct", ""
+        base = _BASE.fullmatch(gold)
+        if base is not None:  # math-verify drops the base
+            other = _BASE.fullmatch(given)
+            same = other.groups() == base.groups() if other else given == base[1]
+            return ("correct", "") if same else ("wrong", "not the expected digits and base")
         equal = numbers_equal(example.answer, answer)
         equal = numbers_equal(gold, given) if equal is None else equal
+        if equal is None and _AND.search(example.answer):
+            equal = sorted(filter(None, gold.split(","))) == sorted(filter(None, given.split(",")))
         if equal is None and ("\\text" in example.answer or _WORDS.fullmatch(gold)) and len(gold) > 3:
             equal = _bare(given) == _bare(gold)  # words are no product of their letters
         elif equal is None and is_unevaluated(answer) and read_value(example.answer) is not None:
