@@ -58,13 +58,13 @@ def _shard(model: ModelConfig, layout: Layout) -> Decoder:
     """Rank 0's part of a decoder on the meta device, by training's sharding code; tables split over tensor ranks."""
     with torch.device("meta"):
         decoder = Decoder(model)
-    copies = layout.dp * layout.cp
-    dense = init_device_mesh("cpu", (layout.pp, copies, layout.tp), mesh_dim_names=("stage", "copy", "tensor"))
+    wide = layout.tp * layout.cp
+    dense = init_device_mesh("cpu", (layout.pp, layout.dp, wide), mesh_dim_names=("stage", "copy", "tensor"))
     experts = init_device_mesh(
         "cpu", (layout.pp, layout.ep, layout.moe_tp), mesh_dim_names=("stage", "expert", "tensor")
     )
-    if layout.tp > 1:
-        order_fused(decoder, layout.tp)
+    if wide > 1:
+        order_fused(decoder, wide)
         split_heads_and_widths(decoder, dense["tensor"])
     sizes = SimpleNamespace(expert=layout.ep, tensor=layout.moe_tp)
     meshes: Any = SimpleNamespace(sizes=sizes, expert=experts, dense={"tensor": experts["tensor"]})
@@ -72,7 +72,7 @@ def _shard(model: ModelConfig, layout: Layout) -> Decoder:
         if isinstance(module, Experts) and layout.ep * layout.moe_tp > 1:
             place_experts(module, meshes)
         for name, param in list(module.named_parameters(recurse=False)):
-            if param.shape[0] == model.vocab_size and layout.tp > 1:
+            if param.shape[0] == model.vocab_size and wide > 1:
                 place_parameter(module, name, dense["tensor"], [Shard(0)])
     return decoder
 
@@ -85,7 +85,7 @@ def fullest_stage(model: ModelConfig, layout: Layout) -> int:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if model.attention_type == "gqa":
-        model = model.model_copy(update={"num_key_value_heads": max(model.num_key_value_heads, layout.tp)})
+        model = model.model_copy(update={"num_key_value_heads": max(model.num_key_value_heads, layout.tp * layout.cp)})
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.chips)
     try:
         stages = [0] * layout.pp

@@ -134,32 +134,40 @@ def minimum_chips(shape: ModelShape, precision: Precision, chip: Chip, *, specul
     return math.ceil(size / (chip.memory_bytes * MEMORY_SHARE * (1 - _FOR_CACHES)))
 
 
-def replica_layouts(shape: ModelShape, chip: Chip, chips: int) -> Iterator[Layout]:
+def replica_layouts(shape: ModelShape, chip: Chip, chips: int, *, contexts: bool = False) -> Iterator[Layout]:
     """Ways to lay one replica over so many chips; tensor parallelism stays in the fast domain, and is a power of two.
 
     Experts are either split like the other matrices, or divided among all chips.
+
+    Args:
+        contexts: split caches, too, where tensor parallelism would hold copies of them (`_splits_caches`).
     """
     fast = min(chip.domain_size, 8)
     for pp in (1, 2, 4):
         if chips % pp or (pp > 1 and chips // pp < min(fast, chips)):
             continue
-        for power in range(4):
-            tp = 2**power
-            inner = chips // pp
-            if inner % tp or tp > fast:
+        inner = chips // pp
+        for tp, cp in ((2**power, 2**more) for power in range(4) for more in range(4 if contexts else 1)):
+            if inner % (tp * cp) or tp * cp > fast or (cp > 1 and not _splits_caches(shape, tp)):
                 continue
-            dp = inner // tp
+            dp = inner // (tp * cp)
             eps = sorted({1, inner}) if shape.num_experts else [1]
             for ep in eps:
                 # Attention in copies pays where experts are shared; a dense model is served in replicas instead.
-                if dp > 1 and ep == 1:
+                if dp > 1 and (ep == 1 or cp > 1):
                     continue
-                layout = Layout(tp=tp, pp=pp, dp=dp, ep=ep)
+                layout = Layout(tp=tp, pp=pp, dp=dp, ep=ep, cp=cp)
                 try:
                     check_layout(shape, layout)
                 except RecipeError:
                     continue
                 yield layout
+
+
+def _splits_caches(shape: ModelShape, tp: int) -> bool:
+    """Latents lie on every tensor-parallel chip, and so do heads of keys when there are more chips than heads."""
+    heads = 1 if shape.mixer == "mla" else shape.num_kv_heads
+    return tp == heads and not shape.num_linear_layers and not shape.num_windowed_layers
 
 
 def advise(
@@ -203,7 +211,9 @@ def advise(
 
 def _all_layouts(deployment: Deployment, chips: int) -> Iterator[Layout]:
     for size in _replica_sizes(deployment.chip, chips):
-        yield from replica_layouts(deployment.shape, deployment.chip, size)
+        # Of the engines, vLLM splits caches.
+        contexts = deployment.engine == "vllm"
+        yield from replica_layouts(deployment.shape, deployment.chip, size, contexts=contexts)
 
 
 def _replica_sizes(chip: Chip, chips: int) -> list[int]:

@@ -21,7 +21,8 @@ class Layout:
         tp: chips that split attention's heads and the dense matrices. pp: pipeline stages.
         dp: groups that hold attention in copies and share the experts (attention data parallelism).
         ep: groups that the experts are divided among; the `tp * dp / ep` chips of a group split each of them.
-        cp: chips that split the cache of one sequence.
+        cp: chips that split the cache of one sequence, and matrices as tensor parallelism does (vLLM's decode context
+            parallelism, whose tensor-parallel size is `tp * cp`).
     """
 
     tp: int = 1
@@ -52,8 +53,9 @@ def check_layout(shape: ModelShape, layout: Layout) -> None:
     """
     experts = max(1, shape.num_experts)
     across = layout.tp * layout.dp * layout.cp
+    wide = layout.tp * layout.cp
     rules = (
-        (shape.num_heads % layout.tp == 0, f"{shape.num_heads} heads", f"TP {layout.tp}"),
+        (shape.num_heads % wide == 0, f"{shape.num_heads} heads", f"TP{' x CP' * (layout.cp > 1)} {wide}"),
         (shape.num_layers >= layout.pp, f"{shape.num_layers} layers", f"PP {layout.pp}"),
         (layout.ep == 1 or shape.num_experts > 0, "a dense model's layers", f"EP {layout.ep}"),
         (layout.ep <= experts, f"{shape.num_experts} experts", f"EP {layout.ep}"),
@@ -91,7 +93,8 @@ def weight_bytes_per_chip(
         speculative: with the multi-token-prediction layers.
     """
     parts = part_bytes(shape, precision)
-    split = layout.tp * layout.pp
+    wide = layout.tp * layout.cp
+    split = wide * layout.pp
     copied = shape.attention_copied * precision.attention
     # As DeepSeek serves V3 on 144 chips: 288 places for 256 experts.
     places = ceil(shape.num_experts / layout.ep) / shape.num_experts if shape.num_experts else 0.0
@@ -101,7 +104,7 @@ def weight_bytes_per_chip(
         "shared experts": parts["shared experts"] / split,
         "routed experts": parts["routed experts"] * places / (layout.moe_tp * layout.pp),
         "routers and norms": parts["routers and norms"] / layout.pp,
-        "embeddings": parts["embeddings"] / layout.tp / min(layout.pp, 2),
+        "embeddings": parts["embeddings"] / wide / min(layout.pp, 2),
     }
     if speculative and shape.mtp:
         held["multi-token prediction"] = mtp_bytes(shape, precision) / (layout.tp * layout.dp * layout.cp)

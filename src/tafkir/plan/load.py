@@ -103,7 +103,14 @@ def predict_point(
         size = decode.shape.sequence_bytes(prompt_tokens, decode.cache_dtype_bytes)
         moved = size / (decode.chip.network * c.network_share)
         ttft.append(Term("moving the cache", moved, f"{size / 1e9:.3g} GB", decode.chip.source))
-    steps = c.first_token_steps[decode.engine]
+    # A request meets the middle of a polling interval, and its first token waits for the others of its group.
+    together = decode.stream_steps - 1
+    steps = c.first_token_steps[decode.engine] + (decode.poll_steps - 1) / 2 + together
+    if together:
+        share = min(1.0, together / max(1.0, output_tokens - 1))
+        tpot.append(
+            Term("came with the first", -share * total(tpot), f"{together} of {output_tokens:g} tokens", "given")
+        )
     ttft.append(Term("admission", steps * total(step), f"{steps:.1f} steps of {decode.engine}", c.source))
     ttft.append(Term("request", c.request_s, "network, tokenizer, scheduling", c.source))
     ttft_s, tpot_s = total(ttft), total(tpot)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -84,6 +84,21 @@ class Reference:
         return self.fields["system"], self.ttft_s, self.tpot_s
 
 
+def _launched(fields: Mapping[str, str]) -> tuple[int, int]:
+    """Steps between looks for new requests, and tokens handed out together, as the rows' own launch scripts set them.
+
+    SemiAnalysisAI/InferenceX, benchmarks/single_node: on Blackwell SGLang gets `--scheduler-recv-interval 30` from 16
+    users on and 10 below, and `--stream-interval 30` in FP8 and 10 in FP4 (dsr1_fp8_b200.sh, dsr1_fp4_b300.sh,
+    qwen3.5_fp8_b200.sh); DeepSeek on H200 the latter with 10 alone (dsr1_fp8_h200.sh). Others have the defaults.
+    """
+    if fields["backend"] != "sglang" or fields["mode"] != "agg":
+        return 1, 1
+    if fields["system"][:4] in ("b200", "b300"):
+        return (30 if _size(fields, "batch_size") >= 16 else 10), (10 if "fp4" in fields["precision"] else 30)
+    deepseek_on_h200 = fields["system"].startswith("h200") and "deepseek" in fields["model_path"].lower()
+    return 1, (10 if deepseek_on_h200 else 1)
+
+
 def read_references(path: Path = REFERENCES) -> list[Reference]:
     """The rows of a table.
 
@@ -152,7 +167,9 @@ def predict_reference(reference: Reference, coefficients: Coefficients) -> Point
         raise RecipeError(f"engine {engine!r} is not known", where=reference.name, expected=", ".join(ENGINES))
 
     def deployment(prefix: str) -> Deployment:
-        return Deployment(shape, chip, precision, _layout(fields, prefix), coefficients, engine)
+        d = Deployment(shape, chip, precision, _layout(fields, prefix), coefficients, engine)
+        poll, stream = _launched(fields)
+        return replace(d, poll_steps=poll, stream_steps=stream)
 
     if fields["mode"] == "disagg":
         fleet = Fleet(

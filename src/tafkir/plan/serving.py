@@ -70,6 +70,8 @@ class Deployment:
         cache_dtype_bytes: of one number in the cache.
         skew: the busiest expert group's load over the mean's; 1 for perfect balance.
         engine: whose constants are taken (`vllm`, `sglang`, `trtllm`).
+        poll_steps: decoding steps between two looks for new requests (SGLang's `--scheduler-recv-interval`).
+        stream_steps: tokens that are handed out together, the first ones, too (SGLang's `--stream-interval`).
     """
 
     shape: ModelShape
@@ -81,6 +83,8 @@ class Deployment:
     cache_dtype_bytes: float = 2
     skew: float = 1.0
     speculation: Speculation = Speculation()
+    poll_steps: int = 1
+    stream_steps: int = 1
 
 
 def total(terms: Sequence[Term]) -> float:
@@ -107,7 +111,7 @@ def decode_step(deployment: Deployment, batch: float, context: float) -> list[Te
     rows = batch * (d.speculation.tokens + 1)
     terms = _kernels(d, rows, context, cached=batch)
     terms.append(_latency(d))
-    terms += _communication(d, rows)
+    terms += _communication(d, rows, splits=d.layout.cp > 1)
     if c.per_sequence_s:
         terms.append(Term("per sequence", batch * c.per_sequence_s, f"{batch:g} sequences", c.source))
     if d.speculation.tokens:
@@ -150,8 +154,8 @@ def _kernels(d: Deployment, rows: float, context: float, *, cached: float | None
     if shape.num_experts:
         terms.append(_experts(d, rows, everywhere["routed experts"]))
     head_rows = rows if cached is not None else 1
-    table = shape.table * (4 if precision.name == "fp32" else 2) / layout.tp
-    terms.append(_kernel(d, "output head", table, 2 * shape.table * head_rows / layout.tp, precision.rest_computes))
+    table = shape.table * (4 if precision.name == "fp32" else 2) / width
+    terms.append(_kernel(d, "output head", table, 2 * shape.table * head_rows / width, precision.rest_computes))
     return terms
 
 
@@ -195,8 +199,8 @@ def _latency(d: Deployment) -> Term:
     return Term("latency", layers * c.layer_s, f"{layers} layers x {c.layer_s * 1e6:.0f} us", c.source)
 
 
-def _communication(d: Deployment, rows: float) -> list[Term]:
-    """All-reduces of tensor parallelism, all-to-alls of experts, and hops between pipeline stages."""
+def _communication(d: Deployment, rows: float, *, splits: bool = False) -> list[Term]:
+    """All-reduces of tensor parallelism, all-to-alls of experts, hops of a pipeline; `splits`: split caches."""
     shape, layout, chip, c = d.shape, d.layout, d.chip, d.coefficients
     terms = []
     inner = layout.tp * layout.cp
@@ -207,6 +211,14 @@ def _communication(d: Deployment, rows: float) -> list[Term]:
         hops = 0.0 if inside else 2 * shape.num_layers * 2 * c.network_hop_s
         formula = f"{2 * shape.num_layers} x 2(n-1)/n x {rows:g} x {shape.hidden} x 2 B at {rate / 1e9:.0f} GB/s"
         terms.append(Term("all-reduce", volume / rate + hops, formula, f"{chip.source}; {c.source}"))
+    if splits:
+        # Queries of all heads come together before attention, and its parts of the sums after it.
+        absorbed = 2 * shape.kv_lora_rank + shape.rope_dim if shape.mixer == "mla" else shape.qk_dim + shape.v_dim
+        away = (layout.cp - 1) / layout.cp
+        volume = shape.num_full_layers * rows * shape.num_heads / layout.tp * absorbed * _ACTIVATION_BYTES * away
+        rate = (chip.link if layout.cp <= chip.domain_size else chip.network) * c.network_share
+        formula = f"{shape.num_full_layers} x {rows:g} x {shape.num_heads // layout.tp} heads x {absorbed} x 2 B"
+        terms.append(Term("queries and sums", volume / rate, formula, f"{chip.source}; {c.source}"))
     if layout.ep > 1 and layout.dp > 1:
         terms.append(_all_to_all(d, rows))
     if layout.pp > 1:
