@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tafkir.errors import RecipeError, TafkirError
 
@@ -28,7 +28,7 @@ class Models:
 
     endpoint: EndpointOptions
     api_key_env: str
-    kv_cache: str
+    kv_cache: Literal["auto", "fp8", "nvfp4"]
     stops_early: bool
 
 

@@ -233,7 +233,7 @@ class EndpointAnswers:
 
     def _pause(self, attempt: int, asked: float) -> float:
         """Seconds until the next attempt; at random, so that requests that failed together do not return together."""
-        backoff = min(_MAX_BACKOFF_S, self._options.backoff_s * 2**attempt)
+        backoff = min(_MAX_BACKOFF_S, self._options.backoff_s * 2.0**attempt)
         return min(_MAX_PAUSE_S, max(asked, backoff * random.uniform(0.5, 1.0)))
 
 
