@@ -88,14 +88,21 @@ class SandboxServer:
         """Run one program; the clock starts when it is ready. Never raises, never takes much longer than allowed."""
         if not self.is_warm:
             if self._status(time.monotonic() + START_LIMIT_S) is None:
-                return Ran(b"", self._process.poll() if self.is_alive() else self._process.wait())
+                return Ran(b"", self._exit_status())
             self.is_warm = True
         try:
             self._control.settimeout(START_LIMIT_S)
             self._control.sendall(len(request).to_bytes(8, "big") + request)
         except OSError:
-            return Ran(b"", self._process.poll())
+            return Ran(b"", self._exit_status())
         return self._watch(limit_s, output_bytes)
+
+    def _exit_status(self) -> int | None:
+        """Of a process that has closed its end, which ends in a moment; None where it does not."""
+        try:
+            return self._process.wait(2.0)
+        except subprocess.TimeoutExpired:
+            return None
 
     def _watch(self, limit_s: float, output_bytes: int) -> Ran:
         output = bytearray()
@@ -126,7 +133,7 @@ class SandboxServer:
                 poll.unregister(self._output)
             if ended:
                 if status is None:  # the server is gone, and whatever ran with it
-                    return Ran(bytes(output), self._process.wait())
+                    return Ran(bytes(output), self._exit_status())
                 return Ran(bytes(output), int(status["status"]), reusable=bool(status["clean"]) and is_open)
 
     def _status(self, deadline: float) -> dict[str, Any] | None:
