@@ -70,8 +70,8 @@ def seconds_per_token(decoder: Decoder, side: str, batch: int, tokens: int, seed
     engine = engine_of(decoder, side, batch)
     for request in requests(batch, tokens, seed):
         engine.add_request(request)
-    while engine.num_running < batch or not engine.step():
-        pass
+    while engine._batch.num_alive < batch:
+        engine.step()
     began, sampled = time.process_time(), 0
     while engine.has_work:
         sampled += len(engine.step())
@@ -120,6 +120,7 @@ def main() -> None:
                 row |= {side: 1 / statistics.median(spent[side]), f"{side}_over_rows": statistics.median(pairs)}
             print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
             found["speed"].append(row)
+            args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         found[f"company_{dtype}"] = {side: company(decoder, side, 16, 32) for side in ("rows", "paged", "invariant")}
         print(json.dumps(found[f"company_{dtype}"]), flush=True)
     args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
