@@ -40,38 +40,40 @@ class WeightNumbers(StrEnum):
 CheckpointName = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder, run directory, or bundled name.")
 ]
+Host = Annotated[str, typer.Option(help="Address to listen on; others than this machine's need --api-key.")]
+MaxContext = Annotated[
+    int | None, typer.Option(min=2, help="Most tokens of a prompt and its answer; the model's if left out.")
+]
+KvCache = Annotated[
+    CacheNumbers,
+    typer.Option("--kv-cache", help="Its numbers: auto as the weights', fp8 a byte each, nvfp4 4.5 bits."),
+]
+Weights = Annotated[
+    WeightNumbers,
+    typer.Option(help="In memory: float32, or stored as in the checkpoint (bf16, INT8, FP8, NVFP4); auto: stored"),
+]
+PrefixCache = Annotated[
+    bool, typer.Option(help="Begin with what earlier requests of the same beginning have left in the cache.")
+]
+BatchInvariant = Annotated[
+    bool,
+    typer.Option("--batch-invariant", help="The same tokens and log-probabilities to the bit, alone or in any mix."),
+]
 
 
 def serve(
     checkpoint: CheckpointName,
-    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's need --api-key.")] = (
-        "127.0.0.1"
-    ),
+    host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes any free one.")] = 8000,
     model_name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Most requests that run at once.")] = 32,
-    max_context: Annotated[
-        int | None, typer.Option(min=2, help="Most tokens of a prompt and its answer; the model's if left out.")
-    ] = None,
+    max_context: MaxContext = None,
     max_cache_mb: Annotated[int | None, typer.Option(min=1, help="Limit of the key-value cache, in MiB.")] = None,
-    kv_cache: Annotated[
-        CacheNumbers,
-        typer.Option("--kv-cache", help="Its numbers: auto as the weights', fp8 a byte each, nvfp4 4.5 bits."),
-    ] = CacheNumbers.AUTO,
+    kv_cache: KvCache = CacheNumbers.AUTO,
     speculate: Speculate = None,
-    weights: Annotated[
-        WeightNumbers,
-        typer.Option(help="In memory: float32, or stored as in the checkpoint (bf16, INT8, FP8, NVFP4); auto: stored"),
-    ] = WeightNumbers.AUTO,
-    prefix_cache: Annotated[
-        bool, typer.Option(help="Begin with what earlier requests of the same beginning have left in the cache.")
-    ] = True,
-    batch_invariant: Annotated[
-        bool,
-        typer.Option(
-            "--batch-invariant", help="The same tokens and log-probabilities to the bit, alone or in any mix."
-        ),
-    ] = False,
+    weights: Weights = WeightNumbers.AUTO,
+    prefix_cache: PrefixCache = True,
+    batch_invariant: BatchInvariant = False,
     max_queue: Annotated[int, typer.Option(min=1, help="Most requests that wait.")] = 256,
     threads: Annotated[int | None, typer.Option(min=1, help="Processor threads; torch's choice if left out.")] = None,
     api_key: Annotated[
