@@ -70,8 +70,9 @@ class PackedDecoder(Decoder):
     @property
     def head_parts(self) -> tuple[PackedMatrix, ...]:
         """The matrix that makes logits."""
-        if isinstance(self.lm_head, PackedLinear):
-            return self.lm_head.parts
+        head = getattr(self, "lm_head", None)
+        if isinstance(head, PackedLinear):
+            return head.parts
         embedding = self.get_submodule("embed_tokens")
         assert isinstance(embedding, PackedEmbedding)
         return (embedding.table,)
