@@ -1,4 +1,4 @@
-"""A million simulated requests: one replica at 80 % load, and eight at half load behind each router with 200 prefixes to find.
+"""A million simulated requests: one replica at 80 % load, and eight behind each router with 200 prefixes to find.
 
 Writes benchmarks/results/plan_simulate.json.
 """

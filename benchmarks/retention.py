@@ -55,7 +55,7 @@ FORMATS: Mapping[str, dict[str, Any]] = {
     "w4a16": {"preset": "all-linear", "scheme": "nvfp4_w4a16", "scales": "four_over_six"},
     "tafkir": {"preset": "tafkir"},
     "w4a4-gptq": {"preset": "all-linear", "scales": "local_hessian", "calibration": {"gptq": True}},
-    "tafkir-gptq": {"preset": "tafkir", "scales": "local_hessian", "calibration": {"gptq": True}},
+    "tafkir-gptq": {"preset": "tafkir", "scales": "local_hessian", "calibration": {"gptq": True, "tokens": 131_072}},
     "tafkir-mse": {"preset": "tafkir", "scales": "mse"},
     "r1-fp4": {"preset": "r1-fp4", "scales": "four_over_six"},
     "mxfp4": {"preset": "all-linear", "scheme": "mxfp4", "layout": "compressed-tensors"},
