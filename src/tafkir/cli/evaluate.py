@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
+from tafkir.cli import eval_options as o
 from tafkir.cli.serve import CacheNumbers
 from tafkir.errors import RecipeError
 
@@ -16,117 +15,41 @@ __all__ = ["evaluate"]
 
 
 def evaluate(
-    models: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[NAME=]MODEL...",
-            help="Checkpoint folder, run directory or bundled name; with --tasks also http://host/v1#model.",
-            show_default=False,
-        ),
-    ] = None,
-    task: Annotated[
-        str,
-        typer.Option(
-            help="problems (held-out ones), needle (numbers to be found in long texts), or puzzles, by recursive and "
-            "language models alike: sudoku4, sudoku6, maze-small, ..., or a recipe file with [trm.puzzles]."
-        ),
-    ] = "problems",
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="PATH=VALUE", help="Set one value of the recipe `eval`, such as eval.samples=8."),
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the run directory; with --tasks: eval.")] = None,
-    runs_dir: Annotated[Path, typer.Option(envvar="TAFKIR_RUNS_DIR", help="Where run directories are made.")] = Path(
-        "runs"
-    ),
-    kv_cache: Annotated[
-        CacheNumbers, typer.Option("--kv-cache", help="Numbers of the cache; not for puzzles.")
-    ] = CacheNumbers.AUTO,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
-    lengths: Annotated[
-        str | None,
-        typer.Option(help="Needle: tokens of the texts: 4096,32768.", show_default="up to the context"),
-    ] = None,
-    depths: Annotated[
-        str | None, typer.Option(help="Needle: where the number stands, 0 to 1.", show_default="0,0.25,0.5,0.75,1")
-    ] = None,
-    samples: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Answers an item. Needle: texts for each length and depth.",
-            show_default="the task's own; needle 20",
-        ),
-    ] = None,
-    needles: Annotated[
-        int | None, typer.Option(min=1, help="Needle: named numbers in each text.", show_default="4")
-    ] = None,
-    list_: Annotated[bool, typer.Option("--list", help="List the published tasks, and end.")] = False,
-    tasks: Annotated[
-        str | None,
-        typer.Option(help="Published tasks and one's own: gsm8k,math500,mine.py,rows.jsonl:number (see --list)."),
-    ] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(metavar="[TASK=]PATH", help="Data of a task that is not in the package: a file or a folder."),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the one results file; answers in it are kept.", show_default="RUNS_DIR/NAME"),
-    ] = None,
-    limit: Annotated[int, typer.Option(min=0, help="Only the first so many items of each task; 0 is all.")] = 0,
-    seed: Annotated[int, typer.Option(help="From which the seeds of all answers are derived.")] = 0,
-    temperature: Annotated[
-        float | None, typer.Option(min=0.0, help="0 is greedy.", show_default="the task's own")
-    ] = None,
-    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, show_default="the task's own")] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Most tokens of an answer.", show_default="the task's own")
-    ] = None,
-    until_settled: Annotated[
-        float | None,
-        typer.Option(
-            metavar="WIDTH",
-            min=0.0,
-            help="One more answer an item, until the 95 % interval is no wider (0.05: five points) or --samples is "
-            "reached.",
-        ),
-    ] = None,
-    curve: Annotated[
-        str | None, typer.Option(metavar="N,N,...", help="Accuracy with so many tokens an answer, from stored text.")
-    ] = None,
-    fail_on_error: Annotated[bool, typer.Option(help="Exit with 1 where an answer failed.")] = False,
-    max_total_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Budget of this call: tokens of prompts and answers.")
-    ] = None,
-    max_seconds: Annotated[float | None, typer.Option(min=0.0, help="Budget of this call: wall time.")] = None,
-    max_cost: Annotated[float | None, typer.Option(min=0.0, help="Budget of this call: money; needs --price.")] = None,
-    price: Annotated[
-        str | None, typer.Option(metavar="IN,OUT", help="Of a million prompt tokens, and of a million others.")
-    ] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests at an endpoint at once.")] = 32,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that an endpoint may take for one answer.")] = 3600,
-    retries: Annotated[int, typer.Option(min=0, help="Further attempts of a request that failed.")] = 5,
-    api_key_env: Annotated[
-        str, typer.Option(help="Environment variable with the key of endpoints.")
-    ] = "OPENAI_API_KEY",
-    extra_body: Annotated[
-        str | None, typer.Option(metavar="JSON", help="Added to every request: '{\"top_k\": 20}'.")
-    ] = None,
-    sandbox: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TIER",
-            help="Where answered programs run: bwrap, rlimit (needs --unsafe), or remote (TAFKIR_SANDBOX_URL).",
-            show_default="bwrap",
-        ),
-    ] = None,
-    unsafe: Annotated[
-        bool, typer.Option("--unsafe", help="Let the tier rlimit run programs with your own rights.")
-    ] = False,
-    judge: Annotated[
-        str | None, typer.Option(metavar="URL#MODEL", help="Endpoint that judges answers; its key: TAFKIR_JUDGE_KEY.")
-    ] = None,
+    models: o.ModelNames = None,
+    task: o.OldTask = "problems",
+    overrides: o.Overrides = None,
+    name: o.RunName = None,
+    runs_dir: o.RunsDir = Path("runs"),
+    kv_cache: o.KvCache = CacheNumbers.AUTO,
+    as_json: o.AsJson = False,
+    lengths: o.Lengths = None,
+    depths: o.Depths = None,
+    samples: o.Samples = None,
+    needles: o.Needles = None,
+    list_: o.ListTasks = False,
+    tasks: o.TaskNames = None,
+    data: o.DataPaths = None,
+    out: o.OutFolder = None,
+    limit: o.Limit = 0,
+    seed: o.Seed = 0,
+    temperature: o.Temperature = None,
+    top_p: o.TopP = None,
+    max_tokens: o.MaxTokens = None,
+    until_settled: o.UntilSettled = None,
+    curve: o.Curve = None,
+    fail_on_error: o.FailOnError = False,
+    max_total_tokens: o.MaxTotalTokens = None,
+    max_seconds: o.MaxSeconds = None,
+    max_cost: o.MaxCost = None,
+    price: o.Price = None,
+    concurrency: o.Concurrency = 32,
+    timeout: o.Timeout = 3600,
+    retries: o.Retries = 5,
+    api_key_env: o.ApiKeyEnv = "OPENAI_API_KEY",
+    extra_body: o.ExtraBody = None,
+    sandbox: o.SandboxTier = None,
+    unsafe: o.Unsafe = False,
+    judge: o.Judge = None,
 ) -> None:
     """Score models on published tasks, on held-out problems, on puzzles, or on what they find in long texts.
 
@@ -139,7 +62,6 @@ def evaluate(
     With --tasks, all models and tasks share one results file: samples.jsonl, a line an answer. Answers that failed
     are no zeros: they are shown, and asked for again by the next call. docs/evaluation.md tells more.
     """
-    given_models = models or []
     if list_:
         from tafkir.cli.eval_tasks import show_tasks
 
@@ -152,25 +74,36 @@ def evaluate(
         "extra_body": extra_body, "sandbox": sandbox, "unsafe": unsafe, "judge": judge,
     }  # fmt: skip
     of_needle = {"lengths": lengths, "depths": depths, "num_needles": needles}
-    if tasks is not None:
-        of_others = {"set": overrides, **of_needle, "task": task != "problems"}
-        _refuse([name for name, value in of_others.items() if value], "without --tasks")
-        _tasks(
-            given_models,
-            tasks,
-            {**of_tasks, "out": out or runs_dir / (name or "eval"), "samples": samples, "as_json": as_json,
-             "concurrency": concurrency, "timeout": timeout, "retries": retries, "api_key_env": api_key_env,
-             "kv_cache": kv_cache.value},
-        )  # fmt: skip
+    if tasks is None:
+        _refuse([name for name, value in of_tasks.items() if value], "to --tasks")
+        _other(
+            models or [], task, {**of_needle, "samples": samples}, overrides or [], name, runs_dir, kv_cache, as_json
+        )
         return
-    _refuse([name for name, value in of_tasks.items() if value], "to --tasks")
-    if len(given_models) != 1:
-        raise RecipeError(f"{len(given_models)} models given", where="eval", expected="one, or --tasks for several")
-    checkpoint = given_models[0]
-    given = {key: value for key, value in {**of_needle, "samples": samples}.items() if value is not None}
+    of_others = {"set": overrides, **of_needle, "task": task != "problems"}
+    _refuse([name for name, value in of_others.items() if value], "without --tasks")
+    of_tasks |= {"out": out or runs_dir / (name or "eval"), "samples": samples, "as_json": as_json}
+    of_tasks |= {"concurrency": concurrency, "timeout": timeout, "retries": retries, "api_key_env": api_key_env}
+    _tasks(models or [], tasks, {**of_tasks, "kv_cache": kv_cache.value})
+
+
+def _other(
+    models: Sequence[str],
+    task: str,
+    of_needle: Mapping[str, Any],
+    overrides: list[str],
+    name: str | None,
+    runs_dir: Path,
+    kv_cache: CacheNumbers,
+    as_json: bool,
+) -> None:
+    """Held-out problems, needles or puzzles, by one model."""
+    if len(models) != 1:
+        raise RecipeError(f"{len(models)} models given", where="eval", expected="one, or --tasks for several")
+    given = {key: value for key, value in of_needle.items() if value is not None}
     if task == "needle":
         _refuse(["set"] if overrides else [], "to --task problems")
-        _needle(checkpoint, given, name, runs_dir, as_json, kv_cache)
+        _needle(models[0], given, name, runs_dir, as_json, kv_cache)
         return
     _refuse(list(given), "to --task needle")
     if task != "problems":
@@ -178,10 +111,10 @@ def evaluate(
 
         _refuse(["set"] if overrides else [], "to --task problems")
         _refuse(["kv-cache"] if kv_cache is not CacheNumbers.AUTO else [], "to --task problems")
-        show_card([checkpoint], task, name=name, runs_dir=runs_dir, as_json=as_json)
+        show_card([models[0]], task, name=name, runs_dir=runs_dir, as_json=as_json)
     else:
         chosen = [] if kv_cache is CacheNumbers.AUTO else [f"eval.kv_cache={json.dumps(kv_cache.value)}"]
-        _problems(checkpoint, [*chosen, *(overrides or [])], name, runs_dir, as_json)
+        _problems(models[0], [*chosen, *overrides], name, runs_dir, as_json)
 
 
 def _refuse(given: Sequence[str], where: str) -> None:

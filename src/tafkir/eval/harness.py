@@ -22,7 +22,7 @@ from tafkir.recipe.seeds import derive_seed
 from tafkir.records import Example, Message, SamplingParams
 from tafkir.runlog.metrics import JsonlWriter
 from tafkir.runlog.progress import Progress
-from tafkir.tasks.catalog import EvalTask
+from tafkir.tasks.catalog import EvalTask, grade_recorded
 from tafkir.tasks.published.base import TURN, Conversation
 
 __all__ = ["Budget", "EvalSettings", "Evaluation", "evaluate_models", "grade_sample"]
@@ -430,11 +430,7 @@ def _answer_of(sample: Sample) -> dict[str, Any]:
 
 def grade_sample(task: EvalTask, example: Example, sample: Sample) -> Sample:
     """The sample with its verdict; a scorer that raises is an outcome "error" that says so."""
-    try:
-        verdict = task.grade(example, sample.text, finished=sample.finish_reason != "length")
-    except Exception as error:
-        why = f"the scorer raised {type(error).__name__}: {error}"
-        return replace(sample, outcome="error", reward=0.0, extracted=None, reason=why, task_version=task.card.version)
+    verdict = grade_recorded(task, example, sample.text, finished=sample.finish_reason != "length")
     return replace(
         sample,
         outcome=verdict.outcome,
@@ -443,4 +439,5 @@ def grade_sample(task: EvalTask, example: Example, sample: Sample) -> Sample:
         expected=verdict.expected,
         reason=verdict.reason,
         sandbox=verdict.sandbox,
+        task_version=task.card.version,
     )

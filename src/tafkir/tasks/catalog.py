@@ -9,10 +9,11 @@ from importlib import import_module
 from pathlib import Path
 
 from tafkir.errors import DataError
+from tafkir.records import Example, Verdict
 from tafkir.tasks.published import own
 from tafkir.tasks.published.base import EvalTask, TaskCard, TaskEntry, TaskSampling
 
-__all__ = ["EvalTask", "TaskCard", "TaskSampling", "list_tasks", "load_task"]
+__all__ = ["EvalTask", "TaskCard", "TaskSampling", "grade_recorded", "list_tasks", "load_task"]
 
 FAMILIES = ("math", "choice", "instructions", "grids", "perplexity", "code", "contests", "judged")
 """Modules of `tafkir.tasks.published`; each has `TASKS`, a tuple of `TaskEntry`."""
@@ -66,3 +67,12 @@ def load_task(name: str, data: Path | None = None) -> EvalTask:
             expected="a name from `tafkir eval --list`, a Python file with a task, or items.jsonl:SCORER",
         )
     return entry.build(entry.card, data)
+
+
+def grade_recorded(task: EvalTask, example: Example, text: str, *, finished: bool) -> Verdict:
+    """The task's verdict; a scorer that raises, one's own above all, is an outcome "error" that says so."""
+    try:
+        return task.grade(example, text, finished=finished)
+    except Exception as error:
+        why = f"the scorer raised {type(error).__name__}: {error}"
+        return Verdict("error", 0.0, None, example.answer, why)
