@@ -166,3 +166,19 @@ def test_this_machine_is_measured() -> None:
     # Any machine that runs this multiplies between a gigaflop and ten teraflops, and copies a gigabyte a second.
     assert 1e9 < chip["flops"]["fp32"] < 1e13 and 1e9 < chip["bandwidth"] < 1e12
     assert found["options"][0]["point"]["tpot_s"] > 0
+
+
+def test_serving_is_handed_to_another_engine(here: Cli, cli_env: dict[str, str], tmp_path: Path) -> None:
+    command = ("serve", "base-tiny", "--engine", "vllm")
+    script = here(*command, "--hardware", "h100:2", "--print").stdout
+    assert "exec vllm serve" in script and "--max-model-len 512" in script and "--hf-overrides" not in script
+    assert "--tp-size" in here("serve", "base-tiny", "--engine", "sglang", "--hardware", "h100", "--print").stdout
+    assert "on which chips?" in here(*command).stderr
+    assert "no such engine" in here("serve", "base-tiny", "--engine", "vlm", "--hardware", "h100").stderr
+    # A program of that name gets the port.
+    (tmp_path / "vllm").write_text('#!/bin/sh\necho "asked: $*"\n')
+    (tmp_path / "vllm").chmod(0o755)
+    path = f"{tmp_path}:{cli_env['PATH']}"
+    run = [sys.executable, "-m", "tafkir.cli.main", *command, "--hardware", "h100", "--port", "8123"]
+    done = subprocess.run(run, env=cli_env | {"PATH": path}, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("asked: serve") and done.stdout.rstrip().endswith("--port 8123")

@@ -61,6 +61,17 @@ BatchInvariant = Annotated[
 ]
 
 
+ApiKeys = Annotated[
+    list[str] | None, typer.Option(envvar="TAFKIR_API_KEY", help="A key that clients must bring; repeatable.")
+]
+Origins = Annotated[list[str] | None, typer.Option(help="An origin whose pages may call the server; repeatable.")]
+EngineName = Annotated[
+    str, typer.Option("--engine", help="tafkir, or vllm, sglang, trtllm: start that one as `tafkir plan` would.")
+]
+HardwareName = Annotated[str | None, typer.Option("--hardware", help="Of another engine: h100:8, cpu, ...")]
+PrintOnly = Annotated[bool, typer.Option("--print", help="Print how another engine is started.")]
+
+
 def serve(
     checkpoint: CheckpointName,
     host: Host = "127.0.0.1",
@@ -76,18 +87,17 @@ def serve(
     batch_invariant: BatchInvariant = False,
     max_queue: Annotated[int, typer.Option(min=1, help="Most requests that wait.")] = 256,
     threads: Annotated[int | None, typer.Option(min=1, help="Processor threads; torch's choice if left out.")] = None,
-    api_key: Annotated[
-        list[str] | None, typer.Option(envvar="TAFKIR_API_KEY", help="A key that clients must bring; repeatable.")
-    ] = None,
+    api_key: ApiKeys = None,
     api_key_file: Annotated[Path | None, typer.Option(help="A file of keys, one a line.")] = None,
     rate_limit: Annotated[int, typer.Option(min=0, help="Most requests a minute of one key; 0: no limit.")] = 0,
     max_body_mb: Annotated[float, typer.Option(min=0.001, help="Largest body of a request, in MiB.")] = 4.0,
     body_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take to arrive.")] = 20.0,
     request_timeout: Annotated[float, typer.Option(min=0, help="Seconds that an answer may take; 0: any.")] = 0.0,
     drain: Annotated[float, typer.Option(min=1, help="Seconds that running requests get after SIGTERM.")] = 30.0,
-    cors_origin: Annotated[
-        list[str] | None, typer.Option(help="An origin whose pages may call the server; repeatable.")
-    ] = None,
+    cors_origin: Origins = None,
+    engine: EngineName = "tafkir",
+    hardware: HardwareName = None,
+    print_only: PrintOnly = False,
 ) -> None:
     """Serve a checkpoint over the OpenAI API, with a chat page at /.
 
@@ -98,16 +108,15 @@ def serve(
     from tafkir.serve.options import ServerOptions, read_api_keys
     from tafkir.serve.run import serve as serve_checkpoint
 
-    options = ServerOptions(
-        api_keys=(*(api_key or ()), *(read_api_keys(api_key_file) if api_key_file else ())),
-        requests_per_minute=rate_limit,
-        max_body_bytes=round(max_body_mb * (1 << 20)),
-        body_timeout_s=body_timeout,
-        request_timeout_s=request_timeout,
-        drain_s=drain,
-        cors_origins=tuple(cors_origin or ()),
-    )
+    if engine != "tafkir":
+        from tafkir.cli.handover import hand_over
 
+        hand_over(checkpoint_of(checkpoint), engine, hardware, port, print_only=print_only)
+        return
+    keys = (*(api_key or ()), *(read_api_keys(api_key_file) if api_key_file else ()))
+    times = {"body_timeout_s": body_timeout, "request_timeout_s": request_timeout, "drain_s": drain}
+    body_bytes, origins = round(max_body_mb * (1 << 20)), tuple(cors_origin or ())
+    options = ServerOptions(keys, rate_limit, max_body_bytes=body_bytes, cors_origins=origins, **times)
     serve_checkpoint(
         checkpoint_of(checkpoint),
         host,

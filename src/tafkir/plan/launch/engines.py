@@ -96,7 +96,10 @@ def server_of(option: Option, workload: Workload, checkpoint: str, engine: str) 
             "it has no multi-token-prediction layer to draft with", where=d.shape.name, fix="leave --speculate out"
         )
     nodes = math.ceil(d.layout.chips / NODE_CHIPS)
-    context = math.ceil((workload.prompt_tokens + workload.output_tokens) * _LONGER / 1024) * 1024
+    longest = math.ceil((workload.prompt_tokens + workload.output_tokens) * _LONGER)
+    context = math.ceil(longest / 1024) * 1024
+    if longest <= d.shape.max_context:
+        context = min(context, d.shape.max_context)
     build = {"vllm": _vllm, "sglang": _sglang, "trtllm": _trtllm}[engine]
     server = build(option, context, nodes, checkpoint)
     unknown = [name for name, _ in server.flags if name not in known]
@@ -116,6 +119,13 @@ def _yarn(d: Deployment, context: int) -> str | None:
         )
     scaling = {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": own}
     return json.dumps({"rope_scaling": scaling, "max_position_embeddings": factor * own})
+
+
+def _trust(checkpoint: str) -> Flags:
+    """What a folder needs that brings the class of its config along, as Ling's do."""
+    config = Path(checkpoint) / "config.json"
+    brings = config.is_file() and "auto_map" in json.loads(config.read_text(encoding="utf-8"))
+    return [("--trust-remote-code", None)] if brings else []
 
 
 def _command(program: tuple[str, ...], flags: Flags, *more: str) -> str:
@@ -157,6 +167,7 @@ def _vllm(option: Option, context: int, nodes: int, checkpoint: str) -> Server:
     if d.speculation.tokens:
         config = {"method": "mtp", "num_speculative_tokens": d.speculation.tokens}
         flags.append(("--speculative-config", json.dumps(config)))
+    flags += _trust(checkpoint)
     program = ("vllm", "serve", checkpoint)
     if nodes == 1:
         body = [_command(program, flags, '--port "$PORT"')]
@@ -221,6 +232,7 @@ def _sglang(option: Option, context: int, nodes: int, checkpoint: str) -> Server
             ("--node-rank", "$NODE_RANK"),
             ("--dist-init-addr", f"$MASTER_ADDR:{_SGLANG_PORT}"),
         ]
+    flags += _trust(checkpoint)
     static = (memory.usable - memory.activations - memory.other) / d.chip.memory_bytes
     flags += [
         ("--context-length", str(context)),

@@ -32,7 +32,7 @@ def render_script(option: Option, server: Server) -> str:
     lines += [
         f"# Run it on each of {server.nodes} nodes of a replica ({option.replicas} of them).",
         f': "${{NODE_RANK:?from 0 to {server.nodes - 1}}}" "${{MASTER_ADDR:?address of the node of rank 0}}"',
-        f"PORT={PORT}",
+        f'PORT="${{PORT:-{PORT}}}"',
     ]
     return "\n".join([*lines, *server.body]) + "\n"
 
@@ -44,17 +44,18 @@ def _replicas(option: Option, server: Server) -> list[str]:
     machines = math.ceil(option.replicas / here)
     lines = [f"# Run it on each of {machines} nodes, behind a load balancer."] if machines > 1 else []
     if here == 1:
-        return [*lines, f"PORT={PORT}", *server.body]
+        return [*lines, f'PORT="${{PORT:-{PORT}}}"', *server.body]
     chip = option.fleet.decode.chip.key
     variable = next((name for key, name in _VISIBLE.items() if chip.startswith(key)), "CUDA_VISIBLE_DEVICES")
     return [
         *lines,
+        f'first_port="${{PORT:-{PORT}}}"',
         "serve() {",
         *server.body,
         "}",
         f"for replica in $(seq 0 {here - 1}); do",
         f"  first=$((replica * {size}))",
-        f"  PORT=$(({PORT} + replica))",
+        "  PORT=$((first_port + replica))",
         f'  export {variable}="$(seq -s, "$first" $((first + {size - 1})))"',
         "  serve &",
         "done",
