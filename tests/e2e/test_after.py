@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from tests.e2e.conftest import Tafkir
@@ -39,8 +40,10 @@ def test_eval_scores_one_checkpoint_and_compare_reads_the_runs(
     assert done.code == 0, done.err
     assert "(4 problems)" in done.out and "baseline sum_of_numbers" in done.out
     assert (tmp_path / "runs" / "eval-tiny-sft" / "report.html").exists()
-    compared = json.loads(tafkir("compare", reference, reference, "--json").out)
-    assert {row["stage"] for row in compared["rows"]} >= {"sft", "rlvr"}
+    other = shutil.copytree(reference, tmp_path / "other")
+    (compared,) = json.loads(tafkir("compare", reference, other, "--json").out)["pairs"]
+    assert {row["task"].partition(",")[0] for row in compared["tasks"]} >= {"sft", "rlvr"}
+    assert {row["judgement"]["verdict"] for row in compared["tasks"]} <= {"equivalent", "undecided"}
     assert "pooled over 2 runs" in tafkir("compare", "--pool", reference, reference).out
     refused = tafkir("compare", reference)
-    assert refused.code == 2 and refused.err.startswith("error: compare: 1 runs given")
+    assert refused.code == 2 and refused.err.startswith("error: compare: 1 model given")

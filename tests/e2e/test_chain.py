@@ -21,7 +21,13 @@ NOT_THERE = ("reward", "dpo", "rlhf", "qat", "quantize", "lab", "trm")
 NUMBERED = [(number, kind) for number, kind in enumerate(STAGES, start=1) if kind not in NOT_THERE]
 TRAINED = {"02-pretrain": 6, "03-sft": 6, "06-rlvr": 3}
 TOKENIZER = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
-WEIGHTS = ["config.json", "generation_config.json", "model.safetensors", "tafkir.json"]
+WEIGHTS = [
+    "config.json",
+    "configuration_bailing_moe_v2.py",
+    "generation_config.json",
+    "model.safetensors",
+    "tafkir.json",
+]
 
 
 @pytest.fixture(scope="module")

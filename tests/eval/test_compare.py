@@ -103,7 +103,7 @@ def test_failures_are_left_out_and_counted(two: Path, tmp_path: Path) -> None:
     short = write(tmp_path / "c.jsonl", [replace(s, model="short") for s in samples[:30]])
     with pytest.raises(DataError, match=r"170 items were answered on one side only.*--common"):
         compare_sides(load_sides([two, short])[1:])
-    with pytest.raises(RunDirError, match="two or more"):
+    with pytest.raises(RecipeError, match="two or more"):
         compare_sides(load_sides([short]))
 
 

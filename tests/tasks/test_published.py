@@ -14,7 +14,7 @@ import pytest
 
 from tafkir.errors import DataError, GradingError
 from tafkir.records import Example
-from tafkir.tasks.catalog import EvalTask, list_tasks, load_task
+from tafkir.tasks.catalog import EvalTask, QuestionOnly, as_asked, list_tasks, load_task
 from tafkir.tasks.published.instructions import follow
 from tafkir.tasks.published.math import MathRule, tidy
 from tafkir.tasks.published.numeric import compare
@@ -252,3 +252,15 @@ def test_shipped_sets_have_licences() -> None:
         for file in folder.iterdir():
             if file.name.endswith(".gz"):
                 assert gzip.decompress(file.read_bytes())
+
+
+def test_a_question_can_be_asked_alone_and_is_kept_apart() -> None:
+    task = load_task("svamp")
+    alone = QuestionOnly(task)
+    example = alone.examples("test")[0]
+    assert [message.content for message in alone.prompt(example)] == [example.question]
+    assert alone.prompt(example) != task.prompt(example) and alone.card.version != task.card.version
+    assert alone.grade(example, f"\\boxed{{{example.answer}}}").correct
+    assert as_asked(task, alone.card.version).card == alone.card and as_asked(task, task.card.version) is task
+    with pytest.raises(DataError, match="more than a question"):
+        QuestionOnly(load_task("perplexity-shakespeare"))

@@ -72,6 +72,7 @@ def test_facts_stand_at_their_tokens(tmp_path: Path) -> None:
         "extracted": "2",
         "expected": "3",
         "reason": "not equal",
+        "sandbox": "",
         "text": "ثلاثة",
         "finish_reason": "stop",
         "versions": [[4, 2]],

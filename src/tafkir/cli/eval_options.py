@@ -33,6 +33,7 @@ __all__ = [
     "OutFolder",
     "Overrides",
     "Price",
+    "QuestionOnlyFlag",
     "Retries",
     "RunName",
     "RunsDir",
@@ -65,6 +66,10 @@ OldTask = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="PATH=VALUE", help="Set one value of the recipe `eval`, such as eval.samples=8."),
+]
+QuestionOnlyFlag = Annotated[
+    bool,
+    typer.Option("--question-only", help="Ask the question alone, without the published instruction; kept apart."),
 ]
 RunName = Annotated[str | None, typer.Option(help="Name of the run directory; with --tasks: eval.")]
 RunsDir = Annotated[Path, typer.Option(envvar="TAFKIR_RUNS_DIR", help="Where run directories are made.")]

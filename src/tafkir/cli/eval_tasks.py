@@ -68,17 +68,18 @@ def show_tasks(as_json: bool) -> None:
             print(f"  {card.name}: {card.how_to_get}")
 
 
-def load_tasks(names: str, data: Sequence[str]) -> list[EvalTask]:
+def load_tasks(names: str, data: Sequence[str], *, question_only: bool = False) -> list[EvalTask]:
     """The tasks of a list with commas.
 
     Args:
         data: `NAME=PATH`, or a PATH for every task whose data is not in the package, and for the only task.
+        question_only: without the published instructions.
 
     Raises:
         RecipeError: no task is named, or data is given for one that is not.
         DataError: see `load_task`.
     """
-    from tafkir.tasks.catalog import list_tasks, load_task
+    from tafkir.tasks.catalog import QuestionOnly, list_tasks, load_task
 
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if not wanted:
@@ -94,7 +95,8 @@ def load_tasks(names: str, data: Sequence[str]) -> list[EvalTask]:
             shipped = {card.name for card in list_tasks() if card.shipped} if len(wanted) > 1 else ()
             own = [name for name in wanted if name not in shipped]
             paths = {name: Path(given) for name in own} | paths
-    return [load_task(name, paths.get(name)) for name in wanted]
+    tasks = [load_task(name, paths.get(name)) for name in wanted]
+    return [QuestionOnly(task) for task in tasks] if question_only else tasks
 
 
 def evaluate_tasks(

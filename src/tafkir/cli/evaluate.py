@@ -29,6 +29,7 @@ def evaluate(
     list_: o.ListTasks = False,
     tasks: o.TaskNames = None,
     data: o.DataPaths = None,
+    question_only: o.QuestionOnlyFlag = False,
     out: o.OutFolder = None,
     limit: o.Limit = 0,
     seed: o.Seed = 0,
@@ -63,15 +64,14 @@ def evaluate(
     are no zeros: they are shown, and asked for again by the next call. docs/evaluation.md tells more.
     """
     if list_:
-        from tafkir.cli.eval_tasks import show_tasks
-
-        show_tasks(as_json)
+        _list(as_json)
         return
     of_tasks = {
         "data": data, "out": out, "limit": limit, "seed": seed, "temperature": temperature, "top_p": top_p,
         "max_tokens": max_tokens, "until_settled": until_settled, "curve": curve, "max_total_tokens": max_total_tokens,
         "max_seconds": max_seconds, "max_cost": max_cost, "price": price, "fail_on_error": fail_on_error,
         "extra_body": extra_body, "sandbox": sandbox, "unsafe": unsafe, "judge": judge,
+        "question_only": question_only,
     }  # fmt: skip
     of_needle = {"lengths": lengths, "depths": depths, "num_needles": needles}
     if tasks is None:
@@ -85,6 +85,12 @@ def evaluate(
     of_tasks |= {"out": out or runs_dir / (name or "eval"), "samples": samples, "as_json": as_json}
     of_tasks |= {"concurrency": concurrency, "timeout": timeout, "retries": retries, "api_key_env": api_key_env}
     _tasks(models or [], tasks, {**of_tasks, "kv_cache": kv_cache.value})
+
+
+def _list(as_json: bool) -> None:
+    from tafkir.cli.eval_tasks import show_tasks
+
+    show_tasks(as_json)
 
 
 def _other(
@@ -122,7 +128,8 @@ def _refuse(given: Sequence[str], where: str) -> None:
     if given:
         options = ", ".join(f"--{name.removeprefix('num_').replace('_', '-')}" for name in given)
         verb = "belongs" if len(given) == 1 else "belong"
-        raise RecipeError(f"{options} {verb} {where}", where="eval", fix="see tafkir eval --help")
+        fix = f"add {where.removeprefix('to ')}" if where.startswith("to --task ") else "see tafkir eval --help"
+        raise RecipeError(f"{options} {verb} {where}", where="eval", fix=fix)
 
 
 def _tasks(models: Sequence[str], names: str, given: Mapping[str, Any]) -> None:
@@ -143,7 +150,7 @@ def _tasks(models: Sequence[str], names: str, given: Mapping[str, Any]) -> None:
     with choose_backends(backends):
         evaluate_tasks(
             models,
-            load_tasks(names, given["data"] or ()),
+            load_tasks(names, given["data"] or (), question_only=given["question_only"]),
             EvalSettings(
                 samples=given["samples"],
                 limit=given["limit"],

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from tafkir.errors import DataError, RunDirError
+from tafkir.errors import DataError, RecipeError, RunDirError
 from tafkir.eval.metrics import mean_interval, paired_difference
 from tafkir.eval.samples import Sample
 from tafkir.eval.scores import estimate_of, item_scores, score_of
@@ -83,13 +83,12 @@ def compare_sides(
         answer), `tokens`, `cut_off`, `failed`, `groups`, `clean` and `flips`.
 
     Raises:
-        RunDirError: fewer than two models, or no task in common.
+        RecipeError: fewer than two models.
+        RunDirError: no task in common.
         DataError: the sides answered different items (without `common`).
     """
     if len(sides) < 2:
-        raise RunDirError(
-            f"{len(sides)} model given", where="compare", expected="two or more", fix="name another place"
-        )
+        raise RecipeError(f"{len(sides)} model given", where="compare", expected="two or more", fix="name another")
     first = sides[0]
     notes: list[str] = []
     pairs: list[tuple[Side, list[_Pair]]] = []

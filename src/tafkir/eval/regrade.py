@@ -14,7 +14,7 @@ from tafkir.eval.perplexity import PERPLEXITY
 from tafkir.eval.samples import Sample, append_sample, load_samples, samples_file
 from tafkir.runlog.metrics import JsonlWriter
 from tafkir.runlog.progress import Progress
-from tafkir.tasks.catalog import EvalTask
+from tafkir.tasks.catalog import EvalTask, as_asked
 
 __all__ = ["Regraded", "regrade_samples"]
 
@@ -73,7 +73,7 @@ def regrade_samples(path: Path, tasks: Mapping[str, EvalTask], *, graders: int =
     result = Regraded(graded=len(wanted), unknown=len(stored) - len(wanted))
 
     def again(sample: Sample) -> Sample:
-        task = tasks[sample.task]
+        task = as_asked(tasks[sample.task], sample.task_version)
         version = task.card.version
         fresh = replace(sample, key=f"{sample.identity}-v{version}", task_version=version)
         return grade_sample(task, examples[sample.task, sample.item], fresh)

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 
 from tafkir.errors import DataError
-from tafkir.records import Example, Verdict
+from tafkir.records import Example, Message, Split, Verdict
 from tafkir.tasks.published import own
-from tafkir.tasks.published.base import EvalTask, TaskCard, TaskEntry, TaskSampling
+from tafkir.tasks.published.base import Conversation, EvalTask, TaskCard, TaskEntry, TaskSampling
 
-__all__ = ["EvalTask", "TaskCard", "TaskSampling", "grade_recorded", "list_tasks", "load_task"]
+__all__ = [
+    "EvalTask",
+    "QuestionOnly",
+    "TaskCard",
+    "TaskSampling",
+    "as_asked",
+    "grade_recorded",
+    "list_tasks",
+    "load_task",
+]
+
+_QUESTION_ONLY = "-question-only"
 
 FAMILIES = ("math", "choice", "instructions", "grids", "perplexity", "code", "contests", "judged")
 """Modules of `tafkir.tasks.published`; each has `TASKS`, a tuple of `TaskEntry`."""
@@ -67,6 +79,40 @@ def load_task(name: str, data: Path | None = None) -> EvalTask:
             expected="a name from `tafkir eval --list`, a Python file with a task, or items.jsonl:SCORER",
         )
     return entry.build(entry.card, data)
+
+
+class QuestionOnly:
+    """A task whose prompt is the question alone, for models that never saw the published instruction.
+
+    A version of its own keeps its results apart from the published task's.
+
+    Raises:
+        DataError: the task is no plain question (a conversation, perplexity, a judge's).
+    """
+
+    def __init__(self, task: EvalTask) -> None:
+        if isinstance(task, Conversation) or task.card.metric not in ("accuracy", "pass@1"):
+            raise DataError("its prompt is more than a question", where=task.name, fix="leave --question-only out")
+        self._task = task
+        self.card = replace(task.card, version=task.card.version + _QUESTION_ONLY)
+
+    @property
+    def name(self) -> str:
+        return self._task.name
+
+    def examples(self, split: Split) -> Sequence[Example]:
+        return self._task.examples(split)
+
+    def prompt(self, example: Example) -> list[Message]:
+        return [Message("user", example.question)]
+
+    def grade(self, example: Example, text: str, *, finished: bool = True) -> Verdict:
+        return self._task.grade(example, text, finished=finished)
+
+
+def as_asked(task: EvalTask, version: str) -> EvalTask:
+    """The task as it was when an answer of this version was asked for."""
+    return QuestionOnly(task) if version.endswith(_QUESTION_ONLY) else task
 
 
 def grade_recorded(task: EvalTask, example: Example, text: str, *, finished: bool) -> Verdict:
