@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tafkir.cli.main import app
-from tafkir.errors import DataError, RecipeError, RunDirError
+from tafkir.errors import DataError, RecipeError
 from tafkir.eval.compare import compare_sides, first_divergence
 from tafkir.eval.every_eval_ever import write_every_eval_ever
 from tafkir.eval.lm_eval_files import write_lm_eval
