@@ -23,6 +23,7 @@ __all__ = [
     "Conversation",
     "EvalTask",
     "PublishedTask",
+    "ReadTask",
     "Rule",
     "TaskCard",
     "TaskEntry",
@@ -138,20 +139,16 @@ class Rule(Protocol):
         ...
 
 
-class PublishedTask:
-    """Rows of a data set with a published prompt and rule.
+class ReadTask:
+    """What every published task has: a card, and examples that are read when they are first asked for.
 
     Args:
         card: what is known of it.
-        read: gives the examples; called once, when they are first asked for.
-        ask: the prompt of an example.
-        rule: extracts and judges.
+        read: gives the examples; called once.
     """
 
-    def __init__(
-        self, card: TaskCard, read: Callable[[], Iterable[Example]], ask: Callable[[Example], str], rule: Rule
-    ) -> None:
-        self._card, self._read, self._ask, self._rule = card, read, ask, rule
+    def __init__(self, card: TaskCard, read: Callable[[], Iterable[Example]]) -> None:
+        self._card, self._read = card, read
 
     @property
     def name(self) -> str:
@@ -168,6 +165,23 @@ class PublishedTask:
     def examples(self, split: Split) -> Sequence[Example]:
         """The examples of one part, in the order of the data set; most benchmarks have `test` alone."""
         return [example for example in self._examples if example.split == split]
+
+
+class PublishedTask(ReadTask):
+    """Rows of a data set with a published prompt and rule.
+
+    Args:
+        card: what is known of it.
+        read: gives the examples; called once, when they are first asked for.
+        ask: the prompt of an example.
+        rule: extracts and judges.
+    """
+
+    def __init__(
+        self, card: TaskCard, read: Callable[[], Iterable[Example]], ask: Callable[[Example], str], rule: Rule
+    ) -> None:
+        super().__init__(card, read)
+        self._ask, self._rule = ask, rule
 
     def prompt(self, example: Example) -> list[Message]:
         """One user turn."""

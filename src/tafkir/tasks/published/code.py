@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +19,16 @@ from tafkir.errors import GradingError
 from tafkir.records import Example, Message, Outcome, Split, Verdict
 from tafkir.tasks.backends import default_sandbox
 from tafkir.tasks.code import extract_program, run_twice, shorten
-from tafkir.tasks.published.base import TaskCard, TaskEntry, TaskSampling, bad_row, find_file, read_rows, verdict
+from tafkir.tasks.published.base import (
+    ReadTask,
+    TaskCard,
+    TaskEntry,
+    TaskSampling,
+    bad_row,
+    find_file,
+    read_rows,
+    verdict,
+)
 from tafkir.tasks.sandbox import Limits, ProgramResult, ProgramRunner
 from tafkir.tasks.sandbox_program import decode
 
@@ -50,7 +59,7 @@ class Suite:
     wrap: Callable[[str], str] = str
 
 
-class ProgramTask:
+class ProgramTask(ReadTask):
     """A data set of programming problems.
 
     Args:
@@ -70,25 +79,10 @@ class ProgramTask:
         *,
         sandbox: ProgramRunner | None = None,
     ) -> None:
-        self._card, self._read, self._ask, self._suite = card, read, ask, suite
+        super().__init__(card, read)
+        self._ask, self._suite = ask, suite
         self.sandbox = sandbox or default_sandbox()
         self._suites: dict[str, Suite] = {}
-
-    @property
-    def name(self) -> str:
-        return self._card.name
-
-    @property
-    def card(self) -> TaskCard:
-        return self._card
-
-    @cached_property
-    def _examples(self) -> Sequence[Example]:
-        return tuple(self._read())
-
-    def examples(self, split: Split) -> Sequence[Example]:
-        """The problems of one part, in the order of the data set."""
-        return [example for example in self._examples if example.split == split]
 
     def prompt(self, example: Example) -> list[Message]:
         """One user turn."""

@@ -9,17 +9,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
 
 from tafkir.errors import DataError
-from tafkir.records import Example, Message, Split, Verdict
+from tafkir.records import Example, Message, Verdict
 from tafkir.tasks.answers import extract_text
 from tafkir.tasks.backends import default_judge
-from tafkir.tasks.published.base import TURN, TaskCard, TaskEntry, TaskSampling, bad_row, find_file, read_rows
+from tafkir.tasks.published.base import TURN, ReadTask, TaskCard, TaskEntry, TaskSampling, bad_row, find_file, read_rows
 
 __all__ = [
     "TASKS",
@@ -37,7 +37,7 @@ class MalformedJudgementError(ValueError):
     """What the judge wrote is not what it was asked for."""
 
 
-class JudgedTask:
+class JudgedTask(ReadTask):
     """A data set whose answers are graded by a judge.
 
     Args:
@@ -57,24 +57,9 @@ class JudgedTask:
         *,
         follow_ups: Callable[[Example], Sequence[str]] = lambda example: (),
     ) -> None:
-        self._card, self._read, self._score, self._turns, self._follow_ups = card, read, score, turns, follow_ups
+        super().__init__(card, read)
+        self._score, self._turns, self._follow_ups = score, turns, follow_ups
         self.judge = default_judge(max_tokens=_MAX_JUDGEMENT)
-
-    @property
-    def name(self) -> str:
-        return self._card.name
-
-    @property
-    def card(self) -> TaskCard:
-        return self._card
-
-    @cached_property
-    def _examples(self) -> Sequence[Example]:
-        return tuple(self._read())
-
-    def examples(self, split: Split) -> Sequence[Example]:
-        """The examples of one part, in the order of the data set."""
-        return [example for example in self._examples if example.split == split]
 
     def prompt(self, example: Example) -> list[Message]:
         """The conversation up to the first answer."""
