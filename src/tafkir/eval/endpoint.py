@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from tafkir.errors import RecipeError, RequestError, RolloutError
+from tafkir.errors import RecipeError, RequestError, RolloutError, TafkirError
 from tafkir.eval.answers import Ask, Reply
 from tafkir.records import Message
 from tafkir.remote.connection import Connection, NotJsonError, StatusError, TransientError
@@ -134,17 +134,20 @@ class EndpointAnswers:
                     return
 
         def work() -> None:
-            while not stop.is_set():
-                try:
+            # Unless something else is caught, a fault of the program: its traceback is printed as the thread ends.
+            end: Exception | None = RolloutError("a thread that asks has died", where=self.name, fix="see above why")
+            try:
+                while not stop.is_set():
                     with drawing:
                         ask = next(drawn, None)
                     if ask is None:
                         break
                     put((ask, self._answer(ask, stop)))
-                except Exception as error:
-                    put(error)
-                    break
-            put(None)
+                end = None
+            except TafkirError as error:
+                end = error
+            finally:
+                put(end)
 
         # Daemons: an interrupted run must not wait for answers that take minutes.
         threads = [threading.Thread(target=work, daemon=True) for _ in range(self._options.concurrency)]
