@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -96,6 +97,10 @@ def test_rollouts_and_new_weights(tmp_path: Path) -> None:
         try:
             agree(pool, Engine(decoder, eos_ids=ends), tokenizer)
         except AssertionError:
+            with urllib.request.urlopen(f"{url}/version", timeout=5) as answer:
+                version = str(json.load(answer)["version"])
+            if not version.startswith("0.32."):
+                raise
             pytest.xfail("vLLM 0.32's CPU build computes something else after reload_weights, of equal weights, too")
         finally:
             pool.close()
