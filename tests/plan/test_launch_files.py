@@ -119,7 +119,7 @@ def run_with_fakes(script: str, folder: Path, **env: str) -> list[list[str]]:
         fake = folder / name
         fake.write_text(f'#!/bin/bash\nprintf "%s\\t" "{name}" "$@" >> "{log}"; echo >> "{log}"\n')
         fake.chmod(0o755)
-    (folder / "scontrol").write_text('#!/bin/bash\nprintf "n7\\nn8\\n"\n')
+    (folder / "scontrol").write_text("#!/bin/bash\nset -e\necho n7; sleep 0.2; echo n8\n")
     (folder / "srun").write_text(
         '#!/bin/bash\nshift; while [[ $1 == --* ]]; do shift; done; SLURM_NODEID=1 exec "$@"\n'
     )

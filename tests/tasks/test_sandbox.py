@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shutil
+import socket
 import struct
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from tafkir.tasks.code import CodeProblems, bundled_problems, extract_program, s
 from tafkir.tasks.sandbox import CallResult, Limits, Sandbox
 from tafkir.tasks.sandbox_program import decode, encode
 from tafkir.tasks.sandbox_remote import RemoteSandbox
+from tafkir.tasks.sandbox_server import Ran, SandboxServer
 from tafkir.tasks.syscalls import build_filter
 
 
@@ -280,6 +282,21 @@ def test_an_interpreter_is_used_again_only_as_it_was() -> None:
     os.kill(server._process.pid, 9)
     assert sandbox.run(count, "f", [()]).ending == "finished", "one that died in the meantime is replaced"
     sandbox.close()
+
+
+def test_a_server_whose_output_closes_before_its_control() -> None:
+    server = object.__new__(SandboxServer)
+    server._output, written = os.pipe()
+    server._control, theirs = socket.socketpair()
+    server._process, server._said = subprocess.Popen(["true"]), b""
+    os.set_blocking(server._output, False)
+    os.close(written)
+    later = threading.Timer(0.2, theirs.close)
+    later.start()
+    assert server._watch(5.0, 100) == Ran(b"", 0)
+    later.join()
+    server._control.close()
+    os.close(server._output)
 
 
 @needs_bwrap

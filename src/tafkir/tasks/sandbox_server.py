@@ -129,8 +129,8 @@ class SandboxServer:
                     return Ran(bytes(output), None, "output")
                 if not is_ready and b"\n" in output:
                     is_ready, deadline = True, time.monotonic() + limit_s
-            if not is_open:
-                poll.unregister(self._output)
+                if not is_open:  # of a server that dies, its output may close some time before its control
+                    poll.unregister(self._output)
             if ended:
                 if status is None:  # the server is gone, and whatever ran with it
                     return Ran(bytes(output), self._exit_status())

@@ -80,7 +80,9 @@ def render_slurm(option: Option, server: Server) -> str:
         "#SBATCH --output=%x-%A_%a.log" if option.replicas > 1 else "#SBATCH --output=%x-%j.log",
         *heading(option, server),
         "set -euo pipefail",
-        'MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"',
+        # not `| head -n 1`: scontrol may still be writing when head leaves, which pipefail takes for a failure
+        'NODES="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"',
+        'MASTER_ADDR="${NODES%%$\'\\n\'*}"',
         "# Replicas that share a node need ports of their own.",
         f'PORT="$(({PORT} + ${{SLURM_ARRAY_TASK_ID:-0}}))"',
         "export MASTER_ADDR PORT",
