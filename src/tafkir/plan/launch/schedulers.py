@@ -103,7 +103,7 @@ def render_skypilot(option: Option, workload: Workload, server: Server) -> str:
         "set -euo pipefail",
         f"PORT={PORT}",
         'export NODE_RANK="$SKYPILOT_NODE_RANK"',
-        'MASTER_ADDR="${SKYPILOT_NODE_IPS%%$\'\\n\'*}"',
+        "MASTER_ADDR=\"${SKYPILOT_NODE_IPS%%$'\\n'*}\"",
         *server.body,
     ]
     service: dict[str, Any] = {

@@ -82,7 +82,7 @@ def render_slurm(option: Option, server: Server) -> str:
         "set -euo pipefail",
         # not `| head -n 1`: scontrol may still be writing when head leaves, which pipefail takes for a failure
         'NODES="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"',
-        'MASTER_ADDR="${NODES%%$\'\\n\'*}"',
+        "MASTER_ADDR=\"${NODES%%$'\\n'*}\"",
         "# Replicas that share a node need ports of their own.",
         f'PORT="$(({PORT} + ${{SLURM_ARRAY_TASK_ID:-0}}))"',
         "export MASTER_ADDR PORT",
