@@ -235,6 +235,13 @@ def test_more_puzzles_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
         build_puzzles(SudokuPuzzles(max_extra_givens=0, num_train=500, num_validation=1, num_test=1), 0)
 
 
+def test_givens_beyond_the_needed_ones() -> None:
+    config = SudokuPuzzles(min_extra_givens=5, max_extra_givens=6, num_train=12, num_validation=1, num_test=1)
+    found = {int((question > 1).sum()) for question in build_puzzles(config, 0).train.inputs}
+    # Minimal 4x4 puzzles have 4, 5 or (rarely) 6 givens.
+    assert found <= set(range(9, 13)) and len(found) > 1
+
+
 def test_a_sample_depends_on_its_number_alone() -> None:
     built = build_puzzles(SudokuPuzzles(**SMALL), 0)
     stream = PuzzleStream(built, augment=True, seed=5)
@@ -351,6 +358,7 @@ def test_answers_that_are_wrong_and_symbols_that_are_not_there(tmp_path: Path) -
     ("table", "given", "message"),
     [
         (SudokuPuzzles, {"box_rows": 5, "box_columns": 5}, "must be 2 to 16"),
+        (SudokuPuzzles, {"min_extra_givens": 4}, "larger than max_extra_givens"),
         (MazePuzzles, {"rows": 10}, "must be odd"),
         (MazePuzzles, {"rows": 5, "columns": 5, "min_path": 9}, "larger than 6"),
     ],

@@ -65,6 +65,7 @@ class SudokuPuzzles(PuzzleTable):
     path: str | None = Field(None, description=_PATH)
     box_rows: int = Field(2, ge=1, le=_MAX_SIDE, description="Rows of a box.")
     box_columns: int = Field(2, ge=1, le=_MAX_SIDE, description="Columns of a box; the side is rows x columns.")
+    min_extra_givens: int = Field(0, ge=0, description="At least this many givens more than a minimal puzzle has.")
     max_extra_givens: int = Field(
         3, ge=0, description="Up to this many givens more than a minimal puzzle has, each number equally often."
     )
@@ -73,6 +74,8 @@ class SudokuPuzzles(PuzzleTable):
     def _check_side(self) -> Self:
         if not 2 <= self.box_rows * self.box_columns <= _MAX_SIDE:
             raise ValueError(f"box_rows x box_columns must be 2 to {_MAX_SIDE}")
+        if self.min_extra_givens > self.max_extra_givens:
+            raise ValueError("min_extra_givens is larger than max_extra_givens")
         return self
 
     @property

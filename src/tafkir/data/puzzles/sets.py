@@ -165,7 +165,7 @@ def _sudoku_kind(config: SudokuPuzzles) -> _Kind:
     box = Box(config.box_rows, config.box_columns)
 
     def make(random: Random) -> Pair:
-        grid, solution = make_puzzle(random, box, random.randint(0, config.max_extra_givens))
+        grid, solution = make_puzzle(random, box, random.randint(config.min_extra_givens, config.max_extra_givens))
         return np.array(grid, dtype=np.uint8) + np.uint8(1), np.array(solution, dtype=np.uint8) + np.uint8(1)
 
     format = sudoku_format(box)
