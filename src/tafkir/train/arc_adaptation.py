@@ -42,7 +42,7 @@ def learn_tasks(
     Args:
         solver: trained on ARC tasks.
         tasks: with demonstrations.
-        steps: supervision steps of a batch.
+        steps: supervision steps of a batch; with none the vectors stay at the mean.
         num_copies: other forms of each task, at most.
         puzzle_learning_rate: step of the vectors' sign-SGD, which falls to a tenth.
         learning_rate: of the weights; None leaves them as they are.
@@ -68,7 +68,7 @@ def learn_tasks(
         names += new[-1].names
     model = _widened(solver.model, len(names))
     config = TrmConfig(
-        steps=steps,
+        steps=max(1, steps),
         batch_size=batch_size,
         warmup_steps=0,
         select="last",

@@ -1,0 +1,147 @@
+"""What learning vectors for tasks that a model has never seen is worth, and costs: test-time training on 1D-ARC.
+
+    python benchmarks/trm_unseen_tasks.py --runs-dir runs --out benchmarks/results/trm_unseen_tasks.json
+
+Every tenth task is put aside; `trm-arc-mini` is trained on the others with `tafkir run` (a finished run is taken as it
+is, a killed one goes on). The tasks that were put aside are then answered with the mean of the known vectors, with
+vectors learned from their demonstrations, and with the network learning along: pass@2, and the paired difference to
+the mean vectors. Test inputs whose pair, in whatever form, belongs to another task are not scored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tafkir.checkpoint.trm import TrmCheckpoint, load_trm
+from tafkir.data.puzzles.arc import ArcTask, read_tasks
+from tafkir.data.puzzles.arc_baselines import answer_by_rules
+from tafkir.data.puzzles.leakage import clean_tests
+from tafkir.data.puzzles.votes import ATTEMPTS, Ranking, pass_at
+from tafkir.engine.arc import answer_tasks
+from tafkir.intervals import mean_interval
+from tafkir.runlog.atomic import write_json, write_text
+from tafkir.runlog.rundir import RunDir
+from tafkir.train.arc_adaptation import learn_tasks
+
+EVERY = 10
+
+
+def put_aside(tasks: Sequence[ArcTask]) -> tuple[list[ArcTask], list[tuple[ArcTask, tuple[int, ...]]]]:
+    """The tasks to train on, and every tenth with the numbers of its test inputs that may be scored."""
+    seen = [task for number, task in enumerate(tasks) if number % EVERY]
+    unseen = list(tasks[::EVERY])
+    scored = clean_tests(unseen, seen)
+    return seen, [(task, numbers) for task, numbers in zip(unseen, scored, strict=True) if numbers]
+
+
+def as_line(task: ArcTask) -> str:
+    """A task as JSON lines hold it."""
+    parts = {
+        part: [
+            {"input": pair.input.tolist(), "output": pair.output.tolist()} for pair in pairs if pair.output is not None
+        ]
+        for part, pairs in (("train", task.train), ("test", task.test))
+    }
+    return json.dumps({"id": task.id, **parts})
+
+
+def train(name: str, seen: Sequence[ArcTask], runs_dir: Path, overrides: Sequence[str]) -> RunDir:
+    """The run on the tasks that were not put aside."""
+    runs_dir.mkdir(parents=True, exist_ok=True)
+    path = runs_dir.absolute() / f"{name}-tasks.jsonl"
+    write_text(path, "".join(as_line(task) + "\n" for task in seen))
+    given = [f"trm.puzzles.path={json.dumps(str(path))}", "threads=1", "trm.puzzles.num_validation=40", *overrides]
+    command = [sys.executable, "-m", "tafkir.cli.main", "run", "trm-arc-mini", "--name", name]
+    command += ["--runs-dir", str(runs_dir), *(word for value in given for word in ("--set", value))]
+    subprocess.run(command, check=True)
+    return RunDir(runs_dir / name)
+
+
+def shares(tasks: Sequence[tuple[ArcTask, tuple[int, ...]]], rankings: Sequence[Sequence[Ranking]]) -> list[float]:
+    """Pass@2 of each task."""
+    found = []
+    for (task, numbers), answers in zip(tasks, rankings, strict=True):
+        outputs = [output for number in numbers if (output := task.test[number].output) is not None]
+        found.append(pass_at([answers[number] for number in numbers], outputs, ATTEMPTS))
+    return found
+
+
+def measure(
+    solver: TrmCheckpoint, unseen: Sequence[tuple[ArcTask, tuple[int, ...]]], steps: int, weights_rate: float
+) -> list[dict[str, Any]]:
+    """A row for the rules, for mean vectors, and for each way of learning."""
+    tasks = [task for task, _ in unseen]
+    ruled = shares(unseen, [answer_by_rules(task) for task in tasks])
+    rows = [{"who": "simple rules", "cpu_s": 0.0, "pass_at_2": mean_interval(ruled).to_dict()}]
+    before: list[float] = []
+    ways = (("mean vectors", 0, None), ("vectors learned", steps, None), ("weights, too", steps, weights_rate))
+    for who, count, rate in ways:
+        began = time.process_time()
+        learned = learn_tasks(solver, tasks, steps=count, learning_rate=rate)
+        cpu_s = time.process_time() - began
+        answers = answer_tasks(learned, tasks)
+        found = shares(unseen, [answers[task.id] for task in tasks])
+        before = before or found
+        gained = mean_interval([after - first for after, first in zip(found, before, strict=True)])
+        row = {"who": who, "steps": count, "learning_rate": rate, "cpu_s": cpu_s}
+        rows.append(row | {"pass_at_2": mean_interval(found).to_dict(), "over_mean_vectors": gained.to_dict()})
+        print(f"{who}: {100 * row_value(rows[-1]):.1f} %, {cpu_s:.0f} CPU-s", file=sys.stderr, flush=True)
+    return rows
+
+
+def row_value(row: dict[str, Any]) -> float:
+    return float(row["pass_at_2"]["value"])
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """As Markdown has it."""
+    lines = ["| tasks never seen | pass@2 (95 %) | against mean vectors | CPU-s of learning |", "|---|---|---|---|"]
+    for row in rows:
+        cells = [row["who"], _percent(row["pass_at_2"])]
+        cells += [_percent(row["over_mean_vectors"]) if "over_mean_vectors" in row else "–", f"{row['cpu_s']:.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _percent(estimate: dict[str, Any]) -> str:
+    return f"{100 * estimate['value']:.1f} % ({100 * estimate['low']:.1f} to {100 * estimate['high']:.1f})"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", default="1d-arc", help="a set of ARC tasks")
+    parser.add_argument("--name", default="trm-arc-1d", help="of the run")
+    parser.add_argument("--set", dest="overrides", nargs="*", default=[], help="more changes of the recipe")
+    parser.add_argument("--steps", type=int, default=600, help="of learning the tasks that were put aside")
+    parser.add_argument("--weights-rate", type=float, default=1e-3, help="learning rate of the weights in the last row")
+    parser.add_argument("--train-only", action="store_true", help="leave it at the run")
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
+    parser.add_argument("--out", type=Path, help="write the JSON to this file")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    seen, unseen = put_aside(read_tasks(args.tasks))
+    stage = train(args.name, seen, args.runs_dir, args.overrides).stage("trm")
+    if args.train_only:
+        return
+    result = json.loads((stage.path / "result.json").read_text(encoding="utf-8"))
+    rows = measure(load_trm(stage.checkpoint_dir), unseen, args.steps, args.weights_rate)
+    print(table(rows))
+    if args.out:
+        known = {key: result[key] for key in ("steps", "cpu_s", "parameters", "arc")}
+        counts = {"trained_on": len(seen), "unseen": len(unseen)}
+        write_json(
+            args.out, {"benchmark": "trm_unseen_tasks", "tasks": args.tasks, **counts, "run": known, "rows": rows}
+        )
+
+
+if __name__ == "__main__":
+    main()
