@@ -258,6 +258,26 @@ def monitoring(
     print(read_monitoring("alerts" if alerts else "dashboard"), end="")
 
 
+@app.command("proxy")
+def proxy(
+    kind: Annotated[str, typer.Argument(metavar="nginx|haproxy")],
+    replicas: Annotated[list[str], typer.Argument(metavar="HOST:PORT...", help="Servers that are the same.")],
+    listen: Annotated[str, typer.Option(help="The proxy's own address.")] = "127.0.0.1:8000",
+    answer_timeout: Annotated[int, typer.Option(min=1, help="Longest silence of a server, in seconds.")] = 3600,
+    status_port: Annotated[int, typer.Option(min=1, help="Of HAProxy's page and metrics.")] = 8404,
+) -> None:
+    """Print the configuration of a proxy before several servers, so that one of them may die or be restarted.
+
+    \b
+    tafkir plan proxy haproxy 127.0.0.1:8001 127.0.0.1:8002 > haproxy.cfg && haproxy -f haproxy.cfg
+    tafkir plan proxy nginx 10.0.0.1:8000 10.0.0.2:8000 --listen 0.0.0.0:80 > nginx.conf
+    """
+    from tafkir.plan.launch.proxy import render_proxy
+
+    addresses = {"listen": listen, "answer_s": answer_timeout, "status_port": status_port}
+    print(render_proxy(kind, replicas, **addresses), end="")
+
+
 def _plan_serving(
     asked: Asked,
     objective: str,
