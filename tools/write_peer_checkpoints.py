@@ -47,7 +47,7 @@ MODELOPT: dict[str, tuple[str, float | None, str | None]] = {
 }
 LLM_COMPRESSOR = {
     "nvfp4": "NVFP4", "nvfp4_w4a16": "NVFP4A16", "mxfp4": "MXFP4A16", "fp8_channel": "FP8_DYNAMIC",
-    "fp8_block": "FP8_BLOCK", "int8": "INT8", "mxfp8": "MXFP8",
+    "fp8_block": "FP8_BLOCK", "int8": "INT8", "mxfp8": "MXFP8", "nvfp4+fp8 cache": "NVFP4",
 }  # fmt: skip
 
 
@@ -84,9 +84,15 @@ def llm_compressor(source: Path, out: Path, case: str) -> None:
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).eval()
-    recipe = QuantizationModifier(targets="Linear", scheme=LLM_COMPRESSOR[case], ignore=["lm_head", r"re:.*mlp\.gate$"])
+    cache = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    recipe = QuantizationModifier(
+        targets="Linear",
+        scheme=LLM_COMPRESSOR[case],
+        ignore=["lm_head", r"re:.*mlp\.gate$"],
+        kv_cache_scheme=cache if "cache" in case else None,
+    )
     given: dict[str, Any] = {}
-    if case == "nvfp4":
+    if case.startswith("nvfp4") and case != "nvfp4_w4a16":
         ids = torch.arange(3, 35).tolist()
         data = Dataset.from_dict({"input_ids": [ids], "attention_mask": [[1] * len(ids)]})
         given = {"dataset": data, "num_calibration_samples": 1, "max_seq_length": len(ids)}

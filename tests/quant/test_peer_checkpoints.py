@@ -16,9 +16,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 
+from tafkir.checkpoint.cache_scales import read_cache_scales
+from tafkir.quant.calibrated import quantize_calibrated
 from tafkir.quant.convert import quantize_checkpoint
-from tafkir.recipe.quantize import QuantizeConfig
+from tafkir.recipe.quantize import CalibrationConfig, QuantizeConfig
 from tests.quant.peer_sources import FAMILIES, write_source
 
 HERE = Path(__file__).parent
@@ -97,6 +100,40 @@ def test_every_tensor_bit_for_bit(peer: str, family: str, sources: dict[str, Pat
                 assert unlike(peer, case, name, said, expected), (peer, family, case, name, said, expected)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "deepseek_v3"])
+def test_scales_of_the_cache(family: str, sources: dict[str, Path], tmp_path: Path) -> None:
+    """Against transformers' own cache in float32, and against both peers, who ran the model in BF16."""
+    ids = list(range(3, 35))
+    model = AutoModelForCausalLM.from_pretrained(sources[family], dtype=torch.float32)
+    latents: dict[int, float] = {}
+    for index, layer in enumerate(model.model.layers if family == "deepseek_v3" else ()):
+        norm = layer.self_attn.kv_a_layernorm
+        norm.register_forward_hook(lambda _, __, out, index=index: latents.update({index: float(out.abs().max())}))
+    with torch.no_grad():
+        layers = model(torch.tensor([ids]), use_cache=True).past_key_values.layers
+    seen = [(float(layer.keys.abs().max()) / 448, float(layer.values.abs().max()) / 448) for layer in layers]
+    how = {"preset": "all-linear", "scales": "max", "calibration": CalibrationConfig(cold_experts="data_free")}
+    for peer, layout in LAYOUTS.items():
+        config = QuantizeConfig(scheme="nvfp4", kv_cache="fp8", layout=layout, **how)  # type: ignore[arg-type]
+        path = tmp_path / peer
+        quantize_calibrated(sources[family], path, config, [ids], record=tmp_path / "record", max_shard_bytes=1 << 17)
+        mine = {name: said for name, said in described(path).items() if name.endswith((".k_scale", ".v_scale"))}
+        theirs = PEERS[peer]["families"][family]["nvfp4+fp8 cache"]["tensors"]
+        theirs = {name: said for name, said in theirs.items() if name.endswith((".k_scale", ".v_scale"))}
+        assert mine.keys() == theirs.keys() and len(mine) == 4
+        assert {n: said.split(" ")[:2] for n, said in mine.items()} == {n: s.split(" ")[:2] for n, s in theirs.items()}
+        scales = read_cache_scales(path, 2)
+        assert scales is not None
+        for layer, (pair, expected) in enumerate(zip(scales, seen, strict=True)):
+            if family == "deepseek_v3":  # engines keep latents and rotated keys, the peers' scales are of expanded keys
+                rotated = float(layers[layer].keys[..., -16:].abs().max())
+                expected = (max(rotated, latents[layer]) / 448,) * 2
+            assert pair == pytest.approx(expected, rel=1e-5 if layout == "modelopt" else 2**-8)
+            for part, scale in zip("kv", pair, strict=True):
+                (said,) = (v for k, v in theirs.items() if f"layers.{layer}." in k and k.endswith(f"{part}_scale"))
+                assert family == "deepseek_v3" or scale == pytest.approx(float(said.split()[-1]), rel=0.015)
+
+
 def test_modelopts_config_files(sources: dict[str, Path], tmp_path: Path) -> None:
     for family in FAMILIES:
         for case, theirs in PEERS["modelopt"]["families"][family].items():
@@ -128,7 +165,7 @@ def test_modelopts_config_files(sources: dict[str, Path], tmp_path: Path) -> Non
 def test_compressed_tensors_configs(sources: dict[str, Path], tmp_path: Path) -> None:
     for family in FAMILIES:
         for case, theirs in PEERS["llm-compressor"]["families"][family].items():
-            path = quantize(sources[family], tmp_path / family / case, "llm-compressor", case)
+            path = quantize(sources[family], tmp_path / family / case.replace(" ", "-"), "llm-compressor", case)
             mine, expected = json.loads((path / "config.json").read_text())["quantization_config"], theirs["config"]
             # They add observers, which are for calibration, and empty tables; we name embeddings, which are no Linear.
             assert mine.keys() <= expected.keys() and set(mine.pop("ignore")) - {"model.embed_tokens"} == set(
@@ -138,6 +175,8 @@ def test_compressed_tensors_configs(sources: dict[str, Path], tmp_path: Path) ->
             for key in ("weights", "input_activations"):
                 given = group.pop(key)
                 assert (given is None) == (other[key] is None) and (given or {}).items() <= (other[key] or {}).items()
+            cache, theirs_too = mine.pop("kv_cache_scheme"), expected.pop("kv_cache_scheme")
+            assert (cache or {}).items() <= (theirs_too or {}).items() and bool(cache) == ("cache" in case)
             assert group.items() <= other.items() and mine.items() <= expected.items(), (family, case)
 
 

@@ -70,7 +70,7 @@ def test_a_run_shrinks_its_checkpoint(tmp_path: Path) -> None:
     out = run.stage("quantize").checkpoint_dir
     context = StageContext(loaded.recipe, run, run.stage("eval"), find_checkpoint("base-tiny"), 0)
     assert loaded.recipe.eval and eval_stage._checkpoints(context, loaded.recipe.eval) == {"quantize": out}
-    assert out.parent.name == "09-quantize" and load_checkpoint(out).manifest is not None
+    assert out.parent.name == "10-quantize" and load_checkpoint(out).manifest is not None
     nested = json.loads((out / "hf_quant_config.json").read_text())["quantization"]
     assert nested["kv_cache_quant_algo"] == "FP8" and nested["quant_algo"] == "MIXED_PRECISION"
     lineage = json.loads((out / "tafkir.json").read_text())["lineage"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -282,6 +284,23 @@ class StoredFiles:
         content = bytearray(stored.num_bytes)
         self.read_at(stored, stored.offset, memoryview(content))
         return bytes(content)
+
+    def read_number(self, name: str) -> float:
+        """A tensor of one number.
+
+        Raises:
+            CheckpointError: it is of several, or no float.
+        """
+        stored = self.tensors[name]
+        if math.prod(stored.shape) != 1 or stored.dtype not in ("F32", "BF16", "F16"):
+            raise CheckpointError(
+                f"{stored.dtype} {list(stored.shape)}", where=f"{stored.file}: {name}", expected="one number, a float"
+            )
+        content = self.read_bytes(name)
+        if stored.dtype == "BF16":
+            content = bytes(2) + content
+        number: float = struct.unpack("<e" if stored.dtype == "F16" else "<f", content)[0]
+        return number
 
     def check_entry(self, name: str) -> str | None:
         """The hash that the manifest gives; its dtype and shape are checked here."""

@@ -77,11 +77,12 @@ def verify(
     command ends with code 3. Killed, the same command goes on with the answers that it has.
     """
     from tafkir.cli.completer import checkpoint_of
-    from tafkir.quant.verify import audit_checkpoint, compare_logits, summarize_audit
+    from tafkir.quant.verify import audit_cache, audit_checkpoint, compare_logits, summarize_audit
 
     before, after = checkpoint_of(source), checkpoint_of(quantized)
     audits = audit_checkpoint(before, after)
     summary: dict[str, Any] = {"source": source, "quantized": quantized, **summarize_audit(audits)}
+    summary["cache"] = audit_cache(after)
     if logits or task:
         passages = _passages(before, text, max_tokens)
         summary["logits"] = compare_logits(before, after, passages, served=not exact_activations)
@@ -147,6 +148,15 @@ def _show(summary: dict[str, Any], html: Path | None) -> None:
     for cell in (head, *cells):
         left = "  ".join(f"{cell[i]:<{widths[i]}}" for i in range(2))
         print(left + "  " + "  ".join(f"{cell[i]:>{widths[i]}}" for i in range(2, len(head))))
+    if (cache := summary["cache"])["format"] != "none":
+        said = (
+            ", ".join(
+                f"{part} {low:.3g} to {high:.3g}" for part in ("k_scale", "v_scale") for low, high in [cache[part]]
+            )
+            if cache["layers"]
+            else "scales of one"
+        )
+        print(f"cache in {cache['format']}: {said}")
     print(f"{summary['ratio']:.2f} times smaller: {summary['source_bytes']:,} to {summary['output_bytes']:,} bytes")
     for tensor in summary["worst"]:
         place, error = tensor["worst_blocks"][0] if tensor["worst_blocks"] else (0, 0.0)

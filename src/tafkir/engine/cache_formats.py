@@ -17,10 +17,16 @@ from tafkir.errors import CapacityError
 from tafkir.ops.fp8 import FP8_MAX
 from tafkir.ops.nvfp4 import BLOCK_SIZE, E2M1_MAX, block_amax, dequantize_nvfp4, encode_nvfp4, nvfp4_block_scale
 
-__all__ = ["CacheCodec", "CacheFormat"]
+__all__ = ["CacheCodec", "CacheFormat", "factor_of_stored"]
 
 CacheFormat = Literal["auto", "fp8", "nvfp4"]
 """auto: in the dtype of the weights."""
+
+
+def factor_of_stored(format: CacheFormat, scale: float) -> float:
+    """What codes are multiplied by where a checkpoint stores `scale`: that is largest magnitude / 448 for either
+    format, and NVFP4's codes reach six times as far under one scale (ModelOpt)."""
+    return scale / E2M1_MAX if format == "nvfp4" else scale
 
 
 @dataclass(frozen=True, slots=True)

@@ -169,6 +169,24 @@ class Calibration:
         """What the layer's cache held."""
         return KvRange(**self.layers[layer]["kv"])
 
+    def cache_scales(self, layer: int) -> tuple[float, float]:
+        """Of a layer's keys and values, as checkpoints store them in FP8 and in NVFP4: largest magnitude / 448.
+
+        Where the cache holds latents, both are theirs.
+
+        Raises:
+            CheckpointError: what the cache held was zero always.
+        """
+        held = self.kv_range(layer)
+        reach = (held.k_amax, held.v_amax) if held.latent_amax is None else (held.latent_amax, held.latent_amax)
+        if min(reach) <= 0:
+            raise CheckpointError(
+                "keys or values were zero in all of the calibration",
+                where=f"layer {layer}",
+                fix="calibrate on other text",
+            )
+        return reach[0] / FP8_MAX, reach[1] / FP8_MAX
+
     @property
     def coverage(self) -> list[LayerCoverage]:
         """Of every layer with experts."""

@@ -23,7 +23,7 @@ from tafkir.errors import CapacityError, CheckpointError
 from tafkir.native.weights import weight_kernels
 from tafkir.quant.formats import NVFP4_FORMATS
 from tafkir.quant.native_jobs import NativeJobs
-from tafkir.quant.plan import Job, QuantizePlan, plan_quantization
+from tafkir.quant.plan import Job, QuantizePlan, plan_quantization, with_cache_scales
 from tafkir.quant.shards import JOURNAL, Journal, Shard
 from tafkir.quant.sidecars import write_sidecars
 from tafkir.quant.validate import validate_checkpoint
@@ -117,6 +117,8 @@ def quantize_checkpoint(
     with open_files_of_source(source) as (files, hf_config):
         before = _identity(files)
         plan = plan_quantization(files, hf_config, config, max_shard_bytes, _not_finite(files, config))
+        if calibration is not None and config.kv_cache != "none":
+            plan = with_cache_scales(plan, config.layout, calibration.cache_scales)
         try:
             with _staging(path) as staging:
                 said: dict[str, Any] = {"config": hf_config, "files": before}
@@ -127,7 +129,7 @@ def quantize_checkpoint(
                         "the source changed while it was read", where=str(files.listing.parent), fix="run it again"
                     )
                 write_sidecars(staging, files, plan, config, hf_config, dict(lineage or {}))
-                validate_checkpoint(staging, plan.decisions, config)
+                validate_checkpoint(staging, plan.decisions, config, plan.numbers)
                 # The journal goes last: a kill before the folder has its name loses nothing.
                 publish_folder(staging, path)
                 for name in (JOURNAL, _LOCK):
@@ -278,13 +280,23 @@ def _run_all(
                 ):
                     yield from collect()
                 if job.file not in shards:
-                    shards[job.file] = Shard(staging / job.file, plan.shards[job.file])
+                    shards[job.file] = _begin(staging, job.file, plan)
                 running[pool.submit(_run, job, runner, shards[job.file])] = job, memory
             while running:
                 yield from collect()
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def _begin(staging: Path, file: str, plan: QuantizePlan) -> Shard:
+    """A file, with the numbers in it that are known already."""
+    shard = Shard(staging / file, plan.shards[file])
+    for piece in plan.shards[file]:
+        if piece.name in plan.numbers:
+            shard.hashes[piece.name] = shard.write(piece.name, piece.content_of(plan.numbers[piece.name]))
+            shard.missing -= 1
+    return shard
 
 
 def _run(job: Job, runner: _Runner, shard: Shard) -> dict[str, str]:

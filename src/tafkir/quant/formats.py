@@ -6,6 +6,7 @@ Without torch; the contents are `encode.py`'s.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -38,6 +39,13 @@ class Piece:
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+    def content_of(self, number: float) -> memoryview:
+        """The bytes of a tensor of one number in F32, F16 or BF16, rounded to even."""
+        if self.dtype == "BF16":
+            (bits,) = struct.unpack("<I", struct.pack("<f", number))
+            return memoryview(struct.pack("<H", (bits + 0x7FFF + (bits >> 16 & 1)) >> 16))
+        return memoryview(struct.pack({"F32": "<f", "F16": "<e"}[self.dtype], number))
 
 
 def pieces_of(name: str, shape: Sequence[int], format: FormatName, layout: LayoutName, dtype: str) -> list[Piece]:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tafkir.checkpoint.cache_scales import cache_scale_name
 from tafkir.checkpoint.files import SINGLE_FILE, StoredFiles
 from tafkir.checkpoint.header import DTYPE_BYTES
 from tafkir.errors import CheckpointError
 from tafkir.quant.formats import Piece, pieces_of
-from tafkir.quant.policy import Decision, decide, sibling_group
-from tafkir.recipe.quantize import QuantizeConfig
+from tafkir.quant.policy import Decision, decide, layer_of, sibling_group
+from tafkir.recipe.quantize import LayoutName, QuantizeConfig
 
-__all__ = ["Job", "QuantizePlan", "plan_quantization"]
+__all__ = ["Job", "QuantizePlan", "plan_quantization", "with_cache_scales"]
 
 _SMALL = {"F32", "BF16", "F16"}
 
@@ -54,6 +55,7 @@ class QuantizePlan:
         shards: the files, and the tensors in each.
         dtypes: in which dtype each weight is computed, by header name.
         not_finite: weights with NaN or infinities, which are copied as they are.
+        numbers: tensors of one number that are known from the start, by name: scales of the cache.
     """
 
     decisions: list[Decision]
@@ -61,6 +63,7 @@ class QuantizePlan:
     shards: dict[str, list[Piece]]
     dtypes: dict[str, str]
     not_finite: frozenset[str] = frozenset()
+    numbers: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def source_bytes(self) -> int:
@@ -125,6 +128,31 @@ def plan_quantization(
         groups.setdefault(decision.name if alone else f"group {sibling_group(decision.name)}", []).append(decision)
     plan = _lay_out(files, groups, decisions, dtypes, config, max_shard_bytes)
     return replace(plan, not_finite=frozenset(not_finite))
+
+
+def with_cache_scales(
+    plan: QuantizePlan, layout: LayoutName, scales: Callable[[int], tuple[float, float]]
+) -> QuantizePlan:
+    """The plan, and in its last file the scales of every decoder layer's cache.
+
+    Args:
+        plan: of the weights.
+        layout: whose names and dtypes.
+        scales: of a layer's keys and values.
+    """
+    file, last = list(plan.shards.items())[-1]
+    pieces, numbers = [], dict[str, float]()
+    for decision in plan.decisions:
+        layer = layer_of(decision.name)
+        if decision.component != "attention_out" or layer is None:
+            continue
+        attention = decision.name.removesuffix(".weight").rpartition(".")[0]
+        for part, scale in zip(("k", "v"), scales(layer), strict=True):
+            name = cache_scale_name(attention, "k" if part == "k" else "v", layout)
+            dtype, shape = ("F32", ()) if layout == "modelopt" else (plan.dtypes[decision.name], (1,))
+            pieces.append(Piece(name, dtype, shape))
+            numbers[name] = scale
+    return replace(plan, shards={**plan.shards, file: [*last, *pieces]}, numbers=numbers)
 
 
 def _with_kept(decisions: list[Decision], not_finite: Collection[str]) -> list[Decision]:

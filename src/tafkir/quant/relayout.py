@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from tafkir.checkpoint.cache_scales import CACHE_SCALE, cache_scale_name
 from tafkir.checkpoint.files import (
     INDEX_FILE,
     SCALE_SUFFIX,
@@ -41,7 +42,7 @@ from tafkir.recipe.quantize import LAYOUT_FORMATS, FormatName, LayoutName, Quant
 from tafkir.runlog.atomic import write_json
 from tafkir.runlog.progress import Progress
 
-__all__ = ["RelayoutResult", "mxfp4_scales_as_nvfp4", "relayout_checkpoint"]
+__all__ = ["RelayoutResult", "cache_of", "mxfp4_scales_as_nvfp4", "relayout_checkpoint"]
 
 _CHUNK_BYTES = 4 << 20
 _QUANT_CONFIG_FILE = "hf_quant_config.json"
@@ -117,7 +118,7 @@ def relayout_checkpoint(
         raise CheckpointError(f"the layout is {layout} already", where=str(source), fix="take it as it is")
     with open_files(source, block_size=blocks, packed=method, manifest=read_manifest(source)) as files:
         plan = _plan(files, layout, cast)
-        config = QuantizeConfig(layout=layout, preset="r1-fp4", kv_cache=_cache_of(hf_config, source))
+        config = QuantizeConfig(layout=layout, preset="r1-fp4", kv_cache=cache_of(hf_config, source))
         with write_folder(path) as staging:
             _check_room(staging, plan)
             shards, hashes = _write(staging, files, plan, max_shard_bytes)
@@ -161,9 +162,11 @@ def _plan(files: StoredFiles, layout: LayoutName, cast: str | None) -> _Plan:
         pieces = _pieces(files, name, shape, format, layout)
         for piece, content in zip(pieces, contents, strict=True):
             plan.moves.append(_Move(piece, content) if isinstance(content, str) else _Move(piece, "", content))
-    for name, stored in files.tensors.items():
-        if name.endswith((".k_scale", ".v_scale")):
-            plan.moves.append(_Move(Piece(name, stored.dtype, stored.shape), name))
+    for name in files.tensors:
+        if said := CACHE_SCALE.fullmatch(name):
+            other = cache_scale_name(said["attention"], "k" if said["part"] == "k" else "v", layout)
+            piece = Piece(other, "F32", () if layout == "modelopt" else (1,))
+            plan.moves.append(_Move(piece, "", _packed(files.read_number(name), name)))
     return plan
 
 
@@ -362,8 +365,12 @@ def _copy(files: StoredFiles, move: _Move, shard: Shard) -> str:
     return tensor.hash()
 
 
-def _cache_of(hf_config: Mapping[str, Any], source: Path) -> Literal["none", "fp8", "nvfp4"]:
-    """The cache that the source asks engines for."""
+def cache_of(hf_config: Mapping[str, Any], source: Path) -> Literal["none", "fp8", "nvfp4"]:
+    """The cache that a checkpoint asks engines for.
+
+    Raises:
+        CheckpointError: in numbers that are not known here.
+    """
     scheme = (hf_config.get("quantization_config") or {}).get("kv_cache_scheme")
     if scheme is None and (source / _QUANT_CONFIG_FILE).is_file():
         scheme = (read_json(source / _QUANT_CONFIG_FILE).get("quantization") or {}).get("kv_cache_quant_algo")

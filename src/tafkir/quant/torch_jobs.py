@@ -49,6 +49,10 @@ class Calibrated(Protocol):
         """As `encode_weight`."""
         ...
 
+    def cache_scales(self, layer: int) -> tuple[float, float]:
+        """Of a layer's keys and values: largest magnitude / 448, in FP8 and in NVFP4."""
+        ...
+
 
 class TorchJobs:
     """What torch does of a plan: all of it.

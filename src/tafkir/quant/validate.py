@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import struct
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tafkir.checkpoint.cache_scales import find_cache_scales
 from tafkir.checkpoint.files import StoredFiles, open_files, read_json
 from tafkir.checkpoint.quantized import packed_method
 from tafkir.errors import CheckpointError
@@ -20,8 +20,16 @@ __all__ = ["check_scales", "validate_checkpoint"]
 _AGAIN = "quantize the checkpoint again"
 
 
-def validate_checkpoint(path: Path, decisions: Sequence[Decision], config: QuantizeConfig) -> None:
+def validate_checkpoint(
+    path: Path, decisions: Sequence[Decision], config: QuantizeConfig, cache_scales: Collection[str] = ()
+) -> None:
     """Open what was written as a reader would, and check it against what was to be written.
+
+    Args:
+        path: the folder.
+        decisions: on every weight.
+        config: formats and layout.
+        cache_scales: names of the scales of the cache that were to be written.
 
     Raises:
         CheckpointError: a weight is missing or left over, a scale is missing, zero or not finite, siblings have
@@ -49,11 +57,15 @@ def validate_checkpoint(path: Path, decisions: Sequence[Decision], config: Quant
                 )
         inputs = {d.name for d in decisions if d.format == "nvfp4"}
         check_scales(files, path, inputs)
+        for name in cache_scales:
+            if name not in files.tensors:
+                raise CheckpointError("the scale of the cache is missing", where=f"{path}: {name}", fix=_AGAIN)
     _check_configs(path, hf_config, decisions, config)
 
 
 def check_scales(files: StoredFiles, path: Path, inputs: set[str]) -> None:
-    """Every scale is finite and above zero; what engines read as one matrix shares its global scales.
+    """Every scale is finite and above zero; what engines read as one matrix shares its global scales; keys and values
+    both have a scale of the cache, or neither has.
 
     Args:
         files: open.
@@ -63,6 +75,7 @@ def check_scales(files: StoredFiles, path: Path, inputs: set[str]) -> None:
     Raises:
         CheckpointError: a scale is none.
     """
+    find_cache_scales(files)
     shared: dict[str, tuple[str, float, float]] = {}
     for name, weight in files.encoded.items():
         for part in filter(None, (weight.scale, weight.global_scale)):
@@ -76,10 +89,10 @@ def check_scales(files: StoredFiles, path: Path, inputs: set[str]) -> None:
         )
         if name in inputs and not part:
             raise CheckpointError("the scale of its inputs is missing", where=f"{path}: {name}", fix=_AGAIN)
-        own = _number(files, part) if part else 1.0
+        own = files.read_number(part) if part else 1.0
         if not 0 < own < float("inf"):
             raise CheckpointError("a scale is zero or not finite", where=f"{path}: {part}", fix=_AGAIN)
-        key = (name, _number(files, weight.global_scale), own)
+        key = (name, files.read_number(weight.global_scale), own)
         first = shared.setdefault(sibling_group(name), key)
         if first[1:] != key[1:]:
             raise CheckpointError(
@@ -99,12 +112,6 @@ def _all_positive(files: StoredFiles, name: str) -> bool:
         return 0 not in content and 0x7F not in content and content.isascii()
     bits = array("i" if dtype == "F32" else "h", content)
     return min(bits) > 0 and max(bits) < {"F32": 0x7F80_0000, "BF16": 0x7F80, "F16": 0x7C00}[dtype]
-
-
-def _number(files: StoredFiles, name: str) -> float:
-    """A float32 scale of a whole tensor."""
-    number: float = struct.unpack("<f", files.read_bytes(name))[0]
-    return number
 
 
 def _check_configs(

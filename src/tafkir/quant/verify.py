@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tafkir.checkpoint.cache_scales import find_cache_scales
 from tafkir.checkpoint.load import load_checkpoint
 from tafkir.checkpoint.read import WeightFiles
 from tafkir.errors import CheckpointError
@@ -23,12 +24,13 @@ from tafkir.models.attention import VarlenCausal
 from tafkir.models.decoder import Decoder
 from tafkir.quant.convert import open_source
 from tafkir.quant.policy import component_of, layer_of
+from tafkir.quant.relayout import cache_of
 from tafkir.quant.served import load_served
 from tafkir.quant.texts import Passage
 from tafkir.quant.validate import check_scales
 from tafkir.runlog.progress import Progress
 
-__all__ = ["TensorAudit", "audit_checkpoint", "compare_logits", "summarize_audit"]
+__all__ = ["TensorAudit", "audit_cache", "audit_checkpoint", "compare_logits", "summarize_audit"]
 
 _BLOCK = 16
 _ROWS = 1 << 22  # weights looked at in one piece
@@ -95,6 +97,35 @@ def audit_checkpoint(source: Path | str, quantized: Path | str) -> list[TensorAu
                 progress.update(done // 10**6, relative_mse=audits[-1].relative_mse)
             progress.update(max(1, total // 10**6))
     return audits
+
+
+def audit_cache(quantized: Path | str) -> dict[str, Any]:
+    """What a quantized checkpoint says of the cache that engines shall keep.
+
+    Returns:
+        format: none, fp8 or nvfp4; layers: how many have scales; k_scale, v_scale: the smallest and the largest, None
+        where there is none and engines take one.
+
+    Raises:
+        CheckpointError: a scale is not above zero and finite, only one of keys and values or only some layers have one,
+            scales lie there and no cache is asked for, or its format is not known.
+    """
+    with open_source(quantized) as (files, hf_config):
+        folder = files.listing.parent
+        format, scales = cache_of(hf_config, folder), find_cache_scales(files)
+    layers = int((hf_config.get("text_config") or hf_config).get("num_hidden_layers", len(scales)))
+    missing = sorted(set(range(layers)) - scales.keys()) if scales else []
+    if missing or (scales and format == "none"):
+        what = (
+            f"layer {missing[0]} has no scale of its cache" if missing else "scales of a cache, but none is asked for"
+        )
+        raise CheckpointError(what, where=str(folder), fix="quantize the checkpoint again")
+    parts = {f"{part}_scale": [pair[i] for pair in scales.values()] for i, part in enumerate("kv")}
+    return {
+        "format": format,
+        "layers": len(scales),
+        **{name: (min(found), max(found)) if found else None for name, found in parts.items()},
+    }
 
 
 def _audit(name: str, before: WeightFiles, after: WeightFiles, layers: int) -> TensorAudit:

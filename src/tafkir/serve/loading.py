@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from tafkir.checkpoint.cache_scales import read_cache_scales
 from tafkir.checkpoint.load import load_checkpoint
 from tafkir.checkpoint.packed import load_packed
-from tafkir.engine.cache_formats import CacheFormat
+from tafkir.engine.cache_formats import CacheFormat, factor_of_stored
 from tafkir.engine.drafters import Drafter, ModelDrafter, NextnDrafter, NgramDrafter
 from tafkir.engine.engine import Engine
 from tafkir.engine.paged_engine import PagedEngine
@@ -48,11 +49,11 @@ def build_engine(
     """Load the weights on the calling thread, which alone should run the engine afterwards.
 
     With `served`, inputs of matrices that are stored in NVFP4 together with them are rounded, as engines do that
-    compute in four bits. `kv_cache` is the number format of the cache; auto takes the weights' dtype. `speculate` says
-    what drafts tokens (`build_speculation`); None: nothing. With stored `weights` the engine cannot be given others,
-    and a token's numbers differ from those in float32 in the order of sums alone. `paged` serves many people from one
-    paged cache, with `prefix_caching` and `batch_invariant` as `PagedEngine` takes them; the latter takes "auto"
-    weights as float32.
+    compute in four bits. `kv_cache` is the number format of the cache, under the checkpoint's own scales where it has
+    them; auto takes the weights' dtype. `speculate` says what drafts tokens (`build_speculation`); None: nothing. With
+    stored `weights` the engine cannot be given others, and a token's numbers differ from those in float32 in the order
+    of sums alone. `paged` serves many people from one paged cache, with `prefix_caching` and `batch_invariant` as
+    `PagedEngine` takes them; the latter takes "auto" weights as float32.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged.
@@ -76,11 +77,20 @@ def build_engine(
         "max_cache_bytes": max_cache_bytes,
         "tokenizer": tokenizer,
         "kv_cache": kv_cache,
+        "kv_scales": _cache_factors(checkpoint, decoder, kv_cache),
         "speculation": build_speculation(decoder, speculate) if speculate else None,
     }
     if paged:
         return PagedEngine(decoder, prefix_caching=prefix_caching, batch_invariant=batch_invariant, **options)
     return Engine(decoder, **options)
+
+
+def _cache_factors(checkpoint: Path, decoder: Decoder, format: CacheFormat) -> list[tuple[float, float]] | None:
+    """What the cache's codes are multiplied by, layer by layer, where the checkpoint says it."""
+    if format == "auto":
+        return None
+    stored = read_cache_scales(find_checkpoint(checkpoint), decoder.config.num_hidden_layers)
+    return stored and [(factor_of_stored(format, k), factor_of_stored(format, v)) for k, v in stored]
 
 
 def build_speculation(decoder: Decoder, speculate: str) -> Speculation:
