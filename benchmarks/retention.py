@@ -35,6 +35,7 @@ from tafkir.eval.records import EvalRecord
 from tafkir.eval.run import checkpoint_fingerprint, evaluate
 from tafkir.eval.summary import problem_scores, score_table
 from tafkir.ops.native import select_kernels
+from tafkir.quant.auto import auto_quantize, read_auto_text
 from tafkir.quant.calibrated import write_quantized
 from tafkir.quant.served import load_served
 from tafkir.recipe.bundled import find_checkpoint
@@ -60,8 +61,18 @@ FORMATS: Mapping[str, dict[str, Any]] = {
     "r1-fp4": {"preset": "r1-fp4", "scales": "four_over_six"},
     "mxfp4": {"preset": "all-linear", "scheme": "mxfp4", "layout": "compressed-tensors"},
     "fp8": {"preset": "all-linear", "scheme": "fp8_block"},
+    "auto-4.75": {"preset": "all-linear", "scales": "four_over_six", "auto": {"bits": 4.75}},
+    "auto-5.0": {"preset": "all-linear", "scales": "four_over_six", "auto": {"bits": 5.0}},
+    "auto-5.5": {"preset": "all-linear", "scales": "four_over_six", "auto": {"bits": 5.5}},
 }
-"""Ways to quantize. All matrices of the layers, but: tafkir keeps attention in FP8 blocks, r1-fp4 as it is."""
+"""Ways to quantize. All matrices of the layers, but: tafkir keeps attention in FP8 blocks, r1-fp4 as it is; auto-B is a
+mixture of B bits a weight (tafkir has 4.75)."""
+
+
+def settings_of(name: str, checkpoint: Path) -> QuantizeConfig:
+    """A way to quantize, with the formats chosen where it leaves them open; on other problems than those below."""
+    config = QuantizeConfig.model_validate(FORMATS[name])
+    return auto_quantize(checkpoint, config, read_auto_text(checkpoint, config.auto)).config if config.auto else config
 
 
 def problems(stories: int, heldout: bool) -> list[Any]:
@@ -73,8 +84,12 @@ def problems(stories: int, heldout: bool) -> list[Any]:
 
 def distilled(name: str, checkpoint: Path, folder: Path, overrides: Sequence[str]) -> tuple[Path, dict[str, Any]]:
     """The checkpoint after the `qat` stage for a way to quantize, and the stage's result."""
-    formats = [f"quantize.{key}={json.dumps(value)}" for key, value in FORMATS[name].items()]
-    stages = [f"{stage}=" for stage in ("sft", "rlvr", "eval", "report")]
+    given = {key: value for key, value in FORMATS[name].items() if key != "auto"}
+    formats = [f"quantize.{key}={json.dumps(value)}" for key, value in given.items()]
+    rules = settings_of(name, checkpoint).rules
+    words = (f"{{tensors={json.dumps(rule.tensors)}, format={json.dumps(rule.format)}}}" for rule in rules)
+    formats += [f"quantize.rules=[{', '.join(words)}]"] if rules else []
+    stages = [f"{stage}=" for stage in ("sft", "reward", "rlvr", "rlhf", "mtp", "eval", "trm", "report")]
     keys = [f"base={json.dumps(str(checkpoint))}", "threads=1", "qat.baseline=false", *stages, *formats, *overrides]
     loaded = resolve_recipe(load_recipe(["wordmath-tiny", "quantized"], keys))
     run = RunDir(folder / f"run-{name}")
@@ -145,7 +160,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             row["qat"] = {key: stage[key] for key in told}
         folder = args.work / variant.replace(" ", "-")
         if not folder.exists():
-            write_quantized(origin, folder, QuantizeConfig.model_validate(FORMATS[name]))
+            # After training the formats are those that it was trained for.
+            write_quantized(origin, folder, settings_of(name, source))
+        row |= {"bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors"))}
         row |= {"formats": FORMATS[name], "kl": divergence(load_served(folder), teacher, texts)}
         if args.samples:
             row |= shares(plain, answers(folder, examples, args, variant.replace(" ", "-")))
