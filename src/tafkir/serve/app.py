@@ -15,6 +15,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 import tafkir
 from tafkir.serve.errors import install_error_handlers
 from tafkir.serve.gateway import Gateway
+from tafkir.serve.openapi import describe_api
 from tafkir.serve.options import ServerOptions
 from tafkir.serve.routes import add_generation_routes
 from tafkir.serve.served import Served
@@ -94,6 +95,7 @@ def build_app(
     install_error_handlers(app)
     _add_status_routes(app, served)
     add_generation_routes(app, served)
+    describe_api(app, served)
     app.add_middleware(Gateway, options=options, worker=served.worker)
     if options.cors_origins:
         from starlette.middleware.cors import CORSMiddleware
@@ -150,12 +152,12 @@ def _add_status_routes(app: FastAPI, served: Served) -> None:
         served.check_model(name)
         return card()
 
-    @app.get("/health")
+    @app.get("/health", responses={503: {"description": "The engine has failed."}})
     def health() -> JSONResponse:
         healthy = served.worker.healthy
         return JSONResponse({"status": "ok" if healthy else "failed", "model": served.name}, 200 if healthy else 503)
 
-    @app.get("/ready")
+    @app.get("/ready", responses={503: {"description": "It drains, has failed, or is stuck."}})
     def ready() -> JSONResponse:
         worker = served.worker
         stalled = worker.stalled_s > _STALLED_S

@@ -5,18 +5,17 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, ValidationError, model_validator
 
 from tafkir.serve.errors import ApiError
-from tafkir.serve.schema import ChatRequest
+from tafkir.serve.schema import FUNCTION_NAME, HOTTEST, MAX_TOOLS, ChatRequest, Closed, RequestBody
 from tafkir.serve.stream import Delta
 
-__all__ = ["ResponseEvents", "ResponsesRequest"]
+__all__ = ["PARTS", "ResponseEvents", "ResponsesRequest"]
 
-# Accepted and without effect: they describe the request, or ask for what happens anyhow.
+# Values that ask for nothing, or for what happens anyhow.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "background": (False,),
     "include": ([],),
@@ -26,70 +25,56 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "top_logprobs": (0,),
     "truncation": ("disabled",),
 }
-_DESCRIPTIONS = frozenset({"metadata", "user", "service_tier", "safety_identifier", "prompt_cache_key"})
+_WITHOUT_EFFECT = frozenset({"metadata", "user", "service_tier", "safety_identifier", "prompt_cache_key"})
 
 
-class _Format(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class _Format(Closed):
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
     description: str | None = None
     strict: bool | None = None
     json_schema: dict[str, Any] | bool | None = Field(None, alias="schema")
 
+    @model_validator(mode="after")
+    def _a_schema_where_one_is_named(self) -> _Format:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("schema comes with type json_schema, and only with it")
+        return self
 
-class _Text(BaseModel):
-    model_config = ConfigDict(extra="forbid")
 
+class _Text(Closed):
     format: _Format | None = None
 
 
-class _Tool(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class _Tool(Closed):
     type: Literal["function"]
-    name: str
+    name: str = Field(pattern=FUNCTION_NAME)
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class ResponsesRequest(BaseModel):
+class _NamedTool(Closed):
+    type: Literal["function"]
+    name: str
+
+
+class ResponsesRequest(RequestBody):
     """Body of POST /v1/responses."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    neutral, without_effect = _NEUTRAL, _WITHOUT_EFFECT
 
     model: str | None = None
-    input: str | list[dict[str, Any]]
+    input: str | Annotated[list[dict[str, Any]], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
-    temperature: float = Field(1.0, ge=0, le=100, allow_inf_nan=False)
+    temperature: float = Field(1.0, ge=0, le=HOTTEST, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1)
     stream: bool = False
     text: _Text | None = None
-    tools: list[_Tool] = Field(default_factory=list)
-    tool_choice: Literal["none", "auto", "required"] | dict[str, str] = "auto"
+    tools: list[_Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | _NamedTool = "auto"
     parallel_tool_calls: bool = True
-
-    @model_validator(mode="before")
-    @classmethod
-    def _only_known_fields(cls, body: Any) -> Any:
-        if not isinstance(body, Mapping):
-            return body
-        kept = {}
-        for name, value in body.items():
-            if name in cls.model_fields:
-                if value is not None:
-                    kept[name] = value
-            elif name in _NEUTRAL:
-                if value is not None and value not in _NEUTRAL[name]:
-                    raise PydanticCustomError(
-                        "unsupported_parameter", "{param} is not supported by this server", {"param": name}
-                    )
-            elif name not in _DESCRIPTIONS:
-                raise PydanticCustomError("unknown_parameter", "{param} is not a known field", {"param": name})
-        return kept
 
     def to_chat(self) -> ChatRequest:
         """The same request as a chat.
@@ -113,8 +98,8 @@ class ResponsesRequest(BaseModel):
             functions = [tool.model_dump(exclude={"type"}, exclude_none=True) for tool in self.tools]
             body["tools"] = [{"type": "function", "function": function} for function in functions]
         body["tool_choice"] = self.tool_choice
-        if isinstance(self.tool_choice, dict):
-            body["tool_choice"] = {"type": "function", "function": {"name": self.tool_choice.get("name", "")}}
+        if isinstance(self.tool_choice, _NamedTool):
+            body["tool_choice"] = {"type": "function", "function": {"name": self.tool_choice.name}}
         try:
             return ChatRequest.model_validate(body)
         except ValidationError as error:
@@ -124,7 +109,7 @@ class ResponsesRequest(BaseModel):
             raise ApiError(400, f"{param}: {first['msg']}", param=param, code="invalid_value") from None
 
 
-_PARTS = frozenset({"input_text", "output_text", "text"})
+PARTS = frozenset({"input_text", "output_text", "text"})
 
 
 def _message(item: dict[str, Any]) -> dict[str, Any]:
@@ -134,30 +119,28 @@ def _message(item: dict[str, Any]) -> dict[str, Any]:
         function = {"name": item.get("name"), "arguments": item.get("arguments")}
         return {"role": "assistant", "tool_calls": [{"id": str(item.get("call_id", "")), "function": function}]}
     if kind == "function_call_output":
-        return {"role": "tool", "content": item.get("output")}
+        return {"role": "tool", "content": _text_parts(item.get("output"))}
     if kind != "message":
         raise ApiError(400, f"input: items of type {str(kind)[:50]!r} are not supported", param="input")
-    content = item.get("content")
-    if isinstance(content, list):
-        content = [
-            {"type": "text", "text": part.get("text")}
-            if isinstance(part, dict) and part.get("type") in _PARTS
-            else part
-            for part in content
-        ]
-    return {"role": item.get("role"), "content": content}
+    return {"role": item.get("role"), "content": _text_parts(item.get("content"))}
 
 
-def _part(part: Any) -> Any:
-    is_text = isinstance(part, dict) and part.get("type") in _PARTS
-    return {"type": "text", "text": part.get("text")} if is_text else part
+def _text_parts(content: Any) -> Any:
+    """Content with its parts of text as a chat spells them; others are left for the chat's checks to refuse."""
+
+    def is_text(part: Any) -> bool:
+        return isinstance(part, dict) and isinstance(part.get("type"), str) and part["type"] in PARTS
+
+    if not isinstance(content, list):
+        return content
+    return [{"type": "text", "text": part.get("text")} if is_text(part) else part for part in content]
 
 
 class ResponseEvents:
     """Turns the deltas of one choice into the events of a response, and the response that they add up to."""
 
     def __init__(self, request: ResponsesRequest, model: str) -> None:
-        asked = request.text.format if request.text else None
+        asked, choice = request.text.format if request.text else None, request.tool_choice
         format = asked.model_dump(by_alias=True, exclude_none=True) if asked else None
         self.response: dict[str, Any] = {
             "id": f"resp_{uuid.uuid4().hex}",
@@ -176,7 +159,7 @@ class ResponseEvents:
             "store": False,
             "temperature": request.temperature,
             "text": {"format": format or {"type": "text"}},
-            "tool_choice": request.tool_choice,
+            "tool_choice": choice.model_dump() if isinstance(choice, _NamedTool) else choice,
             "tools": [tool.model_dump() for tool in request.tools],
             "top_p": request.top_p,
             "truncation": "disabled",

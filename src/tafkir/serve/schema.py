@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -16,25 +16,33 @@ from pydantic_core import PydanticCustomError
 from tafkir.records import SamplingParams
 
 __all__ = [
+    "COLDEST",
+    "FUNCTION_NAME",
+    "HOTTEST",
     "MAX_CHOICES",
+    "MAX_STOPS",
+    "MAX_TOOLS",
     "ChatMessage",
     "ChatRequest",
+    "Closed",
     "CompletionRequest",
     "DetokenizeRequest",
     "FunctionTool",
     "GenerationRequest",
     "OutputRules",
+    "RequestBody",
     "ResponseFormatRequest",
     "StreamOptions",
     "TokenizeRequest",
 ]
 
 MAX_CHOICES = 64
-_MAX_STOPS = 16
+MAX_STOPS = 16
 _MAX_BIASES = 1024
-_MAX_TOOLS = 128
+MAX_TOOLS = 128
+FUNCTION_NAME = r"^[A-Za-z0-9_.-]{1,64}$"
 # Below it, logits divided by the temperature leave what float32 holds.
-_COLDEST = 1e-3
+COLDEST, HOTTEST = 1e-3, 100
 
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 # The first bad item ends the check: a million of them would each become an error to report.
@@ -56,40 +64,81 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "verbosity": (),
     "web_search_options": (),
 }
-"""Fields of the OpenAI API that are not done, with the values (beside null) that ask for nothing."""
 
 
-def _as_accepted(schema: dict[str, Any]) -> None:
-    """Make the OpenAPI text say what is taken: null leaves a field out, and fields without effect may come."""
-    fields = schema["properties"]
-    for name in fields.keys() - set(schema.get("required", ())):
-        fields[name] = {"anyOf": [fields[name], {"type": "null"}]}
-    fields |= {name: {} for name in sorted(_WITHOUT_EFFECT)}
-    fields |= {name: {"enum": [None, *values]} for name, values in _NEUTRAL.items()}
+def _integers(value: Any, depth: int = 2) -> Any:
+    """JSON's 5.0 as 5, which fields of both kinds of number take; also in a list, or a list of lists."""
+    if type(value) is float and value.is_integer():
+        return int(value)
+    if depth and type(value) is list and not {int, str}.issuperset(map(type, value)):
+        return [_integers(each, depth - 1) for each in value]
+    return value
 
 
-class StreamOptions(BaseModel):
+class Closed(BaseModel):
+    """A part of a request: no field but its own, no value of another type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_numbers(cls, body: Any) -> Any:
+        return {name: _integers(value) for name, value in body.items()} if isinstance(body, Mapping) else body
+
+
+class RequestBody(Closed):
+    """A body in which null leaves a field out, and a field that is not done is refused by name.
+
+    Attributes:
+        neutral: fields that are not done, with the values (beside null) that ask for nothing.
+        without_effect: fields that may hold anything, since no answer depends on them.
+    """
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]]
+    without_effect: ClassVar[frozenset[str]]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_known_fields(cls, body: Any) -> Any:
+        if not isinstance(body, Mapping):
+            return body
+        kept = {}
+        for name, value in body.items():
+            if name in cls.model_fields:
+                if value is not None:  # null is OpenAI's way to leave a field out
+                    kept[name] = value
+            elif name in cls.neutral:
+                if value is not None and not any(
+                    type(value) is type(idle) and value == idle for idle in cls.neutral[name]
+                ):
+                    raise PydanticCustomError(
+                        "unsupported_parameter", "{param} is not supported by this server", {"param": name}
+                    )
+            elif name not in cls.without_effect:
+                near = difflib.get_close_matches(name, cls.model_fields, 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise PydanticCustomError(
+                    "unknown_parameter", "{param} is not a known field{hint}", {"param": name, "hint": hint}
+                )
+        return kept
+
+
+class StreamOptions(Closed):
     """How a stream ends."""
-
-    model_config = ConfigDict(extra="forbid")
 
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
-class _JsonSchema(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class _JsonSchema(Closed):
     name: str = "answer"
     description: str | None = None
     strict: bool | None = None
     json_schema: dict[str, Any] | bool = Field(alias="schema")
 
 
-class ResponseFormatRequest(BaseModel):
+class ResponseFormatRequest(Closed):
     """OpenAI's `response_format`."""
-
-    model_config = ConfigDict(extra="forbid")
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: _JsonSchema | None = None
@@ -101,10 +150,8 @@ class ResponseFormatRequest(BaseModel):
         return self
 
 
-class OutputRules(BaseModel):
+class OutputRules(Closed):
     """What an answer must look like, in vLLM's spelling (`structured_outputs`): exactly one of the four."""
-
-    model_config = ConfigDict(extra="forbid")
 
     json_: dict[str, Any] | bool | None = Field(None, alias="json")
     regex: str | None = Field(None, max_length=10_000)
@@ -118,22 +165,22 @@ class OutputRules(BaseModel):
         return self
 
 
-class GenerationRequest(BaseModel):
+class GenerationRequest(RequestBody):
     """What chat and plain completions share."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_as_accepted)
+    neutral, without_effect = _NEUTRAL, _WITHOUT_EFFECT
 
     model: str | None = None
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    temperature: float = Field(1.0, ge=0, le=100, allow_inf_nan=False)
+    temperature: float = Field(1.0, ge=0, le=HOTTEST, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1, lt=1 << 31, description="0 or -1: no cut.")
     seed: int | None = None
     priority: int = Field(0, ge=-(1 << 31), lt=1 << 31, description="Where requests wait, lower ones go first.")
-    stop: list[str] = Field(default_factory=list, max_length=_MAX_STOPS)
-    stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=_MAX_STOPS)
+    stop: list[str] = Field(default_factory=list, max_length=MAX_STOPS)
+    stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=MAX_STOPS)
     min_p: float = Field(0.0, ge=0, le=1)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
@@ -144,29 +191,6 @@ class GenerationRequest(BaseModel):
     prompt_logprobs: int | None = Field(None, ge=0, le=20, description="Log-probabilities of the prompt, as vLLM's.")
     response_format: ResponseFormatRequest | None = None
     structured_outputs: OutputRules | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _only_known_fields(cls, body: Any) -> Any:
-        if not isinstance(body, Mapping):
-            return body
-        kept = {}
-        for name, value in body.items():
-            if name in cls.model_fields:
-                if value is not None:  # null is OpenAI's way to leave a field out
-                    kept[name] = value
-            elif name in _NEUTRAL:
-                if value is not None and value not in _NEUTRAL[name]:
-                    raise PydanticCustomError(
-                        "unsupported_parameter", "{param} is not supported by this server", {"param": name}
-                    )
-            elif name not in _WITHOUT_EFFECT:
-                near = difflib.get_close_matches(name, cls.model_fields, 1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise PydanticCustomError(
-                    "unknown_parameter", "{param} is not a known field{hint}", {"param": name, "hint": hint}
-                )
-        return kept
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -183,15 +207,15 @@ class GenerationRequest(BaseModel):
     @field_validator("temperature")
     @classmethod
     def _not_too_cold(cls, value: float) -> float:
-        if 0 < value < _COLDEST:
-            raise ValueError(f"{value} is neither 0 (greedy) nor at least {_COLDEST}")
+        if 0 < value < COLDEST:
+            raise ValueError(f"{value} is neither 0 (greedy) nor at least {COLDEST}")
         return value
 
     @field_validator("logit_bias")
     @classmethod
     def _biases_of_tokens(cls, value: dict[str, float]) -> dict[str, float]:
         for token, bias in value.items():
-            if not (token.isascii() and token.isdigit() and len(token) < 10):
+            if not (token.isascii() and token.isdigit() and len(token) < 10 and str(int(token)) == token):
                 raise ValueError(f"{token[:20]!r} is no token id")
             if not -100 <= bias <= 100:
                 raise ValueError(f"the bias of token {token} is {bias}; expected -100 to 100")
@@ -236,74 +260,56 @@ class GenerationRequest(BaseModel):
         return OutputRules(json={"type": "object"}) if self.response_format.type == "json_object" else None
 
 
-class _TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class _TextPart(Closed):
     type: Literal["text"]
     text: str
 
 
-class _FunctionCall(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class _FunctionCall(Closed):
     name: str
     arguments: str
 
 
-class _ToolCall(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class _ToolCall(Closed):
     id: str = ""
     type: Literal["function"] = "function"
     function: _FunctionCall
 
 
-class _Function(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+class _Function(Closed):
+    name: str = Field(pattern=FUNCTION_NAME)
     description: str | None = None
     parameters: dict[str, Any] = Field(default_factory=lambda: {"type": "object", "properties": {}})
     strict: bool | None = None
 
 
-class FunctionTool(BaseModel):
+class FunctionTool(Closed):
     """A function that the model may call."""
-
-    model_config = ConfigDict(extra="forbid")
 
     type: Literal["function"]
     function: _Function
 
 
-class _FunctionName(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class _FunctionName(Closed):
     name: str
 
 
-class _NamedTool(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class _NamedTool(Closed):
     type: Literal["function"]
     function: _FunctionName
 
 
-class _TemplateOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class _TemplateOptions(Closed):
     enable_thinking: bool | None = None
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(Closed):
     """One turn of a conversation. `content` may be a string or a list of text parts."""
-
-    model_config = ConfigDict(extra="forbid")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str = ""
     reasoning_content: str | None = None
-    tool_calls: list[_ToolCall] = Field(default_factory=list, max_length=_MAX_TOOLS)
+    tool_calls: list[_ToolCall] = Field(default_factory=list, max_length=MAX_TOOLS)
     tool_call_id: str | None = None
 
     @model_validator(mode="before")
@@ -333,7 +339,7 @@ class ChatRequest(GenerationRequest):
     enable_thinking: bool | None = Field(None, description="False: answer at once. True: think, then answer.")
     max_thinking_tokens: int | None = Field(None, ge=0)
     chat_template_kwargs: _TemplateOptions | None = None
-    tools: list[FunctionTool] = Field(default_factory=list, max_length=_MAX_TOOLS)
+    tools: list[FunctionTool] = Field(default_factory=list, max_length=MAX_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | _NamedTool = "auto"
     parallel_tool_calls: bool = True
 
@@ -415,10 +421,8 @@ class CompletionRequest(GenerationRequest):
         return [tokens] if tokens else [item for item in self.prompt if not isinstance(item, int)]
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(Closed):
     """Body of POST /tokenize, as vLLM has it: a text, to which nothing is added, or a chat."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = None
     prompt: str | None = None
@@ -434,10 +438,8 @@ class TokenizeRequest(BaseModel):
         return self
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(Closed):
     """Body of POST /detokenize, as vLLM has it. Special tokens are shown."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = None
     tokens: TokenIds = Field(max_length=1_000_000)

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from tafkir.errors import TafkirError
+from tafkir.errors import CapacityError, TafkirError
 from tafkir.records import Request
 from tafkir.serve.metrics import ServerMetrics
 
@@ -144,9 +144,12 @@ class EngineWorker:
         return len(self._jobs) + len(self._scorings)
 
     def check_open(self, count: int = 1) -> None:
-        """Raises Stopped or Overloaded where so many more requests would not be taken."""
+        """Raises Stopped or Overloaded where so many more requests would not be taken, CapacityError where never."""
         if self.draining or self.failure is not None:
             raise Stopped("the server is shutting down" if self.failure is None else "the engine has stopped")
+        if count > (most := self.engine.max_batch + self._max_queue):
+            what = f"the request asks for {count} sequences at once"
+            raise CapacityError(what, expected=f"at most {most}", fix="lower n, or send fewer prompts at a time")
         if self._num_served + count > self.engine.max_batch + self._max_queue:
             self.metrics.refused.add(amount=count)
             latency = self.metrics.latency
