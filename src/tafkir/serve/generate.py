@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +85,7 @@ class Generation:
     prompt_tokens: int
     shapers: list[Shaper | None]
     timeout_s: float | None
+    _begun: tuple[list[tuple[int, Delta]], AsyncGenerator[list[tuple[int, Delta]], None]] | None = None
 
     @classmethod
     def submit(
@@ -115,6 +117,16 @@ class Generation:
         names = [request.id for request in requests]
         return cls(worker, http, inbox, names, list(choices), prompt_tokens, list(shapers), timeout_s)
 
+    async def begin(self) -> Generation:
+        """Wait for the first tokens, before a byte of a stream is sent: what fails until then has a status of its
+        own, and a proxy may still ask another replica.
+
+        Raises: as `deltas`.
+        """
+        steps = self._steps()
+        self._begun = await anext(steps), steps
+        return self
+
     async def deltas(self) -> AsyncIterator[list[tuple[int, Delta]]]:
         """Per engine step, (choice index, what its token added). Whatever ends the loop, nothing keeps running.
 
@@ -123,6 +135,16 @@ class Generation:
             ApiError: the time is over, or a choice cannot satisfy its request.
             TafkirError, Stopped: the engine failed.
         """
+        if self._begun is None:
+            await self.begin()
+        assert self._begun is not None
+        first, steps = self._begun
+        async with aclosing(steps):
+            yield first
+            async for step in steps:
+                yield step
+
+    async def _steps(self) -> AsyncGenerator[list[tuple[int, Delta]], None]:
         loop = asyncio.get_running_loop()
         deadline = None if self.timeout_s is None else loop.time() + self.timeout_s
         index_of = {request_id: index for index, request_id in enumerate(self.ids)}

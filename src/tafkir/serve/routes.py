@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -65,9 +65,9 @@ def add_generation_routes(app: FastAPI, served: Served) -> None:
         served.room(ids, "input")
         events = ResponseEvents(body, served.name)
         generation = await _submit(served, http, asked, [(ids, _samples(asked, limit))], 0)
-        if body.stream:
-            return StreamingResponse(generation.follow(events), media_type="text/event-stream", headers=_STREAM_HEADERS)
         try:
+            if body.stream:
+                return _stream((await generation.begin()).follow(events))
             return JSONResponse(await generation.respond(events))
         except ClientLeft:
             return Response(status_code=499)
@@ -169,13 +169,16 @@ async def _submit(
 
 
 async def _answer(generation: Generation, format: ResponseFormat, body: GenerationRequest) -> Response:
-    if body.stream:
-        events = generation.stream(format, include_usage=body.include_usage)
-        return StreamingResponse(events, media_type="text/event-stream", headers=_STREAM_HEADERS)
     try:
+        if body.stream:
+            return _stream((await generation.begin()).stream(format, include_usage=body.include_usage))
         return JSONResponse(await generation.whole(format))
     except ClientLeft:
         return Response(status_code=499)
+
+
+def _stream(events: AsyncIterator[str]) -> Response:
+    return StreamingResponse(events, media_type="text/event-stream", headers=_STREAM_HEADERS)
 
 
 def _samples(body: GenerationRequest, max_tokens: int) -> list[SamplingParams]:

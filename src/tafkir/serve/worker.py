@@ -101,7 +101,7 @@ class EngineWorker:
             raise self.failure
 
     def drain(self) -> None:
-        """Take nothing more; what runs or waits goes on to its end."""
+        """Let /ready say that the end is near. Whoever holds a connection until it is closed is still answered."""
         self._draining = True
 
     def stop(self) -> None:
@@ -145,7 +145,7 @@ class EngineWorker:
 
     def check_open(self, count: int = 1) -> None:
         """Raises Stopped or Overloaded where so many more requests would not be taken, CapacityError where never."""
-        if self.draining or self.failure is not None:
+        if self._stopping or self.failure is not None:
             raise Stopped("the server is shutting down" if self.failure is None else "the engine has stopped")
         if count > (most := self.engine.max_batch + self._max_queue):
             what = f"the request asks for {count} sequences at once"
