@@ -26,13 +26,16 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$(( n > 4 ? 4 : n )))
 PYTEST_ARGS ?=
 
-.PHONY: help demo test check install install-dev clean
+.PHONY: help demo demo-fast test check install install-dev clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
 
-demo: install ## Install, make a small reasoning model (about 15 minutes on two cores), say how to chat with it
+demo: install ## Install, make a small reasoning model, the whole chain (15 minutes on two cores), say how to chat with it
 	@$(BIN)/tafkir run recipes/wordmath-tiny.toml
+
+demo-fast: install ## The same with each stage shortened (4 minutes): how it goes, not what it can do
+	@$(BIN)/tafkir run recipes/wordmath-tiny.toml recipes/fragments/fast.toml --name demo-fast
 
 test: install-dev ## Install, run the whole test suite
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)

@@ -11,7 +11,20 @@ _BROKEN = frozenset({"sandbox", "start"})
 Outcome = Literal["correct", "wrong", "no_answer", "length", "timeout", "unjudged", "error", "graded"]
 Split = Literal["train", "validation", "test"]
 StageName = Literal[
-    "tokenizer", "pretrain", "sft", "reward", "dpo", "rlvr", "rlhf", "qat", "quantize", "eval", "lab", "trm", "report"
+    "tokenizer",
+    "pretrain",
+    "sft",
+    "reward",
+    "dpo",
+    "rlvr",
+    "rlhf",
+    "qat",
+    "mtp",
+    "quantize",
+    "eval",
+    "lab",
+    "trm",
+    "report",
 ]
 
 STAGES: tuple[StageName, ...] = (
@@ -23,12 +36,15 @@ STAGES: tuple[StageName, ...] = (
     "rlvr",
     "rlhf",
     "qat",
+    "mtp",
     "quantize",
     "eval",
     "lab",
     "trm",
     "report",
 )
+POLICY_STAGES: tuple[StageName, ...] = ("pretrain", "sft", "dpo", "rlvr", "rlhf", "qat", "mtp")
+"""Stages that train the model which answers."""
 
 
 @dataclass(frozen=True, slots=True)

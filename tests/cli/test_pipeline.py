@@ -95,7 +95,7 @@ def test_a_killed_stage_goes_on_in_its_directory(bench: Bench) -> None:
 def test_changed_inputs_redo_the_stage_and_all_later_ones(bench: Bench) -> None:
     bench()
     assert bench("sft.steps=9") == ["sft", "rlvr", "eval", "report"]
-    assert bench.asides() == ["03-sft.old-1", "06-rlvr.old-1", "10-eval.old-1", "13-report.old-1"]
+    assert bench.asides() == ["03-sft.old-1", "06-rlvr.old-1", "11-eval.old-1", "14-report.old-1"]
 
 
 def test_a_half_done_stage_with_changed_inputs_is_not_resumed(bench: Bench) -> None:

@@ -17,7 +17,7 @@ from tafkir.records import STAGES
 from tests.e2e.conftest import Tafkir, copy_of, listing
 
 # The stages of the smoke recipe by the numbers of their folders.
-NOT_THERE = ("reward", "dpo", "rlhf", "qat", "quantize", "lab", "trm")
+NOT_THERE = ("reward", "dpo", "rlhf", "qat", "mtp", "quantize", "lab", "trm")
 NUMBERED = [(number, kind) for number, kind in enumerate(STAGES, start=1) if kind not in NOT_THERE]
 TRAINED = {"02-pretrain": 6, "03-sft": 6, "06-rlvr": 3}
 TOKENIZER = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
@@ -138,7 +138,7 @@ def test_the_evaluation_asked_held_out_problems_only(smoke: Path) -> None:
             (problem.id, repeat) for problem in test_part[:8] for repeat in range(3)
         ]
         assert {row["expected"] for row in rows} == {problem.answer for problem in test_part[:8]}
-    result = result_of(smoke, "10-eval")
+    result = result_of(smoke, "11-eval")
     assert list(result["stages"]) == ["sft", "rlvr"]
     assert set(result["baselines"]) == {"best_operator", "sum_of_numbers"}
     assert result["contamination"]["remaining"] == 0
@@ -153,7 +153,7 @@ def test_the_report_names_every_stage_and_what_kept_the_test_apart(smoke: Path) 
         assert "400 held-out problems was looked up in the 600 training problems" in written
         assert "A second pass over the 600 that remain finds none." in written
         assert "95 %" in written
-    assert result_of(smoke, "13-report")["notes"] == []
+    assert result_of(smoke, "14-report")["notes"] == []
     assert "http://" not in page.replace("http://www.w3.org", "") and "<script src" not in page
 
 

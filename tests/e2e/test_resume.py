@@ -30,7 +30,7 @@ KILLS = {
     "in rlvr, in the middle of a later step": ("os.rename", r"06-rlvr/state/step-00000002", 1, 0.02),
     "in rlvr, while it resumes": ("os.rename", r"06-rlvr/timings\.jsonl", 1, 0.0),
     "in eval, between two checkpoints": ("open", r"eval/wordmath-sft\.jsonl", 1, 0.0),
-    "in eval, before its result": ("os.rename", r"10-eval/result\.json", 1, 0.0),
+    "in eval, before its result": ("os.rename", r"11-eval/result\.json", 1, 0.0),
     "in the report, between its two files": ("os.rename", r"report\.md", 1, 0.0),
 }
 
@@ -162,7 +162,7 @@ def test_only_does_one_stage_again_and_from_all_later_ones(
         "03-sft.old-1",
         "06-rlvr.old-1",
         "06-rlvr.old-2",
-        "10-eval.old-1",
+        "11-eval.old-1",
         "13-report.old-1",
     ]
     refused = tafkir(*tiny, "--only", "rlvr", "--set", "sft.steps=9", cwd=tmp_path)

@@ -18,7 +18,7 @@ KILLS = {
     "with the old state and the new one there": ("os.remove", r"08-qat/state/step-00000002", 1, 0.0),
     "its checkpoint written but not in place": ("os.rename", r"08-qat/checkpoint$", 1, 0.0),
     "between its checkpoint and its result": ("os.rename", r"08-qat/result\.json", 1, 0.0),
-    "while it is quantized": ("os.rename", r"09-quantize/ptq$", 1, 0.0),
+    "while it is quantized": ("os.rename", r"10-quantize/ptq$", 1, 0.0),
 }
 
 
@@ -52,7 +52,7 @@ def test_a_killed_run_ends_like_an_unbroken_one(
         decoder = load_checkpoint(source).decoder
         assert recipe.quantize is not None
         worth = FakeQuantizer(decoder, recipe.quantize)(dict(decoder.named_parameters()))
-        written = load_checkpoint(unbroken / "stages/09-quantize" / name).decoder.state_dict()
+        written = load_checkpoint(unbroken / "stages/10-quantize" / name).decoder.state_dict()
         assert worth and all((written[key] == values).all() for key, values in worth.items())
 
     # The text may be learnt, too.

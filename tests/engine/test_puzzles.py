@@ -111,7 +111,7 @@ def test_who_solves(checkpoint: Path, tmp_path: Path) -> None:
         find_solver(None, "." * 81, lambda: bundled)
     with pytest.raises(CheckpointError, match="no such checkpoint or run directory"):
         find_solver("none", QUESTION, lambda: bundled)
-    run = tmp_path / "run" / "stages" / "12-trm"
+    run = tmp_path / "run" / "stages" / "13-trm"
     run.mkdir(parents=True)
     checkpoint.rename(run / "checkpoint")
     assert find_solver(tmp_path / "run", QUESTION) == run / "checkpoint"

@@ -46,7 +46,7 @@ def test_shares_are_those_of_the_answers(
 ) -> None:
     asked: list[Path] = []
     # How many of the ten problems each checkpoint gets right; the answers tell problems apart by their numbers.
-    right = {"06-rlvr": 8, "ptq": 4, "09-quantize": 7}
+    right = {"06-rlvr": 8, "ptq": 4, "10-quantize": 7}
 
     def build(checkpoint: Path) -> Scripted:
         asked.append(checkpoint)
@@ -65,7 +65,7 @@ def test_shares_are_those_of_the_answers(
     ctx = eval_context(edit=lambda text: text.replace("max_problems = 5\n", TABLES), build_completer=build)
     put_checkpoints(ctx.run)
     result = json.loads(json.dumps(run_eval(ctx), allow_nan=False))
-    assert [path.parent.name for path in asked] == ["06-rlvr", "09-quantize", "09-quantize"]
+    assert [path.parent.name for path in asked] == ["06-rlvr", "10-quantize", "10-quantize"]
     assert asked[1].name == "ptq" and list(result["stages"]) == ["rlvr", "ptq", "quantize"]
     kept = {(row["after"], row["metric"]): row for row in result["retention"] if row["source"] == "all"}
     assert kept["ptq", "average"]["value"] == kept["ptq", "greedy"]["value"] == pytest.approx(0.5)
@@ -73,7 +73,7 @@ def test_shares_are_those_of_the_answers(
     for (name, _), row in kept.items():
         # Fieller's ends are those ratios at which a paired t-test stands exactly at its limit.
         before, after = (
-            [float(i < right[key]) for i in range(10)] for key in ("06-rlvr", name.replace("quantize", "09-quantize"))
+            [float(i < right[key]) for i in range(10)] for key in ("06-rlvr", name.replace("quantize", "10-quantize"))
         )
         for end in (row["low"], row["high"]):
             gaps = [b - end * a for a, b in zip(before, after, strict=True)]

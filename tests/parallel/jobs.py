@@ -20,7 +20,7 @@ from tafkir.models.decoder import Decoder
 from tafkir.models.reward import RewardModel, reward_model_from
 from tafkir.recipe.model import ModelConfig
 from tafkir.recipe.rlhf import DpoConfig, RewardConfig
-from tafkir.recipe.schema import ParallelConfig, PretrainConfig, SftConfig, TrainTable
+from tafkir.recipe.schema import MtpStageConfig, ParallelConfig, PretrainConfig, TrainTable
 from tafkir.runlog.metrics import read_jsonl
 from tafkir.runlog.rundir import StageDir
 from tafkir.train.dpo import KtoReference, dpo_step, measure_dpo, reference_logprobs
@@ -89,7 +89,7 @@ def pairs(step: int, count: int = 9) -> list[EncodedPair]:
 Method = Literal["pretrain", "mtp_distill", "reward", "dpo"]
 TABLES: dict[Method, type[TrainTable]] = {
     "pretrain": PretrainConfig,
-    "mtp_distill": SftConfig,
+    "mtp_distill": MtpStageConfig,
     "reward": RewardConfig,
     "dpo": DpoConfig,
 }

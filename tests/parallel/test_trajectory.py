@@ -131,7 +131,7 @@ def test_multi_token_prediction_trains_along(sizes: dict[str, int], tmp_path: Pa
 )
 def test_added_layers_learn_what_the_frozen_decoder_predicts(sizes: dict[str, int], tmp_path: Path) -> None:
     model = MODEL.model_copy(update={"mtp": MtpConfig(depth=2)})
-    table = {"steps": 3, "method": "mtp_distill", "expert_bias_update_rate": 0.01}
+    table = {"steps": 3, "expert_bias_update_rate": 0.01}
     wanted = train(tmp_path / "alone", {}, table, method="mtp_distill", model=model, longest=5)
     found = run_ranks(
         prod(sizes.values()), train, tmp_path / "many", sizes, table, method="mtp_distill", model=model, longest=5

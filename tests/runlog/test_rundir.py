@@ -27,11 +27,12 @@ def test_stages_are_numbered_by_their_place(tmp_path: Path) -> None:
         "06-rlvr",
         "07-rlhf",
         "08-qat",
-        "09-quantize",
-        "10-eval",
-        "11-lab",
-        "12-trm",
-        "13-report",
+        "09-mtp",
+        "10-quantize",
+        "11-eval",
+        "12-lab",
+        "13-trm",
+        "14-report",
     ]
     assert not run.path.exists()
 

@@ -1,4 +1,4 @@
-"""The whole way: a checkpoint without MTP layers gets them in an sft stage, and keeps every other byte."""
+"""The whole way: a checkpoint without MTP layers gets them in a stage of their own, and keeps every other byte."""
 
 from __future__ import annotations
 
@@ -44,14 +44,15 @@ def test_a_chat_checkpoint_without_mtp_gets_one_and_keeps_every_other_byte(tmp_p
     first = run(tmp_path / "base", sums, "pretrain.steps=2", "pretrain.story_share=0", "sft=")
     base = first.stage("pretrain").checkpoint_dir
     from_base = (sums, f"base={json.dumps(str(base))}", "tokenizer=", "pretrain=")
-    second = run(tmp_path / "mtp", *from_base, "model.mtp.depth=1", "sft.method=mtp_distill")
-    stage = second.stage("sft")
+    drafts = ("mtp.steps=2", "mtp.batch_problems=2", "mtp.story_share=0", "mtp.depth=2")
+    second = run(tmp_path / "mtp", *from_base, "sft=", *drafts, "mtp.validate_every=2")
+    stage = second.stage("mtp")
     result = stage.read_result()
     assert result is not None and 0 <= result["mtp"]["mtp_acceptance/1"] <= 1
     assert '"validation/mtp_acceptance/1"' in (stage.path / "metrics.jsonl").read_text()
 
     config = json.loads((stage.checkpoint_dir / "config.json").read_text())
-    assert config["num_nextn_predict_layers"] == 1
+    assert config["num_nextn_predict_layers"] == 2
     loaded = load_checkpoint(stage.checkpoint_dir)
     assert loaded.decoder.mtp is not None
     with (
@@ -62,10 +63,10 @@ def test_a_chat_checkpoint_without_mtp_gets_one_and_keeps_every_other_byte(tmp_p
             assert old.get_tensor(name).tobytes() == new.get_tensor(name).tobytes(), name
         added = set(new.keys()) - set(old.keys())
     layer = f"model.layers.{loaded.config.num_hidden_layers}."
-    assert all(name.startswith(layer) for name in added)
+    assert all(name.startswith((layer, layer.replace(".2.", ".3."))) for name in added)
     assert {f"{layer}{name}.weight" for name in ("enorm", "hnorm", "eh_proj", "final_layernorm")} <= added
 
     with pytest.raises(CheckpointError, match=r"mtp=None \(recipe: \{'depth': 1"):
         run(tmp_path / "rl", *from_base, "sft=", "rlvr.steps=1", "model.mtp.depth=1")
-    with pytest.raises(CheckpointError, match=r"mtp=\{'depth': 1.*\(recipe: None\)"):
+    with pytest.raises(CheckpointError, match=r"mtp=\{'depth': 2.*\(recipe: None\)"):
         run(tmp_path / "other", sums, f"base={json.dumps(str(stage.checkpoint_dir))}", "tokenizer=", "pretrain=")

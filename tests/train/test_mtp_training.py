@@ -20,7 +20,7 @@ from tafkir.ops.loss import distillation_loss, distillation_loss_reference
 from tafkir.ops.rope import rope_table
 from tafkir.recipe.load import load_recipe
 from tafkir.recipe.model import ModelConfig, MtpConfig
-from tafkir.recipe.schema import PretrainConfig, SftConfig
+from tafkir.recipe.schema import MtpStageConfig, PretrainConfig
 from tafkir.runlog.rundir import StageDir
 from tafkir.train.language import language_loss, language_step
 from tafkir.train.loop import StepOutput, Trainer, fit
@@ -158,13 +158,12 @@ def distill(decoder: Decoder, path: Path, *, stop_at: int | None = None, **table
     """The stage's loop; `stop_at` dies in the middle of that step."""
     freeze_all_but_mtp(decoder)
     settings: dict[str, Any] = {
-        "method": "mtp_distill",
         "steps": 8,
         "warmup_steps": 0,
         "learning_rate": 2e-2,
         "save_every": 2,
     } | table
-    trainer = Trainer(decoder, SftConfig(**settings))
+    trainer = Trainer(decoder, MtpStageConfig(**settings))
     step = distill_step(trainer, documents_of, label="sft")
 
     def train_step(i: int) -> StepOutput:
@@ -258,7 +257,6 @@ def test_distillation_loss_equals_its_reference() -> None:
     [
         ("sft.mtp_loss_weight=0.1", "sft.mtp_loss_weight"),
         ("sft.mtp_final_loss_weight=0.1", "sft.mtp_final_loss_weight"),
-        ("sft.method=mtp_distill", "mtp_distill"),
     ],
 )
 def test_a_recipe_that_trains_layers_the_model_lacks_is_refused(override: str, named: str) -> None:

@@ -115,7 +115,7 @@ def test_cut_off_weights_stay_where_they_are() -> None:
 
 def test_a_recipe_that_makes_no_sense_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"formats of a \[quantize\]"):
-        load_recipe(["wordmath-tiny"], ["qat.steps=3"])
+        load_recipe(["wordmath-tiny"], ["qat.steps=3", "quantize="])
     with pytest.raises(RecipeError, match=r"qat\.baseline"):
         load_recipe(["wordmath-tiny"], ['eval.stages=["ptq"]'])
     with pytest.raises(RecipeError, match="calibration"):

@@ -115,7 +115,7 @@ def test_a_killed_lab_skips_what_is_finished_and_goes_on_within_a_variant(
     monkeypatch.setattr(residual_lab, "language_step", dying)
     with pytest.raises(Killed):
         run_tiny(tmp_path / "killed")
-    variants = tmp_path / "killed" / "stages" / "11-lab" / "variants"
+    variants = tmp_path / "killed" / "stages" / "12-lab" / "variants"
     finished = {path: path.stat().st_mtime_ns for path in variants.glob("*/*") if "mhc" not in str(path)}
     assert len(started) == 3 and [path.name for path in variants.glob("mhc-001-seed0/state/*")]
     result, _ = run_tiny(tmp_path / "killed")

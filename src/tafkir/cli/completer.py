@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tafkir.errors import CheckpointError
-from tafkir.records import StageName
+from tafkir.records import POLICY_STAGES, StageName
 
 if TYPE_CHECKING:
     from tafkir.data.tokenizer import Tokenizer
@@ -110,7 +110,7 @@ def checkpoint_of(name: str) -> Path:
     run = RunDir(folder)
     if not run.stages_dir.is_dir():
         return folder
-    for kind in ("rlhf", "rlvr", "dpo", "sft", "pretrain"):
+    for kind in reversed(POLICY_STAGES):
         if (checkpoint := run.stage(kind).checkpoint_dir).is_dir():
             return checkpoint
     raise CheckpointError("this run has no checkpoint yet", where=name, fix="finish it with `tafkir run`")

@@ -41,7 +41,7 @@ _FORCED = "forced.json"
 # Stages that leave no policy to go on with: they look at what is there or copy it, or train what judges it.
 _WITHOUT_POLICY: tuple[StageName, ...] = ("reward", "quantize", "eval", "lab", "trm", "report")
 # What all processes of torchrun do together; the other stages are rank 0's.
-_SHARED: tuple[StageName, ...] = ("pretrain", "sft", "reward", "dpo", "rlvr", "rlhf", "trm")
+_SHARED: tuple[StageName, ...] = ("pretrain", "sft", "reward", "dpo", "rlvr", "rlhf", "mtp", "trm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +110,7 @@ def stage_function(kind: StageName) -> StageFunction:
         "dpo": preference_stages.run_dpo,
         "rlvr": stages.run_rlvr,
         "rlhf": preference_stages.run_rlhf,
+        "mtp": stages.run_mtp,
     }[kind]
 
 

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tafkir.records import POLICY_STAGES
+
 if TYPE_CHECKING:
     from tafkir.recipe.load import LoadedRecipe
     from tafkir.records import StageName
     from tafkir.runlog.rundir import RunDir
 
 __all__ = ["program_name", "run"]
-
-_TRAINING: tuple[StageName, ...] = ("pretrain", "sft", "dpo", "rlvr", "rlhf", "qat")
 
 
 def run(
@@ -140,7 +140,8 @@ def _show_end(directory: RunDir, results: Mapping[StageName, dict[str, Any]]) ->
     if directory.stage("trm").checkpoint_dir.is_dir():
         puzzles = "--arc TASKS.json" if "arc" in results.get("trm", {}) else "PUZZLE.txt"
         print(f"Solve with it:  {program_name()} solve {puzzles} --model {directory.path}")
-    if any(directory.stage(kind).checkpoint_dir.is_dir() for kind in _TRAINING):
+        print(f"Puzzle page:    {program_name()} trm page {directory.path / 'page'} --model {directory.path}")
+    if any(directory.stage(kind).checkpoint_dir.is_dir() for kind in POLICY_STAGES):
         print(f"Chat with it:   {program_name()} chat {directory.path}")
         print(f"Serve it:       {program_name()} serve {directory.path}")
 

@@ -26,7 +26,7 @@ from tafkir.recipe.bundled import find_checkpoint
 from tafkir.recipe.schema import EvalConfig
 from tafkir.recipe.seeds import derive_seed
 from tafkir.recipe.stage import StageContext
-from tafkir.records import Example, StageName
+from tafkir.records import POLICY_STAGES, Example, StageName
 from tafkir.tasks.baselines import fit_single_operator, sum_of_numbers
 from tafkir.tasks.math import WordProblems
 from tafkir.tasks.mixture import TaskMixture
@@ -114,9 +114,7 @@ def _checkpoints(ctx: StageContext, config: EvalConfig) -> dict[str, Path]:
         if name not in present:
             _logger.info("eval: the recipe has no stage %s, so it is not scored", name)
     if not present:
-        trained = any(
-            getattr(ctx.recipe, name) is not None for name in ("pretrain", "sft", "dpo", "rlvr", "rlhf", "qat")
-        )
+        trained = any(getattr(ctx.recipe, name) is not None for name in POLICY_STAGES)
         if trained or ctx.previous is None:
             raise RecipeError(
                 "none of these stages is in the recipe",

@@ -180,6 +180,10 @@ def _work(kind: StageName, recipe: Recipe) -> _Work:
             steps = recipe.sft.epochs * problems / table.batch_problems
         at_once = min(batch // table.micro_batches, table.pack_tokens or batch)
         return _Work(trained=int(steps * batch), batch=at_once)
+    if kind == "mtp" and recipe.mtp:
+        batch = recipe.mtp.batch_problems * _TOKENS_PER_PROBLEM
+        # the model's own forward is a third of what a trained token takes, and its few extra layers are not counted
+        return _Work(trained=recipe.mtp.steps * batch // 3, batch=batch // recipe.mtp.micro_batches)
     if kind == "qat" and recipe.qat:
         batch = recipe.qat.batch_problems * _TOKENS_PER_PROBLEM
         own = recipe.qat.batch_problems * recipe.qat.max_completion_tokens * _COMPLETION_SHARE

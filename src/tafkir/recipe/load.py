@@ -106,8 +106,6 @@ def _check_mtp(recipe: Recipe, where: str) -> None:
         for key in ("mtp_loss_weight", "mtp_final_loss_weight")
         if table is not None and getattr(table, key)
     ]
-    if recipe.sft is not None and recipe.sft.method == "mtp_distill":
-        asked.append("sft.method = mtp_distill")
     if asked and recipe.model.mtp is None:
         raise RecipeError(
             f"{asked[0]} needs multi-token-prediction layers", where=where, fix="add a [model.mtp] table: depth = 1"

@@ -28,6 +28,7 @@ from tafkir.runlog.trackers import TrackerName
 __all__ = [
     "STAGES",
     "AugmentConfig",
+    "ConversationTable",
     "DataConfig",
     "DecayShape",
     "DpoConfig",
@@ -35,6 +36,7 @@ __all__ = [
     "EvalConfig",
     "LabConfig",
     "LanguageTable",
+    "MtpStageConfig",
     "OptimConfig",
     "ParallelConfig",
     "PreferencesConfig",
@@ -119,21 +121,20 @@ class PretrainConfig(LanguageTable):
     question_loss: bool = Field(True, description="Learn to predict the questions too, not only their solutions.")
 
 
-class SftConfig(LanguageTable):
-    """Next-token loss on the assistant's chain of thought only, in the chat format.
+class ConversationTable(TrainTable):
+    """What the stages that read solved problems in the chat format have in common."""
 
-    With `method = "mtp_distill"` the model stays as it is, and only its multi-token-prediction layers learn.
-    """
-
-    method: Literal["next_token", "mtp_distill"] = Field(
-        "next_token", description="Train the whole model on the text, or only its MTP layers on its own predictions."
-    )
     batch_problems: Positive = Field(48, description="Conversations per optimiser step.")
     story_share: float = Field(0.3, ge=0, le=1, description="Share of conversations about made-up problems.")
     crowded_share: float = Field(
         0.5, ge=0, le=1, description="Share of the made-up problems with more numbers than the question needs."
     )
     tasks: Tasks = Field((), description="Kinds of solved problems to learn from; none means the word problems alone.")
+
+
+class SftConfig(LanguageTable, ConversationTable):
+    """Next-token loss on the assistant's chain of thought only, in the chat format."""
+
     epochs: float = Field(
         0.0, ge=0, description="Passes over the training problems, in place of steps; 0 counts by steps."
     )
@@ -141,13 +142,20 @@ class SftConfig(LanguageTable):
 
     @model_validator(mode="after")
     def _check_sft(self) -> Self:
-        if self.method == "mtp_distill" and (self.epochs or self.select or self.pack_tokens):
-            raise ValueError("epochs, select and pack_tokens are for next-token training, not for mtp_distill")
         if self.tasks and self.epochs:
             raise ValueError("epochs counts word problems, and tasks draws others: set steps")
         if self.select and (self.ema or not self.checkpoint_every):
             raise ValueError("select chooses among what checkpoint_every keeps, without ema: set it above 0")
         return self
+
+
+class MtpStageConfig(ConversationTable):
+    """Multi-token-prediction layers for a finished model, which learn to foresee what it will say.
+
+    The model stays as it is, bit for bit: only the layers learn, those of `[model.mtp]` or, where it has none, new ones.
+    """
+
+    depth: Positive = Field(1, description="Layers to add to a model without any; layer k looks k + 1 tokens ahead.")
 
 
 class EvalConfig(Table):
@@ -218,6 +226,7 @@ class Recipe(Table):
     rlvr: RlvrConfig | None = None
     rlhf: RlhfConfig | None = None
     qat: QatConfig | None = None
+    mtp: MtpStageConfig | None = None
     quantize: QuantizeConfig | None = None
     eval: EvalConfig | None = None
     lab: LabConfig | None = None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from tafkir.errors import RunDirError
-from tafkir.records import STAGES, Outcome, StageName
+from tafkir.records import POLICY_STAGES, STAGES, Outcome, StageName
 from tafkir.runlog.atomic import read_json
 from tafkir.runlog.metrics import read_jsonl
 from tafkir.runlog.rundir import RunDir, StageDir
@@ -162,7 +162,7 @@ def _expected_stages(run: RunDir, recipe: Mapping[str, Any]) -> list[StageName]:
 
 def _read_stage(stage: StageDir, notes: list[str]) -> StageRecord:
     run = RunDir(stage.path.parent.parent)
-    trains = stage.kind in ("pretrain", "sft", "reward", "dpo", "rlvr", "rlhf", "qat", "trm")
+    trains = stage.kind in (*POLICY_STAGES, "reward", "trm")
     result = _read_object(stage.result_path, run, notes)
     metrics = _read_rows(stage.metrics_path, run, notes)
     timings = _read_rows(stage.timings_path, run, notes)

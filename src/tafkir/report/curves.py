@@ -160,6 +160,17 @@ CURVES: Mapping[str, Sequence[Curve]] = {
     "dpo": _DPO_CURVES,
     "rlhf": _RLHF_CURVES,
     "qat": _QAT_CURVES,
+    "mtp": (
+        Curve(
+            "Divergence from the model",
+            "a fall: the layers foresee the model's own next choices better.",
+            {"train/loss": "training"},
+            unit="nats a token, mean of the layers",
+            y_min=0.0,
+        ),
+        _ACCEPTANCE,
+        _GRAD_NORM,
+    ),
     "trm": (
         Curve(
             "Loss of the cells",

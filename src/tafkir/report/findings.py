@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tafkir.recipe.model import ModelConfig
+from tafkir.records import POLICY_STAGES
 from tafkir.report.charts import Bar, number, percent, signed_points
 from tafkir.report.collect import RunRecord, StageRecord, series
 from tafkir.report.lab import lab_beside, lab_sentence
@@ -47,6 +48,7 @@ STAGE_TITLES: Mapping[str, str] = {
     "rlvr": "RLVR",
     "rlhf": "RLHF",
     "qat": "Trained for quantization",
+    "mtp": "Draft layers",
     "ptq": "Quantized untrained",
     "quantize": "Quantized",
     "eval": "Evaluation",
@@ -63,6 +65,7 @@ STAGE_WORDS: Mapping[str, str] = {
     "dpo": "learns from the preferred and the other answer of each pair directly",
     "rlhf": "answers open prompts and is rewarded for what is preferred (reinforcement learning, GRPO, under a guard)",
     "qat": "learns again with its weights and inputs as they will be once they are quantized",
+    "mtp": "extra layers learn to foresee what the finished model will say, for speculative decoding",
     "quantize": "the last model's weights in fewer bits",
     "eval": "answers problems that no stage was trained on",
     "lab": "trains twins that differ in one thing alone: their residual, or their rollouts and loss",
@@ -189,7 +192,7 @@ def _headline_without_eval(record: RunRecord) -> Headline:
     if solved := trm_sentence(record.result("trm")):
         return Headline(solved, trm_beside(record.result("trm")), "plain")
     trained = [
-        stage for stage in record.stages.values() if stage.kind in ("pretrain", "sft", "dpo", "rlvr", "rlhf", "qat")
+        stage for stage in record.stages.values() if stage.kind in POLICY_STAGES
     ]
     beside = ["This recipe has no evaluation, so nothing is said about held-out answers."]
     for name, words in (("validation/loss", "validation loss"), ("train/loss", "training loss")):
@@ -371,7 +374,7 @@ def _score_facts(evaluation: Mapping[str, Any]) -> list[Fact]:
 
 def _model_facts(record: RunRecord) -> list[Fact]:
     recursive = _number(record.result("trm"), "parameters")
-    if recursive and not {"pretrain", "sft", "dpo", "rlvr", "rlhf", "qat"} & set(record.stages):
+    if recursive and not set(POLICY_STAGES) & set(record.stages):
         return [Fact("Parameters", _count(recursive), "used again in every pass")]
     config = model_config(record)
     if config is None:

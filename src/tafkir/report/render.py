@@ -28,7 +28,7 @@ from tafkir.report.words import ACCURACY_HEAD, COST_HEAD, DIFFERENCE_HEAD, RETEN
 
 __all__ = ["render_html"]
 
-_TRAINING: Sequence[StageName] = ("pretrain", "sft", "reward", "dpo", "rlvr", "rlhf", "qat")
+_TRAINING: Sequence[StageName] = ("pretrain", "sft", "reward", "dpo", "rlvr", "rlhf", "qat", "mtp")
 
 
 def render_html(record: RunRecord) -> str:
@@ -466,6 +466,11 @@ _SECTIONS: Sequence[tuple[str, str, Callable[[RunRecord], str]]] = (
             "The model learns with its weights and inputs as they will be once they are quantized, and is to predict "
             "what it predicted before.",
         ),
+    ),
+    (
+        "mtp",
+        "Layers that draft",
+        _training("mtp", "The model stays as it is; extra layers learn to foresee what it is about to say."),
     ),
     ("agreement", "Do the two engines agree?", _agreement),
     ("lab", "The laboratory of residuals", _lab),

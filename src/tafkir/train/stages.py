@@ -29,9 +29,9 @@ from tafkir.errors import CheckpointError
 from tafkir.models.build import add_mtp, build_decoder, stretch_context
 from tafkir.models.decoder import Decoder
 from tafkir.ops.native import select_kernels
-from tafkir.recipe.model import ModelConfig
+from tafkir.recipe.model import ModelConfig, MtpConfig
 from tafkir.recipe.parallel import world_size
-from tafkir.recipe.schema import PretrainConfig, SftConfig, TrainTable
+from tafkir.recipe.schema import ConversationTable, MtpStageConfig, PretrainConfig, SftConfig, TrainTable
 from tafkir.recipe.seeds import derive_seed
 from tafkir.recipe.stage import StageContext
 from tafkir.runlog.rollouts import Keep, RolloutLog
@@ -55,6 +55,7 @@ __all__ = [
     "finish_policy",
     "keep_checkpoints",
     "open_policy",
+    "run_mtp",
     "run_pretrain",
     "run_rlvr",
     "run_sft",
@@ -110,38 +111,31 @@ def run_pretrain(ctx: StageContext) -> dict[str, Any]:
 
 
 def run_sft(ctx: StageContext) -> dict[str, Any]:
-    """Supervised fine-tuning on chains of thought in the chat format, of the model or of its MTP layers alone."""
+    """Supervised fine-tuning on chains of thought in the chat format."""
     config = ctx.recipe.sft
     assert config is not None
     corpus, decoder, tokenizer = _start(ctx, shared=world_size() > 1)
-    if config.tasks:
-        return _fit_language(ctx, config, decoder, tokenizer, *_solved_tasks(ctx, config, tokenizer, corpus), corpus)
-    problems = repeat_sources(corpus.train, ctx.recipe.data.repeat)
     if config.epochs:
-        usable = sum(bool(problem.steps) for problem in problems)
+        usable = sum(bool(problem.steps) for problem in repeat_sources(corpus.train, ctx.recipe.data.repeat))
         steps = max(1, math.ceil(config.epochs * usable / config.batch_problems))
         config = config.model_copy(update={"steps": steps})
-    stream = SftStream(
-        problems,
-        tokenizer,
-        ctx.recipe.data.augment,
-        batch_problems=config.batch_problems,
-        story_share=config.story_share,
-        crowded_share=config.crowded_share,
-        seed=derive_seed(ctx.seed, "sft"),
-    )
-    heldout: list[Document] = list(heldout_conversations(corpus.validation, tokenizer))
-    if config.method == "mtp_distill":
-        freeze_all_but_mtp(decoder)
-    return _fit_language(ctx, config, decoder, tokenizer, stream.batch_at, heldout, corpus)
+    return _fit_language(ctx, config, decoder, tokenizer, *_conversations(ctx, config, tokenizer, corpus), corpus)
 
 
-def _solved_tasks(
-    ctx: StageContext, config: SftConfig, tokenizer: Tokenizer, corpus: Corpus
+def run_mtp(ctx: StageContext) -> dict[str, Any]:
+    """Distillation of the model, which stays as it is, into multi-token-prediction layers that draft for it."""
+    config = ctx.recipe.mtp
+    assert config is not None
+    corpus, decoder, tokenizer = _start(ctx, shared=world_size() > 1)
+    freeze_all_but_mtp(decoder)
+    return _fit_language(ctx, config, decoder, tokenizer, *_conversations(ctx, config, tokenizer, corpus), corpus)
+
+
+def _conversations(
+    ctx: StageContext, config: ConversationTable, tokenizer: Tokenizer, corpus: Corpus
 ) -> tuple[DocumentBatch, list[Document]]:
-    """Solved problems of the tasks that the recipe names, and some held-out ones of the generated kinds."""
-    seed = derive_seed(ctx.seed, "sft")
-    mixture = TaskMixture(config.tasks, WordProblems())
+    """Solved problems in the chat format, of words or of the tasks that the recipe names, and some held-out ones."""
+    seed = derive_seed(ctx.seed, ctx.stage.kind)
     words = SftStream(
         repeat_sources(corpus.train, ctx.recipe.data.repeat),
         tokenizer,
@@ -151,6 +145,9 @@ def _solved_tasks(
         crowded_share=config.crowded_share,
         seed=seed,
     )
+    if not config.tasks:
+        return words.batch_at, list(heldout_conversations(corpus.validation, tokenizer))
+    mixture = TaskMixture(config.tasks, WordProblems())
     stream = MixtureStream(mixture, tokenizer, per_step=config.batch_problems, seed=seed, word_conversation=words.at)
     heldout = TaskMixture(config.tasks, WordProblems(), samples=_NUM_HELDOUT_TASKS, seed=seed)
     documents: list[Document] = [
@@ -234,9 +231,11 @@ def open_policy(ctx: StageContext, *, shared: bool = False) -> tuple[Decoder, To
         _check_vocabulary(ctx.recipe.model, tokenizer, ctx.previous)
         return build_decoder(ctx.recipe.model, derive_seed(ctx.seed, "weights")), tokenizer
     wanted = ctx.recipe.model
+    if ctx.stage.kind == "mtp" and ctx.recipe.mtp is not None and wanted.mtp is None:
+        wanted = wanted.model_copy(update={"mtp": MtpConfig(depth=ctx.recipe.mtp.depth)})
     found = load_config(ctx.previous)
     # Chat models are published without these layers; reinforcement learning, which does not train them, adds none.
-    adds_mtp = wanted.mtp is not None and found.mtp is None and ctx.stage.kind in ("pretrain", "sft")
+    adds_mtp = wanted.mtp is not None and found.mtp is None and ctx.stage.kind in ("pretrain", "sft", "mtp")
     # A context is stretched once; a stretched checkpoint says itself that it is.
     scaling = wanted.rope_scaling if found.rope_scaling is None else None
     given = ({"mtp": None} if adds_mtp else {}) | ({"rope_scaling": None} if scaling else {})
@@ -279,7 +278,7 @@ def _check_shape(found: ModelConfig, wanted: ModelConfig, where: Path) -> None:
 
 def _fit_language(
     ctx: StageContext,
-    config: PretrainConfig | SftConfig,
+    config: PretrainConfig | SftConfig | MtpStageConfig,
     decoder: Decoder,
     tokenizer: Tokenizer,
     documents: DocumentBatch,
@@ -288,8 +287,8 @@ def _fit_language(
 ) -> dict[str, Any]:
     source = ctx.previous if decoder.embed_tokens.weight.is_meta else None
     trainer = Trainer(decoder, config, open_ranks(ctx.recipe.parallel, ctx.recipe.model), source)
-    distills = isinstance(config, SftConfig) and config.method == "mtp_distill"
-    trains_mtp = distills or bool(config.mtp_loss_weight or config.mtp_final_loss_weight)
+    distills = isinstance(config, MtpStageConfig)
+    trains_mtp = isinstance(config, MtpStageConfig) or bool(config.mtp_loss_weight or config.mtp_final_loss_weight)
 
     def validate() -> Mapping[str, float]:
         row = {"validation/loss": validation_loss(decoder, heldout, ranks=trainer.ranks)}
