@@ -152,7 +152,7 @@ class SftConfig(LanguageTable, ConversationTable):
 class MtpStageConfig(ConversationTable):
     """Multi-token-prediction layers for a finished model, which learn to foresee what it will say.
 
-    The model stays as it is, bit for bit: only the layers learn, those of `[model.mtp]` or, where it has none, new ones.
+    The model stays as it is, bit for bit: only the layers learn, those of `[model.mtp]` or new ones.
     """
 
     depth: Positive = Field(1, description="Layers to add to a model without any; layer k looks k + 1 tokens ahead.")

@@ -191,9 +191,7 @@ def _headline_without_eval(record: RunRecord) -> Headline:
         return Headline(measured, mismatch_beside(record.mismatch_variants), "plain")
     if solved := trm_sentence(record.result("trm")):
         return Headline(solved, trm_beside(record.result("trm")), "plain")
-    trained = [
-        stage for stage in record.stages.values() if stage.kind in POLICY_STAGES
-    ]
+    trained = [stage for stage in record.stages.values() if stage.kind in POLICY_STAGES]
     beside = ["This recipe has no evaluation, so nothing is said about held-out answers."]
     for name, words in (("validation/loss", "validation loss"), ("train/loss", "training loss")):
         values = [value for _, value in series(trained[-1].metrics, name) if value is not None] if trained else []
