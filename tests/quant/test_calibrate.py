@@ -23,6 +23,7 @@ from tafkir.models.attention import VarlenCausal
 from tafkir.models.build import build_decoder
 from tafkir.models.experts import MoE
 from tafkir.models.layers import Linear
+from tafkir.models.mtp import shift_documents
 from tafkir.ops.moe import swiglu
 from tafkir.ops.nvfp4 import dequantize_nvfp4
 from tafkir.quant.calibrate import calibrate_checkpoint
@@ -30,7 +31,7 @@ from tafkir.quant.calibrated import quantize_calibrated
 from tafkir.quant.calibration_text import read_calibration_text
 from tafkir.quant.coverage import coverage_rows, given_tokens
 from tafkir.quant.observe import InputStatistics, covered_range, histogram_quantile
-from tafkir.recipe.model import ModelConfig
+from tafkir.recipe.model import ModelConfig, MtpConfig
 from tafkir.recipe.quantize import CalibrationConfig, QuantizeConfig
 from tafkir.recipe.residual import ResidualConfig
 
@@ -119,6 +120,11 @@ def run_whole(source: Path) -> tuple[dict[str, Tensor], list[Tensor], dict[int, 
         state.seen = cache
         out = decoder(torch.tensor(document), torch.arange(len(document)), state)
         loads = [a + b for a, b in zip(loads, out.expert_load, strict=True)] if loads else list(out.expert_load)
+        if decoder.mtp is not None:
+            ids, positions = torch.tensor(document), torch.arange(len(document))
+            batches = shift_documents(ids, positions, ids.roll(-1), [0, len(document)], decoder.mtp.shape.depth)
+            for _ in decoder.mtp(out.hidden_ND, out.pre_norm_ND, decoder.embed_tokens, batches):
+                pass
     return {name: torch.cat(values) for name, values in inputs.items()}, loads, cache
 
 
@@ -142,6 +148,45 @@ def test_the_record_is_what_hooks_see_in_the_whole_model(source: Path, tmp_path:
     shared = [layer["inputs"]["mlp.experts.gate_up_proj"]["weights"] for layer in made.layers[1:]]
     assert len(shared[0]) == 8 and len({made.ranges[name] for name in shared[0]}) == 1
     assert made.content["tokens"] == sum(map(len, DOCUMENTS)) and not list((tmp_path / "record").glob("hidden*"))
+
+
+def test_layers_of_multi_token_prediction_are_calibrated_as_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = DEEPSEEK.model_copy(update={"num_hidden_layers": 2, "mtp": MtpConfig(depth=2)})
+    save_checkpoint(tmp_path / "model", build_decoder(shape, seed=0), dtype=torch.bfloat16)
+    # Behind layers 0 and 1: two depths, whose matrices are read by these rules, the projection of both inputs included.
+    rules = ({"tensors": "model.layers.[23].*proj*.weight", "format": "nvfp4"},)
+    config = QuantizeConfig.model_validate({**config_of(cold_experts="data_free").model_dump(), "rules": rules})
+    _, made = quantize_calibrated(tmp_path / "model", tmp_path / "out", config, DOCUMENTS, record=tmp_path / "whole")
+    inputs, _, _ = run_whole(tmp_path / "model")
+    assert len(made.layers) == 4
+    for index, layer in enumerate(made.layers[2:]):
+        assert len(layer["inputs"]) > 5
+        for key, found in layer["inputs"].items():
+            x = inputs[f"mtp.layers.{index}.{key}" if key == "eh_proj" else f"mtp.layers.{index}.block.{key}"]
+            assert found["tokens"] == len(x) and found["amax"] == pytest.approx(float(x.abs().max()), rel=1e-4)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    for name in ("eh_proj", "self_attn.q_a_proj", "mlp.experts.3.up_proj", "mlp.shared_experts.down_proj"):
+        scale = float(stored[f"model.layers.3.{name}.input_scale"])
+        assert scale == pytest.approx(made.ranges[f"model.layers.3.{name}.weight"] / 2688, rel=1e-6)
+    read, asked = LayerReader.mtp_layer, list[int]()
+
+    def killed(self: LayerReader, depth: int) -> Any:
+        asked.append(depth)
+        if asked == [0, 1]:
+            raise KeyboardInterrupt
+        return read(self, depth)
+
+    monkeypatch.setattr(LayerReader, "mtp_layer", killed)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_checkpoint(tmp_path / "model", tmp_path / "killed", config, DOCUMENTS)
+    calibrate_checkpoint(tmp_path / "model", tmp_path / "killed", config, DOCUMENTS)
+    assert asked == [0, 1, 0, 1] and not list((tmp_path / "killed").glob("hidden*"))
+    for file in (tmp_path / "whole").glob("layer-*"):
+        assert file.read_bytes() == (tmp_path / "killed" / file.name).read_bytes(), file.name
+    with pytest.raises(CheckpointError, match="no document has the 3 tokens that layer 1 of multi-token prediction"):
+        calibrate_checkpoint(tmp_path / "model", tmp_path / "short", config, [[1, 2]])
 
 
 def test_a_written_checkpoint_has_the_calibrated_scales(source: Path, tmp_path: Path) -> None:

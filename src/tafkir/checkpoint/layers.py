@@ -20,9 +20,12 @@ from tafkir.models.decoder import Decoder, DecoderLayer
 from tafkir.models.experts import MoE
 from tafkir.models.hf import Resolved, architecture_of, config_from_hf, drop_absent_mtp, resolve_names, split_pieces
 from tafkir.models.hf.convert import check_names, repeated_names
+from tafkir.models.layers import RMSNorm
+from tafkir.models.mtp import MtpLayer
 from tafkir.models.residual import ResidualStream, build_residual
 from tafkir.models.router import Router
 from tafkir.recipe.bundled import find_checkpoint
+from tafkir.recipe.model import LayerSpec
 
 __all__ = ["LayerReader", "open_layers"]
 
@@ -52,14 +55,30 @@ class LayerReader:
         wanted = {name for names in self.names.values() for parts in names.parts for name in parts}
         check_names(wanted, set(files.names) - repeated_names(self.outline, table).keys())
 
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers, and behind them those of multi-token prediction."""
+        return self.config.num_hidden_layers + (self.config.mtp.depth if self.config.mtp else 0)
+
+    def prefix(self, index: int) -> str:
+        """What names of the decoder's tensors begin with in a layer; of multi-token prediction, in its block."""
+        behind = index - self.config.num_hidden_layers
+        return f"layers.{index}." if behind < 0 else f"mtp.layers.{behind}.block."
+
+    def spec(self, index: int) -> LayerSpec:
+        """What kind of layer it is."""
+        specs = self.config.layer_specs
+        return specs[index] if index < len(specs) else self.config.mtp_layer_spec
+
     def layer(self, index: int) -> DecoderLayer:
-        """A decoder layer without its routed experts, which stay on the meta device: see `expert`."""
+        """A decoder layer without its routed experts, which stay on the meta device: see `expert`. Behind the last one
+        come the blocks of multi-token prediction."""
         with torch.device("meta"):
-            layer = DecoderLayer(self.config, index, self.config.layer_specs[index])
+            layer = DecoderLayer(self.config, index, self.spec(index))
         experts = layer.mlp.experts if isinstance(layer.mlp, MoE) else None
         if isinstance(layer.mlp, MoE):
             layer.mlp.experts = nn.Identity()  # type: ignore[assignment]
-        layer = self._filled(layer, f"layers.{index}.")
+        layer = self._filled(layer, self.prefix(index))
         if isinstance(layer.mlp, MoE) and experts is not None:
             layer.mlp.experts = experts
         return layer
@@ -68,7 +87,7 @@ class LayerReader:
         """Weights of a routed expert: gate over up [2I, D], and down [D, I]."""
         made = []
         for part in ("gate_up_proj", "down_proj"):
-            name = f"layers.{layer}.mlp.experts.{part}"
+            name = f"{self.prefix(layer)}mlp.experts.{part}"
             shape = self.outline.get_parameter(name).shape[1:]
             weight = torch.empty(shape)
             theirs = self.names[name].parts[expert]
@@ -82,6 +101,16 @@ class LayerReader:
         with torch.device("meta"):
             module = build_residual(self.config)
         return self._filled(module, "residual.")
+
+    def norm(self) -> RMSNorm:
+        """The norm behind the last decoder layer."""
+        return self._filled(RMSNorm(self.config.hidden_size, self.config.rms_norm_eps), "norm.")
+
+    def mtp_layer(self, depth: int) -> MtpLayer:
+        """What stands around the block of a layer of multi-token prediction, whose own place is empty."""
+        with torch.device("meta"):
+            layer = MtpLayer(self.config, nn.Identity())
+        return self._filled(layer, f"mtp.layers.{depth}.")
 
     def embed(self, ids: Tensor) -> Tensor:
         """Rows [N, D] of the embedding table; a few thousand rows of it are in memory at once."""

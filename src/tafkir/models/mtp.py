@@ -134,11 +134,15 @@ class MtpLayer(nn.Module):
             embedded_MD: Emb(t_{i+k}).
             cos, sin: RoPE table of the rows' own positions.
         """
-        halves = [self.enorm(embedded_MD), self.hnorm(hidden_MD)]
-        joined_MD = self.eh_proj(torch.cat(halves[::-1] if self.hidden_first else halves, dim=-1))
+        joined_MD = self.eh_proj(self.halves(hidden_MD, embedded_MD))
         state, routing = self.block(self.residual.enter(joined_MD), cos, sin, attention)
         pre_norm_MD = self.residual.exit(state)
         return MtpOutput(self.norm(pre_norm_MD), pre_norm_MD, routing.expert_ids_NA if routing else None)
+
+    def halves(self, hidden_MD: Tensor, embedded_MD: Tensor) -> Tensor:
+        """What `eh_proj` reads, [M, 2D]: both inputs, normed, side by side."""
+        halves = [self.enorm(embedded_MD), self.hnorm(hidden_MD)]
+        return torch.cat(halves[::-1] if self.hidden_first else halves, dim=-1)
 
 
 class MultiTokenPredictor(nn.Module):

@@ -31,6 +31,7 @@ from tafkir.errors import CapacityError, CheckpointError, RecipeError
 from tafkir.models.attention import VarlenCausal
 from tafkir.models.decoder import DecoderLayer
 from tafkir.models.experts import MoE
+from tafkir.models.mtp import shift_documents
 from tafkir.models.residual import StreamState
 from tafkir.ops.moe import swiglu
 from tafkir.ops.rope import rope_table
@@ -40,6 +41,7 @@ from tafkir.quant.coverage import LayerCoverage, check_coverage, given_tokens, w
 from tafkir.quant.observe import InputStatistics
 from tafkir.quant.policy import decide
 from tafkir.quant.sites import Site, expert_names, linear_sites
+from tafkir.recipe.model import ModelConfig
 from tafkir.recipe.quantize import CalibrationConfig, QuantizeConfig
 from tafkir.runlog.atomic import write_json
 from tafkir.runlog.progress import Progress
@@ -95,7 +97,7 @@ def calibrate_checkpoint(
             _Run(reader, calibration, chooser, ids).go(folder)
         except OSError as error:
             raise write_error(folder, error) from error
-        return load_calibration(folder, calibration, reader.config.num_hidden_layers)
+        return load_calibration(folder, calibration, reader.num_layers)
 
 
 @contextmanager
@@ -110,21 +112,23 @@ def _held(folder: Path) -> Iterator[None]:
 
 
 def _check_matrices(reader: LayerReader, formats: dict[str, Any], calibrated: set[str]) -> None:
-    seen = {name for i in range(reader.config.num_hidden_layers) for name in _layer_names(reader, i)}
+    seen = {name for i in range(reader.num_layers) for name in _layer_names(reader, i)}
     for name, format in formats.items():
         if format in calibrated and name not in seen:
             raise RecipeError(
                 "calibration does not see the inputs of this matrix",
                 where=name,
-                expected="a matrix of attention, MLP or experts in a decoder layer",
+                expected="a matrix of attention, MLP or experts in a layer",
                 fix="keep it, or give it a format of weights alone: --rule 'PATTERN=nvfp4_w4a16'",
             )
 
 
 def _layer_names(reader: LayerReader, index: int) -> set[str]:
-    layer = reader.outline.layers[index]
+    layer = reader.outline.get_submodule(reader.prefix(index)[:-1])
     assert isinstance(layer, DecoderLayer)
-    names = {name for site in linear_sites(reader, index, layer) for name in site.weights}
+    own = f"mtp.layers.{index - reader.config.num_hidden_layers}.eh_proj.weight"
+    names = {name for parts in reader.names[own].parts for name in parts} if own in reader.names else set[str]()
+    names |= {name for site in linear_sites(reader, index, layer) for name in site.weights}
     if isinstance(layer.mlp, MoE):
         names |= {name for parts in expert_names(reader, index) for group in parts for name in group}
     return names
@@ -151,7 +155,8 @@ def _fingerprint(reader: LayerReader, config: QuantizeConfig, ids: list[list[int
     choosing = {**chosen, **how} if config.calibration.gptq or config.scale_choice == "local_hessian" else {}
     experts = config.calibration.model_dump(mode="json", include={"cold_experts", "min_expert_tokens"})
     files = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in reader.files.descriptors}
-    said = json.dumps([reader.hf_config, files, choosing, experts, ids], sort_keys=True)
+    behind = [reader.num_layers] if reader.config.mtp else []
+    said = json.dumps([reader.hf_config, files, choosing, experts, ids, *behind], sort_keys=True)
     return hashlib.sha256(said.encode()).hexdigest()
 
 
@@ -216,13 +221,15 @@ class _KvRanges(VarlenCausal):
 class _Chunk:
     """Some documents, and the residual stream behind the last layer for them."""
 
-    def __init__(self, documents: list[list[int]], reader: LayerReader) -> None:
-        config, lengths = reader.config, [len(document) for document in documents]
-        positions = torch.cat([torch.arange(length) for length in lengths])
-        self.size = sum(lengths)
-        self.bounds = [0, *accumulate(lengths)]
+    def __init__(self, positions: Tensor, bounds: Sequence[int], config: ModelConfig) -> None:
+        self.size, self.positions, self.bounds = len(positions), positions, list(bounds)
         self.cos, self.sin = rope_table(positions, config.rotary_size, config.rope_theta, config.rope_scaling)
         self.state: Any = None
+
+    @classmethod
+    def of(cls, documents: list[list[int]], config: ModelConfig) -> _Chunk:
+        lengths = [len(document) for document in documents]
+        return cls(torch.cat([torch.arange(length) for length in lengths]), [0, *accumulate(lengths)], config)
 
 
 def _cut(ids: list[list[int]], reader: LayerReader) -> list[_Chunk]:
@@ -231,7 +238,7 @@ def _cut(ids: list[list[int]], reader: LayerReader) -> list[_Chunk]:
         if groups[-1] and sum(map(len, groups[-1])) + len(document) > _CHUNK:
             groups.append([])
         groups[-1].append(document)
-    return [_Chunk(group, reader) for group in groups]
+    return [_Chunk.of(group, reader.config) for group in groups]
 
 
 class _Run:
@@ -244,26 +251,77 @@ class _Run:
 
     def go(self, folder: Path) -> None:
         """Run what is not there yet."""
-        finished = 0
+        finished, total = 0, self.reader.num_layers
         while (folder / f"layer-{finished:05d}.json").exists():
             finished += 1
-        if finished >= self.num_layers:
+        if finished >= total:
             return
         self._restore(folder / f"hidden-{finished - 1:05d}.safetensors" if finished else None)
-        per_layer = [1 + (self.reader.config.num_experts if spec.ffn == "moe" else 1) for spec in self._specs]
+        specs = [self.reader.spec(index) for index in range(total)]
+        per_layer = [1 + (self.reader.config.num_experts if spec.ffn == "moe" else 1) for spec in specs]
         start = sum(per_layer[:finished])
         label = f"calibrate {self.reader.files.listing.parent.name} (parts of layers)"
         with Progress(label, sum(per_layer), start=start) as self.progress:
             for index in range(finished, self.num_layers):
                 self.done = sum(per_layer[:index])
                 record = self._layer(index)
-                hidden = self._hidden() if index + 1 < self.num_layers else None
+                hidden = self._hidden() if index + 1 < total else None
                 record.save(folder, index, hidden)
+            if total > self.num_layers:
+                self.done = sum(per_layer[: self.num_layers])
+                # All depths read the decoder's last states, which go when the first of them is finished.
+                for index, record in reversed(list(enumerate(self._mtp(), self.num_layers))):
+                    record.save(folder, index, None, keeps_hidden=index > self.num_layers)
             self.progress.update(sum(per_layer))
 
-    @property
-    def _specs(self) -> Any:
-        return self.reader.config.layer_specs
+    def _mtp(self) -> list[LayerRecord]:
+        """The layers of multi-token prediction, each over the tokens that have one so far ahead and one more.
+
+        Raises:
+            CheckpointError: every document is too short.
+        """
+        config, norm, ends = self.reader.config, self.reader.norm(), self.reader.ends()
+        assert config.mtp is not None
+        post_norm, flat = config.mtp.input_state == "post_norm", iter([t for ids in self.ids for t in ids])
+        pre_norm = [ends.exit(chunk.state) for chunk in self.chunks]
+        targets = states = [norm(x) for x in pre_norm] if post_norm else pre_norm
+        shifts = []
+        for chunk in self.chunks:
+            ids = torch.tensor([next(flat) for _ in range(chunk.size)])
+            shifts.append(shift_documents(ids, chunk.positions, ids.roll(-1), chunk.bounds, config.mtp.depth))
+        records = []
+        for k in range(config.mtp.depth):
+            layer = self.reader.mtp_layer(k)
+            there = [i for i, batches in enumerate(shifts) if k < len(batches)]
+            if not there:
+                raise CheckpointError(
+                    f"no document has the {k + 3} tokens that layer {k + 1} of multi-token prediction needs",
+                    where="calibration.text",
+                    fix="calibrate on longer documents",
+                )
+            batches = {i: shifts[i][k] for i in there}
+            inputs = [
+                layer.halves(
+                    states[i][b.rows_before_M] if config.mtp.chain_hidden else targets[i][b.rows_M],
+                    self.reader.embed(b.input_ids_M),
+                )
+                for i, b in batches.items()
+            ]
+            own = LayerRecord({}, KvRange(0.0, 0.0), None, {}, {})
+            site = Site("eh_proj", [layer.eh_proj], [self.reader.names[f"mtp.layers.{k}.eh_proj.weight"]])
+            with _observed([site], self.chooser) as statistics:
+                joined = [layer.eh_proj(x) for x in inputs]
+            if self._finish([site], statistics, own):
+                joined = [layer.eh_proj(x) for x in inputs]
+            self.chunks = [_Chunk(b.positions_M, b.cu_seqlens, config) for b in batches.values()]
+            for chunk, x in zip(self.chunks, joined, strict=True):
+                chunk.state = layer.residual.enter(x)
+            record = self._layer(self.num_layers + k)
+            records.append(own.joined(record))
+            pre_norm = [layer.residual.exit(chunk.state) for chunk in self.chunks]
+            behind = [layer.norm(x) for x in pre_norm] if post_norm else pre_norm
+            states = [behind[there.index(i)] if i in batches else state for i, state in enumerate(states)]
+        return records
 
     def _step(self, layer: int) -> None:
         self.done += 1

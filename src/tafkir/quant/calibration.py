@@ -66,8 +66,14 @@ class LayerRecord:
     weights: dict[str, Nvfp4]
     errors: dict[str, float]
 
-    def save(self, folder: Path, layer: int, hidden: Tensor | None) -> None:
-        """Write it; the layer counts as finished when its JSON is there, and until then nothing else changes."""
+    def joined(self, other: LayerRecord) -> LayerRecord:
+        """Both as one, with the other's cache and experts."""
+        parts = ((self.inputs | other.inputs), other.kv, other.coverage, (self.weights | other.weights))
+        return LayerRecord(*parts, self.errors | other.errors)
+
+    def save(self, folder: Path, layer: int, hidden: Tensor | None, *, keeps_hidden: bool = False) -> None:
+        """Write it; the layer counts as finished when its JSON is there, and until then nothing else changes. Hidden
+        states that are not those of this layer go then, unless `keeps_hidden`."""
         tensors: dict[str, Tensor] = {}
         for key, (_, found) in self.inputs.items():
             tensors[f"{key}.block_amax"] = found.block_amax
@@ -90,7 +96,7 @@ class LayerRecord:
             "inputs": inputs, "kv": kv, "experts": experts, "weights": sorted(self.weights), "errors": self.errors,
         }  # fmt: skip
         write_json(folder / f"layer-{layer:05d}.json", content)
-        for file in folder.glob("hidden-*.safetensors"):
+        for file in () if keeps_hidden else folder.glob("hidden-*.safetensors"):
             if hidden is None or file.name != f"hidden-{layer:05d}.safetensors":
                 file.unlink()
 

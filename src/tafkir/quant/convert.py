@@ -29,6 +29,7 @@ from tafkir.quant.sidecars import write_sidecars
 from tafkir.quant.validate import validate_checkpoint
 from tafkir.recipe.bundled import find_checkpoint
 from tafkir.recipe.quantize import QuantizeConfig
+from tafkir.runlog.atomic import remove_leftovers
 from tafkir.runlog.progress import Progress
 
 if TYPE_CHECKING:
@@ -159,6 +160,7 @@ def _staging(path: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise CheckpointError("another process writes this checkpoint", where=str(staging)) from error
+        remove_leftovers(staging)
         yield staging
 
 

@@ -64,11 +64,13 @@ def linear_sites(reader: LayerReader, index: int, layer: DecoderLayer) -> list[S
             key = first = first or name
         site = sites.setdefault(key, Site(key, [], []))
         site.modules.append(module)
-        site.names.append(reader.names[f"layers.{index}.{name}.weight"])
+        site.names.append(reader.names[f"{reader.prefix(index)}{name}.weight"])
     return list(sites.values())
 
 
 def expert_names(reader: LayerReader, index: int) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
     """For each routed expert of a layer, the weights of the checkpoint that read its inputs, and its hidden states."""
-    up, down = (reader.names[f"layers.{index}.mlp.experts.{part}"].parts for part in ("gate_up_proj", "down_proj"))
+    up, down = (
+        reader.names[f"{reader.prefix(index)}mlp.experts.{part}"].parts for part in ("gate_up_proj", "down_proj")
+    )
     return list(zip(up, down, strict=True))
