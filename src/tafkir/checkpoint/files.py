@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from tafkir.checkpoint.header import MANIFEST_DTYPES, StoredTensor, read_header
 from tafkir.checkpoint.manifest import MANIFEST_NAME, Manifest
-from tafkir.checkpoint.quantized import AUXILIARY_SUFFIXES, EncodedWeight, find_encoded
+from tafkir.checkpoint.quantized import AUXILIARY_SUFFIXES, PACKED_METHODS, EncodedWeight, find_encoded
 from tafkir.errors import CheckpointError
 from tafkir.ops.blocks import fp8_scale_shape
 
@@ -71,7 +71,7 @@ def fp8_block_size(hf_config: Mapping[str, Any], where: str) -> tuple[int, int] 
     where = f"{where}: quantization_config"
     if not isinstance(quantization, dict):
         raise CheckpointError("not a JSON object", where=where)
-    if quantization.get("quant_method") in ("modelopt", "compressed-tensors"):
+    if quantization.get("quant_method") in PACKED_METHODS:
         return None
     for key, allowed in (
         ("quant_method", ("fp8",)),

@@ -1,7 +1,8 @@
 """Weights that lie in a checkpoint as codes and scales: which tensors belong together, and what they are worth.
 
-Read are ModelOpt's names (`weight`, `weight_scale`, `weight_scale_2`) and those of compressed-tensors (`weight_packed`,
-`weight_scale`, `weight_global_scale`); DeepSeek's `weight_scale_inv` is the business of `read.py`.
+Read are ModelOpt's names (`weight`, `weight_scale`, `weight_scale_2`), those of compressed-tensors (`weight_packed`,
+`weight_scale`, `weight_global_scale`), and gpt-oss' stacks of experts (`*_blocks`, `*_scales`); DeepSeek's
+`weight_scale_inv` is the business of `read.py`.
 """
 
 from __future__ import annotations
@@ -20,14 +21,26 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["AUXILIARY_SUFFIXES", "EncodedWeight", "Encoding", "decode_weight", "find_encoded", "packed_method"]
+__all__ = [
+    "AUXILIARY_SUFFIXES",
+    "PACKED_METHODS",
+    "EncodedWeight",
+    "Encoding",
+    "decode_weight",
+    "find_encoded",
+    "packed_method",
+]
 
-Encoding = Literal["nvfp4", "nvfp4_inverse", "mxfp4", "mxfp8", "fp8", "fp8_channel", "fp8_block", "int8", "int4"]
+Encoding = Literal[
+    "nvfp4", "nvfp4_inverse", "mxfp4", "mxfp8", "fp8", "fp8_channel", "fp8_block", "int8", "int4", "mxfp4_stack"
+]
+"""mxfp4_stack: of gpt-oss; the codes of an expert's matrix lie transposed, in blocks [E, N, K / 32, 16]."""
 
 AUXILIARY_SUFFIXES = (".input_scale", ".input_global_scale", ".k_scale", ".v_scale", ".weight_shape")
 """What engines want to know besides the weights; the weights are worth the same without it."""
 
-_METHODS = ("modelopt", "compressed-tensors")
+PACKED_METHODS = ("modelopt", "compressed-tensors", "mxfp4")
+"""What config.json calls checkpoints of codes and scales; mxfp4 is gpt-oss' own name."""
 _FP8_BLOCK = (128, 128)
 
 
@@ -56,11 +69,11 @@ class EncodedWeight:
 
 
 def packed_method(hf_config: Mapping[str, Any], folder: Path) -> str | None:
-    """ "modelopt" or "compressed-tensors" where a checkpoint says that it is quantized so; else None."""
+    """One of `PACKED_METHODS` where a checkpoint says that it is quantized so; else None."""
     method = (hf_config.get("quantization_config") or {}).get("quant_method")
     if method is None and (folder / "hf_quant_config.json").is_file():
         return "modelopt"
-    return str(method) if str(method) in _METHODS else None
+    return str(method) if str(method) in PACKED_METHODS else None
 
 
 def find_encoded(tensors: Mapping[str, StoredTensor]) -> dict[str, EncodedWeight]:
@@ -75,6 +88,8 @@ def find_encoded(tensors: Mapping[str, StoredTensor]) -> dict[str, EncodedWeight
             found[name.removesuffix("_packed")] = _packed(name, stored, tensors)
         elif name.endswith(".weight") and stored.dtype in ("U8", "F8_E4M3", "I8"):
             found[name] = _plain(name, stored, tensors)
+        elif name.endswith("_blocks") and stored.dtype == "U8" and stored.shape[3:] == (16,):
+            found[name.removesuffix("_blocks")] = _stack(name, stored, tensors)
     used = {part for weight in found.values() for part in weight.parts}
     for name, stored in tensors.items():
         if name not in used and name.endswith((".weight_scale", ".weight_scale_2", ".weight_global_scale")):
@@ -98,6 +113,15 @@ def _packed(name: str, stored: StoredTensor, tensors: Mapping[str, StoredTensor]
     _need(f"{stem}_global_scale", name, tensors)
     weight = EncodedWeight("nvfp4_inverse", shape, name, f"{stem}_scale", f"{stem}_global_scale")
     return _checked(weight, tensors, (rows, shape[1] // 16))
+
+
+def _stack(name: str, stored: StoredTensor, tensors: Mapping[str, StoredTensor]) -> EncodedWeight:
+    """gpt-oss' experts; the weight has the shape of transformers' parameter, [E, K, N]."""
+    experts, rows, blocks, width = stored.shape
+    scale = f"{name.removesuffix('_blocks')}_scales"
+    _need(scale, name, tensors)
+    weight = EncodedWeight("mxfp4_stack", (experts, blocks * width * 2, rows), name, scale)
+    return _checked(weight, tensors, (experts, rows, blocks))
 
 
 def _plain(name: str, stored: StoredTensor, tensors: Mapping[str, StoredTensor]) -> EncodedWeight:
@@ -184,6 +208,11 @@ def decode_weight(
         assert total is not None
         inverse = weight.encoding == "nvfp4_inverse"
         return dequantize_nvfp4(codes, scale, total.reshape(()), dtype=dtype, out=out, inverse=inverse)
+    if weight.encoding == "mxfp4_stack":
+        values = torch.empty(weight.shape, dtype=dtype) if out is None else out
+        for place, blocks, own in zip(values, codes, scale, strict=True):
+            place.copy_(dequantize_mxfp4(blocks.flatten(1), own, dtype=place.dtype).mT)
+        return values
     if weight.encoding == "mxfp4":
         return dequantize_mxfp4(codes, scale, dtype=dtype, out=out)
     if weight.encoding == "fp8_block":

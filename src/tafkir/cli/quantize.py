@@ -79,6 +79,7 @@ def quantize(
     tafkir quantize ./Qwen3-30B-A3B ./out --preset all-linear --layout compressed-tensors
     tafkir quantize ./model ./out --rule 'model.layers.0.*_proj.weight=fp8_block'
     tafkir quantize ./model ./out --auto bits=5.0
+    tafkir quantize ./gpt-oss-bf16 ./out --scheme mxfp4 --preset r1-fp4 --layout gpt-oss
     tafkir quantize ./model ./out --calibrate text.txt --gptq --scales local_hessian --ranges headroom
 
     \b
@@ -91,7 +92,8 @@ def quantize(
               equal share; data_free: their weights are chosen without data
     auto      the layers' matrices in nvfp4, fp8_block or as they are, under a budget: bits a weight of theirs, bytes of
               the checkpoint, or mean KL (1 % is 0.01 nats); DST.auto.toml keeps the rules, DST.auto.svg shows why
-    layouts   modelopt: vLLM, SGLang, TensorRT-LLM; compressed-tensors: vLLM, TensorRT-LLM, transformers
+    layouts   modelopt: vLLM, SGLang, TensorRT-LLM; compressed-tensors: vLLM, TensorRT-LLM, transformers; gpt-oss: the
+              MXFP4 of that family, experts alone
 
     Killed, it goes on where it was when the same command is run again. Sources are BF16, FP16, FP32 or FP8 blocks.
     Every tensor gets a format by a rule; a tensor that none names, or a rule that matches nothing, is an error.

@@ -84,6 +84,7 @@ class Layout(StrEnum):
 
     MODELOPT = "modelopt"
     COMPRESSED_TENSORS = "compressed-tensors"
+    GPT_OSS = "gpt-oss"
 
 
 class Ranges(StrEnum):

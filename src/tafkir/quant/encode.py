@@ -22,7 +22,7 @@ def encode_weight(
     """The contents of a weight's pieces, in their order.
 
     Args:
-        weight: [N, K], float32, bfloat16 or float16.
+        weight: [N, K], float32, bfloat16 or float16; for gpt-oss experts [E, K, N].
         format: what it becomes; not keep.
         config: layout, choice of scales, scale of activations.
         amax: of all the weights that share its global scale; None takes its own.
@@ -33,6 +33,10 @@ def encode_weight(
     peer = config.layout == "compressed-tensors"
     if format in NVFP4_FORMATS:
         return _encode_nvfp4(weight, format, config, amax)
+    if config.layout == "gpt-oss":
+        # One expert at a time: what the codes take on the way is several times a weight.
+        parts = [quantize_mxfp4(expert.mT.contiguous()) for expert in weight]
+        return [torch.stack(part) for part in zip(*parts, strict=True)]
     if format == "mxfp4":
         return list(quantize_mxfp4(weight))
     if format == "mxfp8":

@@ -52,14 +52,18 @@ def pieces_of(name: str, shape: Sequence[int], format: FormatName, layout: Layou
     """The tensors that a weight becomes.
 
     Args:
-        name: of the weight, `....weight` where the format is not keep.
-        shape: of the weight; a matrix [N, K] where the format is not keep.
+        name: of the weight, `....weight` where the format is not keep (not for gpt-oss).
+        shape: of the weight; a matrix [N, K] where the format is not keep, for gpt-oss experts [E, K, N].
         format: what it becomes.
         layout: whose names.
         dtype: header name of the dtype that the weight is computed in, and kept in by keep.
     """
     if format == "keep":
         return [Piece(name, dtype, tuple(shape))]
+    if layout == "gpt-oss":
+        experts, width, rows = shape
+        blocks = (experts, rows, width // MX_BLOCK_SIZE)
+        return [Piece(f"{name}_blocks", "U8", (*blocks, MX_BLOCK_SIZE // 2)), Piece(f"{name}_scales", "U8", blocks)]
     rows, width = shape
     blocks = fp8_scale_shape((rows, width))
     plain: Mapping[FormatName, list[_Spec]]

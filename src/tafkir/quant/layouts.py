@@ -13,7 +13,7 @@ import tafkir
 from tafkir.quant.policy import Decision
 from tafkir.recipe.quantize import FormatName, QuantizeConfig
 
-__all__ = ["compressed_tensors_config", "excluded_modules", "modelopt_configs"]
+__all__ = ["compressed_tensors_config", "excluded_modules", "gpt_oss_config", "modelopt_configs"]
 
 _MODELOPT_ALGOS: Mapping[FormatName, tuple[str, int | None]] = {
     "nvfp4": ("NVFP4", 16),
@@ -65,8 +65,14 @@ def _matrix(decision: Decision) -> bool:
 
 
 def excluded_modules(decisions: Sequence[Decision]) -> list[str]:
-    """Full names of the modules whose matrix stays as it is."""
-    return sorted(name for name, format in _modules(decisions).items() if format == "keep")
+    """Full names of the modules whose matrix stays as it is, and of those whose stack of experts does."""
+    stacks = {d.name.rpartition(".")[0] for d in decisions if d.format == "keep" and d.name.endswith("s.gate_up_proj")}
+    return sorted({name for name, format in _modules(decisions).items() if format == "keep"} | stacks)
+
+
+def gpt_oss_config(decisions: Sequence[Decision]) -> dict[str, Any]:
+    """`quantization_config` of config.json as gpt-oss has it."""
+    return {"quant_method": "mxfp4", "modules_to_not_convert": excluded_modules(decisions)}
 
 
 def modelopt_configs(decisions: Sequence[Decision], config: QuantizeConfig) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from tafkir.errors import CheckpointError, RecipeError
-from tafkir.recipe.quantize import Component, FormatName, QuantizeConfig
+from tafkir.recipe.quantize import Component, FormatName, LayoutName, QuantizeConfig
 
 __all__ = ["Decision", "component_of", "decide", "layer_of", "sibling_group"]
 
@@ -24,12 +24,12 @@ _INNER: tuple[tuple[Component, str], ...] = (
     ("hyper_connections", r"(.*\.)?(hc_\w+|\w+_hc\.\w+|hc_head\.\w+|(attention_|mlp_)?residual\..+)"),
     ("norm", r"(.*\.)?(\w*norm\w*)\.(weight|bias)|.*\b(enorm|hnorm)\.weight"),
     ("attention_indexer", _ATTENTION + r"indexer\..+"),
-    ("bias", _ATTENTION + r"\w+\.bias|mlp\.(.*_proj)\.bias"),
+    ("bias", _ATTENTION + r"(\w+\.bias|sinks)|mlp\.((.*_proj)\.bias|experts\.\w+_proj_bias)"),
     ("attention_kv_b", _ATTENTION + r"kv_b_proj\.weight"),
     ("attention_out", _ATTENTION + r"(o_proj|dense|wo)\.weight"),
     ("attention", _ATTENTION + r"((q|k|v|qkv|q_a|q_b|kv_a)_proj|kv_a_proj_with_mqa|query_key_value)\.weight"),
     ("router", r"(mlp|block_sparse_moe)\.(gate|router)\.\w+|mlp\.shared_expert_gate\.weight"),
-    ("experts", r"(mlp|block_sparse_moe)\.experts\.\d+\.(" + _PROJECTION + r"|w[123]\.weight)"),
+    ("experts", r"(mlp|block_sparse_moe)\.experts\.(\d+\.(" + _PROJECTION + r"|w[123]\.weight)|(gate_up|down)_proj)"),
     ("shared_experts", r"mlp\.shared_experts?\." + _PROJECTION),
     ("mlp", r"mlp\." + _PROJECTION),
     ("mtp", r"(eh_proj|fc|proj)\.weight"),
@@ -154,7 +154,7 @@ def decide(shapes: Mapping[str, Sequence[int]], config: QuantizeConfig, num_laye
                 raise
             part = "other"
         format = asked.format if asked else config.component_formats[part]
-        obstacle = "" if format == "keep" else _obstacle(tuple(shape), format)
+        obstacle = "" if format == "keep" else _obstacle(name, tuple(shape), format, config.layout)
         if obstacle and asked:
             raise RecipeError(f"{name} cannot be {format}: {obstacle}", where=f"rule {asked.tensors}={asked.format}")
         decisions.append(Decision(name, part, "keep" if obstacle else format, tuple(shape), obstacle))
@@ -168,7 +168,11 @@ def decide(shapes: Mapping[str, Sequence[int]], config: QuantizeConfig, num_laye
     return _same_in_groups(decisions)
 
 
-def _obstacle(shape: tuple[int, ...], format: FormatName) -> str:
+def _obstacle(name: str, shape: tuple[int, ...], format: FormatName, layout: LayoutName) -> str:
+    if layout == "gpt-oss":
+        if len(shape) != 3 or name.endswith((".weight", "bias")):
+            return "gpt-oss packs stacks of experts alone"
+        return f"columns of {shape[1]} do not split into blocks of 32" if shape[1] % 32 else ""
     if len(shape) != 2:
         return f"its shape is {list(shape)}"
     size = _GROUPED.get(format)

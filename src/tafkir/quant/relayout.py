@@ -108,6 +108,8 @@ def relayout_checkpoint(
     """
     if path.exists():
         raise CheckpointError("is there already", where=str(path), fix="choose another folder, or remove it")
+    if layout == "gpt-oss":
+        raise CheckpointError("gpt-oss has stacks of experts, the others each by itself", where="--layout")
     hf_config = read_json(source / "config.json")
     blocks, method = fp8_block_size(hf_config, str(source / "config.json")), packed_method(hf_config, source)
     if method is None and blocks is None:
@@ -181,6 +183,10 @@ def _format_of(files: StoredFiles, name: str, weight: EncodedWeight | None) -> F
         stem = name.removesuffix("weight")
         known = any(f"{stem}{part}" in files.tensors for part in ("input_scale", "input_global_scale"))
         return "nvfp4" if known else "nvfp4_w4a16"
+    if weight.encoding == "mxfp4_stack":
+        raise CheckpointError(
+            "neither layout has a place for stacks of experts", where=name, fix="take gpt-oss' files as they are"
+        )
     return weight.encoding
 
 

@@ -11,7 +11,7 @@ from tafkir.checkpoint.files import INDEX_FILE, SINGLE_FILE, StoredFiles, read_j
 from tafkir.checkpoint.header import MANIFEST_DTYPES
 from tafkir.checkpoint.manifest import MANIFEST_NAME, Manifest, TensorEntry
 from tafkir.errors import CheckpointError
-from tafkir.quant.layouts import compressed_tensors_config, modelopt_configs
+from tafkir.quant.layouts import compressed_tensors_config, gpt_oss_config, modelopt_configs
 from tafkir.quant.plan import QuantizePlan
 from tafkir.quant.shards import JOURNAL
 from tafkir.recipe.hf_config import config_from_hf
@@ -45,6 +45,8 @@ def write_sidecars(
     if config.layout == "modelopt":
         nested, quantization = modelopt_configs(plan.decisions, config)
         write_json(staging / QUANT_CONFIG_FILE, nested)
+    elif config.layout == "gpt-oss":
+        quantization = gpt_oss_config(plan.decisions)
     else:
         quantization = compressed_tensors_config(plan.decisions, config)
     plain = {key: value for key, value in hf_config.items() if key != "quantization_config"}

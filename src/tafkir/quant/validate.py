@@ -118,8 +118,9 @@ def _check_configs(
     path: Path, hf_config: Mapping[str, Any], decisions: Sequence[Decision], config: QuantizeConfig
 ) -> None:
     flat = hf_config["quantization_config"]
-    if flat["ignore"] != excluded_modules(decisions):
-        raise CheckpointError("the list of kept modules is not complete", where=f"{path / 'config.json'}: ignore")
+    key = "modules_to_not_convert" if config.layout == "gpt-oss" else "ignore"
+    if flat[key] != excluded_modules(decisions):
+        raise CheckpointError("the list of kept modules is not complete", where=f"{path / 'config.json'}: {key}")
     if config.layout == "modelopt":
         nested = read_json(path / "hf_quant_config.json")["quantization"]
         pairs = (("exclude_modules", "ignore"), ("quant_algo", "quant_algo"), ("quantized_layers", "quantized_layers"))

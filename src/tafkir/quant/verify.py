@@ -179,7 +179,10 @@ def _component(name: str, layers: int) -> str:
 
 def _pieces(name: str, before: WeightFiles, after: WeightFiles) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Both weights, flat, in float32, a few million at a time."""
-    x, y = (files.read(name).flatten() for files in (before, after))
+    x, y = (files.read(name) for files in (before, after))
+    if name in after.encoded and after.encoded[name].encoding == "mxfp4_stack":
+        x, y = x.mT, y.mT  # blocks run along the inputs there
+    x, y = x.flatten(), y.flatten()
     for start in range(0, len(x), _ROWS):
         yield start, x[start : start + _ROWS].float(), y[start : start + _ROWS].float()
 

@@ -47,7 +47,9 @@ FormatName = Literal[
 fp8: one scale; fp8_channel: one a row; fp8_block: one for each 128x128."""
 
 SchemeName = Literal["nvfp4", "nvfp4_w4a16", "mxfp4", "mxfp8", "fp8", "fp8_channel", "fp8_block", "int8", "int4"]
-LayoutName = Literal["modelopt", "compressed-tensors"]
+LayoutName = Literal["modelopt", "compressed-tensors", "gpt-oss"]
+"""gpt-oss: the MXFP4 of that family, whose experts lie in one tensor for each map (`*_blocks`, `*_scales`)."""
+
 ScaleChoice = Literal["max", "four_over_six", "mse", "local_hessian"]
 InputRange = Literal["max", "percentile", "headroom"]
 ColdExperts = Literal["error", "force", "balance", "data_free"]
@@ -59,6 +61,7 @@ FORMATS: tuple[FormatName, ...] = get_args(FormatName)
 LAYOUT_FORMATS: Mapping[LayoutName, frozenset[FormatName]] = {
     "modelopt": frozenset({"keep", "nvfp4", "nvfp4_w4a16", "mxfp8", "fp8", "fp8_channel", "fp8_block"}),
     "compressed-tensors": frozenset(FORMATS),
+    "gpt-oss": frozenset({"keep", "mxfp4"}),
 }
 """What each layout has a place for."""
 
@@ -165,6 +168,8 @@ class QuantizeConfig(Table):
             raise ValueError("scales = 'local_hessian' needs data: add a [quantize.calibration], or --calibrate TEXT")
         if self.calibration is not None and self.input_scale != 1.0:
             raise ValueError("input_scale is what a calibration finds; set one or the other")
+        if self.kv_cache == "fp8" and self.layout == "gpt-oss":
+            raise ValueError("kv_cache = 'fp8': layout = 'gpt-oss' has no word for it")
         if self.kv_cache == "nvfp4" and self.layout != "modelopt":
             raise ValueError(f"kv_cache = 'nvfp4': {self.layout} has no word for it; layout = 'modelopt' does")
         unknown = sorted(used - LAYOUT_FORMATS[self.layout])
