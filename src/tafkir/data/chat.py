@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tafkir.data.chat_template import CHAT_TEMPLATE
+from tafkir.data.published_tokenizer import PublishedTokenizer
 from tafkir.data.sources import Problem
 from tafkir.data.tokenizer import THINK_END, THINK_START, TURN_END, TURN_START, Tokenizer
 from tafkir.errors import DataError
@@ -52,7 +53,15 @@ def render_chat(messages: Sequence[Message], add_generation_prompt: bool = False
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-    """Token ids of `render_chat`, except that special tokens spelled out in a system or user turn stay plain text."""
+    """Token ids of `render_chat`, except that special tokens spelled out in a system or user turn stay plain text.
+
+    A published tokenizer takes its own template.
+
+    Raises:
+        RequestError: that template is missing, or refuses the conversation.
+    """
+    if isinstance(tokenizer, PublishedTokenizer):
+        return tokenizer.encode_chat(messages, add_generation_prompt)
     ids: list[int] = []
     for message in messages:
         ids += tokenizer.encode(f"{TURN_START}{message.role}\n")

@@ -15,7 +15,17 @@ from tafkir.data.chat_template import CHAT_TEMPLATE
 from tafkir.errors import DataError
 from tafkir.runlog.atomic import write_text
 
-__all__ = ["DOCUMENT_END", "THINK_END", "THINK_START", "TURN_END", "TURN_START", "Tokenizer"]
+__all__ = [
+    "DOCUMENT_END",
+    "THINK_END",
+    "THINK_START",
+    "TURN_END",
+    "TURN_START",
+    "Tokenizer",
+    "byte_of_character",
+    "is_own",
+    "read_backend",
+]
 
 DOCUMENT_END = "<|endoftext|>"
 TURN_START = "<|im_start|>"
@@ -46,7 +56,8 @@ def _byte_of_character() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-_BYTE_OF_CHARACTER = _byte_of_character()
+byte_of_character = _byte_of_character()
+"""The byte of each character of a byte-level vocabulary."""
 
 
 class _Pieces(dict[str, list[int]]):
@@ -101,6 +112,11 @@ class Tokenizer:
         return self._special[TURN_END]
 
     @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Every token that ends an answer."""
+        return self.turn_end_id, self.document_end_id
+
+    @property
     def eos_id(self) -> int:
         """What ends a generation in the chat format: `<|im_end|>`."""
         return self._special[TURN_END]
@@ -121,7 +137,7 @@ class Tokenizer:
             raise KeyError(id)
         if token in self._special:
             return token.encode()
-        return bytes(_BYTE_OF_CHARACTER[character] for character in token)
+        return bytes(byte_of_character[character] for character in token)
 
     def encode(self, text: str, *, allow_special: bool = True) -> list[int]:
         """Token ids of a text, without anything added.
@@ -220,23 +236,40 @@ class Tokenizer:
         Raises:
             DataError: the file is missing, damaged, or lacks a special token.
         """
-        path = Path(folder)
-        path = path / "tokenizer.json" if path.is_dir() or path.suffix != ".json" else path
-        try:
-            text = path.read_text(encoding="utf-8")
-            # the library reports a parse error as a bare Exception: look for broken JSON before it does
-            if not isinstance(json.loads(text), dict):
-                raise ValueError("not a JSON object")
-            backend = _parse_backend(text)
-        except FileNotFoundError:
-            fix = "point to a checkpoint, or to the folder that the tokenizer stage wrote"
-            raise DataError("there is no tokenizer", where=str(path), fix=fix) from None
-        except (OSError, ValueError) as error:
-            raise DataError(f"the tokenizer cannot be read ({error})", where=str(path), fix="copy it again") from None
+        backend, where = read_backend(folder)
         try:
             return cls(backend)
         except DataError as error:
-            raise DataError(error.what, where=str(path), expected=error.expected) from None
+            raise DataError(error.what, where=where, expected=error.expected) from None
+
+
+def read_backend(folder: str | Path) -> tuple[Backend, str]:
+    """A tokenizer.json as the library reads it, and its path for errors.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    path = Path(folder)
+    path = path / "tokenizer.json" if path.is_dir() or path.suffix != ".json" else path
+    try:
+        text = path.read_text(encoding="utf-8")
+        # the library reports a parse error as a bare Exception: look for broken JSON before it does
+        if not isinstance(json.loads(text), dict):
+            raise ValueError("not a JSON object")
+        return _parse_backend(text), str(path)
+    except FileNotFoundError:
+        fix = "point to a checkpoint, or to the folder that the tokenizer stage wrote"
+        raise DataError("there is no tokenizer", where=str(path), fix=fix) from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"the tokenizer cannot be read ({error})", where=str(path), fix="copy it again") from None
+
+
+def is_own(backend: Backend) -> bool:
+    """Whether Tafkir trained it: its way of splitting, its special tokens."""
+    splits = json.loads(backend.to_str()).get("pre_tokenizer") or {}
+    pattern = _PATTERN.replace(r"\u2019", "\u2019")
+    own = any(each.get("pattern") == {"Regex": pattern} for each in splits.get("pretokenizers", ()))
+    return own and all(backend.token_to_id(token) is not None for token in (*_CONTROL, *_VISIBLE))
 
 
 def _parse_backend(text: str) -> Backend:

@@ -112,12 +112,12 @@ def _load(
     options: ServerOptions,
     sizes: dict[str, Any],
 ) -> Served:
-    from tafkir.data.tokenizer import Tokenizer
+    from tafkir.data.published_tokenizer import load_tokenizer
     from tafkir.recipe.bundled import find_checkpoint
     from tafkir.serve.loading import build_engine, name_of
 
     path = find_checkpoint(path)
-    tokenizer = Tokenizer.load(path)
+    tokenizer = load_tokenizer(path)
     worker = EngineWorker(lambda: build_engine(path, tokenizer, num_threads, **sizes), max_queue=max_queue)
     worker.start()
     return Served(model_name or name_of(path), path, int(time.time()), tokenizer, worker, options)

@@ -52,7 +52,7 @@ def run_chat(
         CheckpointError, DataError: the checkpoint or its tokenizer is missing or damaged.
         RequestError: the sampling parameters are not valid; from a pipe, also a message that is too long.
     """
-    from tafkir.data.tokenizer import Tokenizer
+    from tafkir.data.published_tokenizer import load_tokenizer
     from tafkir.engine.requests import check_params
     from tafkir.recipe.bundled import find_checkpoint
     from tafkir.serve.loading import build_engine, name_of
@@ -60,7 +60,7 @@ def run_chat(
     params = params or SamplingParams(temperature=0.0, max_tokens=256)
     check_params(params)
     path = find_checkpoint(checkpoint)
-    tokenizer = Tokenizer.load(path)
+    tokenizer = load_tokenizer(path)
     engine = build_engine(path, tokenizer, None, max_batch=1, speculate=speculate)
     chat = _Chat(engine, tokenizer, params, system, history, _Screen(stdout or sys.stdout, show_thinking))
     source = stdin or sys.stdin

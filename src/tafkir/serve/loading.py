@@ -71,7 +71,7 @@ def build_engine(
     else:
         decoder = load_checkpoint(checkpoint).decoder
     options: dict[str, Any] = {
-        "eos_ids": (tokenizer.turn_end_id, tokenizer.document_end_id),
+        "eos_ids": tokenizer.end_ids,
         "max_batch": max_batch or 32,
         "max_context": max_context,
         "max_cache_bytes": max_cache_bytes,

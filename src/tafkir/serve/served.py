@@ -22,7 +22,8 @@ from tafkir.serve.worker import EngineWorker
 if TYPE_CHECKING:
     from tafkir.data.tokenizer import Tokenizer
     from tafkir.engine.engine import Engine
-    from tafkir.engine.shaping import Shaper, Shaping
+    from tafkir.engine.shaping import Shaper, Shaping, Thinking
+    from tafkir.records import Message
 
 __all__ = ["Served"]
 
@@ -88,18 +89,26 @@ class Served:
 
     async def encode_chat(self, body: ChatRequest) -> list[int]:
         """Token ids of a conversation up to where the answer begins, tools and an empty chain of thought included."""
-        from tafkir.data.chat import encode_chat
-
         messages = [to_message(message) for message in body.messages]
         if body.tools and body.tool_choice != "none":
             messages = offer_tools(messages, body.tools)
         size = sum(len(message.content) + len(message.reasoning or "") for message in messages)
         if size > _LONG_TEXT:
             self._check_length(size)
-            ids = await run_in_threadpool(encode_chat, self.tokenizer, messages)
-        else:
+            return await run_in_threadpool(self._encode_chat, messages, body.thinking)
+        return self._encode_chat(messages, body.thinking)
+
+    def _encode_chat(self, messages: Sequence[Message], thinking: bool | None) -> list[int]:
+        from tafkir.data.chat import encode_chat
+        from tafkir.data.published_tokenizer import PublishedTokenizer
+
+        if not isinstance(self.tokenizer, PublishedTokenizer):
             ids = encode_chat(self.tokenizer, messages)
-        return ids + self.tokenizer.encode(_NO_THOUGHT) if body.thinking is False else ids
+            return ids + self.tokenizer.encode(_NO_THOUGHT) if thinking is False else ids
+        if thinking and not self.tokenizer.can_think:
+            message = "this model's chat template knows no thinking"
+            raise ApiError(400, message, param="enable_thinking", code="invalid_value")
+        return self.tokenizer.encode_chat(messages, thinking=thinking)
 
     async def shapers(self, body: GenerationRequest, prompts: Sequence[tuple[int, ...]]) -> list[Shaper | None]:
         """What each choice's logits go through, n for each prompt.
@@ -129,17 +138,13 @@ class Served:
         ]
 
     def _shaping(self, body: GenerationRequest) -> Shaping:
-        from tafkir.engine.shaping import Shaping, Thinking
+        from tafkir.engine.shaping import Shaping
 
         vocab = self.engine.decoder.config.vocab_size
         bias = {int(token): value for token, value in body.logit_bias.items()}
         if outside := [token for token in bias if token >= vocab]:
             message = f"logit_bias: token {outside[0]} does not exist; expected 0 to {vocab - 1}"
             raise ApiError(400, message, param="logit_bias", code="invalid_value")
-        thinking = None
-        if isinstance(body, ChatRequest):
-            start, end = (self.tokenizer.special_id(token) for token in ("<think>", "</think>"))
-            thinking = Thinking(start, end, body.max_thinking_tokens)
         return Shaping(
             presence_penalty=body.presence_penalty,
             frequency_penalty=body.frequency_penalty,
@@ -148,5 +153,18 @@ class Served:
             min_p=body.min_p,
             min_tokens=None if body.ignore_eos else body.min_tokens,
             end_ids=tuple(id for id in (*self.engine.eos_ids, *body.stop_token_ids) if id < vocab),
-            thinking=thinking,
+            thinking=self._thinking(body) if isinstance(body, ChatRequest) else None,
         )
+
+    def _thinking(self, body: ChatRequest) -> Thinking | None:
+        """What bounds the chain of thought; None for a model without the tokens that open and close one."""
+        from tafkir.engine.shaping import Thinking
+
+        try:
+            start, end = (self.tokenizer.special_id(token) for token in ("<think>", "</think>"))
+        except KeyError:
+            if body.max_thinking_tokens is None:
+                return None
+            message = "this model has no tokens that open and close a chain of thought"
+            raise ApiError(400, message, param="max_thinking_tokens", code="invalid_value") from None
+        return Thinking(start, end, body.max_thinking_tokens)
