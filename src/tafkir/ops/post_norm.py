@@ -21,6 +21,9 @@ __all__ = ["post_norm", "post_norm_reference", "swiglu_post_norm", "swiglu_post_
 
 Dim = Literal[0, -1]
 
+# Up to this many rows or columns a transposed bfloat16 matrix is multiplied as it lies.
+_SMALL = 64
+
 
 def post_norm_reference(x: Tensor, update: Tensor, eps: float, dim: Dim = -1) -> Tensor:
     """(x + update) / rms over `dim`, statistics in float32."""
@@ -106,6 +109,18 @@ def _mix(matrix: Tensor, x: Tensor, dim: Dim) -> Tensor:
     return torch.mm(matrix, x) if dim == 0 else torch.mm(x, matrix.t())
 
 
+def _mix_back(matrix: Tensor, grad: Tensor, dim: Dim) -> Tensor:
+    """The gradient of what `_mix` was given."""
+    return torch.mm(_turned(matrix), grad) if dim == 0 else torch.mm(grad, matrix)
+
+
+def _turned(matrix: Tensor) -> Tensor:
+    """The transpose, for the left of a product: units for bfloat16 want its rows in order, and a copy is cheaper."""
+    turned = matrix.t()
+    pays = matrix.dtype == torch.bfloat16 and matrix.device.type == "cpu" and min(matrix.shape) > _SMALL
+    return turned.contiguous() if pays else turned
+
+
 def _halves(gate_up: Tensor, dim: Dim) -> Tensor:
     """Gates before ups along the last dim, as `swiglu` has them: with the positions first, all gates stand first."""
     return gate_up.view(-1) if dim == 0 else gate_up
@@ -153,13 +168,13 @@ class _SwigluPostNorm(torch.autograd.Function):
         x, gate_up, down, wide, out, rstd = ctx.saved_tensors
         dim: Dim = ctx.dim
         grad_x = _normalize_backward(grad, out, rstd, dim)
-        grad_wide, hidden = _activate_backward(_mix(down.t(), grad_x, dim), wide, dim)
+        grad_wide, hidden = _activate_backward(_mix_back(down, grad_x, dim), wide, dim)
         if dim == 0:
             grad_down, grad_gate_up = grad_x @ hidden.t(), grad_wide @ x.t()
-            grad_x.addmm_(gate_up.t(), grad_wide)
+            grad_x.addmm_(_turned(gate_up), grad_wide)
         else:
             # The narrow side first: the other way round takes up to twice as long.
-            grad_down, grad_gate_up = grad_x.t() @ hidden, (x.t() @ grad_wide).t()
+            grad_down, grad_gate_up = _turned(grad_x) @ hidden, (_turned(x) @ grad_wide).t()
             grad_x.addmm_(grad_wide, gate_up)
         return grad_x, grad_gate_up, grad_down, None, None
 
