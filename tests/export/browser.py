@@ -135,11 +135,16 @@ class Browser:
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=phone
         )
 
-    def press(self, key: str) -> None:
-        """One key, such as 3, Enter or ArrowRight."""
+    def press(self, key: str, *, shift: bool = False) -> None:
+        """One key, such as 3, Enter, Tab or ArrowRight."""
         text = {"text": key} if len(key) == 1 else {"text": "\r"} if key == "Enter" else {}
+        # What a key does of itself, such as moving the focus, goes by its number.
+        code = {"Tab": 9, "Enter": 13, "Escape": 27}.get(key, 0)
         for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, **(text if kind == "keyDown" else {}))
+            more = text if kind == "keyDown" else {}
+            self.call(
+                "Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, modifiers=8 * shift, **more
+            )
 
     def mouse(self, kind: str, x: float, y: float) -> None:
         """Pressed, moved or released at a place of the window."""

@@ -73,7 +73,7 @@ def test_keys(guarded: Server) -> None:
         guarded.client().models.list()
     client = openai.OpenAI(base_url=f"{guarded.url}/v1", api_key="second-key", max_retries=0)
     assert client.completions.create(model="tiny-random", prompt="a", max_tokens=2).choices
-    for path in ("/", "/health", "/ready", "/version", "/metrics"):
+    for path in ("/", "/web/page.js", "/health", "/ready", "/version", "/metrics"):
         assert httpx.get(guarded.url + path).status_code == 200, path
 
 

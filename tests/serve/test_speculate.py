@@ -43,12 +43,23 @@ def clients(checkpoint: Path) -> Iterator[tuple[TestClient, TestClient]]:
         yield plain, drafting
 
 
-def answers(client: TestClient, body: dict[str, Any]) -> list[dict[str, Any]]:
+def ask(client: TestClient, body: dict[str, Any]) -> dict[str, Any]:
     question = {"role": "user", "content": "Ali has 3 apples and 3 apples and 3 apples. How many?"}
     response = client.post("/v1/chat/completions", json={"messages": [question], **body})
     assert response.status_code == 200, response.text
-    choices: list[dict[str, Any]] = response.json()["choices"]
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def answers(client: TestClient, body: dict[str, Any]) -> list[dict[str, Any]]:
+    choices: list[dict[str, Any]] = ask(client, body)["choices"]
     return choices
+
+
+def drafts_of(client: TestClient) -> tuple[float, ...]:
+    families = {f.name: f for f in text_string_to_metric_families(client.get("/metrics").text)}
+    names = ("draft_tokens", "accepted_tokens")
+    return tuple(families[f"vllm:spec_decode_num_{name}"].samples[0].value for name in names)
 
 
 @pytest.mark.parametrize("body", BODIES)
@@ -76,6 +87,20 @@ def test_drafts_are_counted(clients: tuple[TestClient, TestClient]) -> None:
     places = families["vllm:spec_decode_num_accepted_tokens_per_pos"].samples
     assert [sample.labels["position"] for sample in places] == ["0", "1", "2", "3"]
     assert sum(sample.value for sample in places) == accepted
+
+
+def test_an_answer_tells_its_own_drafts_and_times(clients: tuple[TestClient, TestClient]) -> None:
+    drafted, kept = drafts_of(clients[1])
+    answer = ask(clients[1], BODIES[0])
+    timings = answer["timings"]
+    now_drafted, now_kept = drafts_of(clients[1])
+    assert (timings["draft_n"], timings["draft_n_accepted"]) == (now_drafted - drafted, now_kept - kept)
+    assert timings["draft_n"] > 0
+    assert timings["predicted_n"] == answer["usage"]["completion_tokens"]
+    assert timings["ttft_ms"] > 0 and timings["predicted_ms"] > 0
+    rate = (timings["predicted_n"] - 1) / timings["predicted_ms"] * 1000
+    assert timings["predicted_per_second"] == pytest.approx(rate, rel=1e-3)
+    assert ask(clients[0], BODIES[0])["timings"]["draft_n"] == 0
 
 
 def test_what_cannot_draft_is_refused_in_words(checkpoint: Path) -> None:

@@ -88,10 +88,15 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One sampled token of one request. `top` holds (token, logprob) pairs, the most probable first."""
+    """One sampled token of one request. `top` holds (token, logprob) pairs, the most probable first.
+
+    The last token of a step that checked a draft says how many tokens were drafted, and how many of them were kept.
+    """
 
     request_id: str
     token_id: int
     logprob: float
     finish_reason: FinishReason | None
     top: tuple[tuple[int, float], ...] = ()
+    num_drafted: int = 0
+    num_accepted: int = 0

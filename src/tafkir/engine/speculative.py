@@ -133,13 +133,15 @@ class Kept:
     logprobs: list[float] = field(default_factory=list)
     tops: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     reason: FinishReason | None = None
+    num_drafted: int = 0
+    num_accepted: int = 0
 
     def events(self, request_id: str) -> list[TokenEvent]:
-        last = len(self.tokens) - 1
-        return [
-            TokenEvent(request_id, token, logprob, self.reason if i == last else None, top)
-            for i, (token, logprob, top) in enumerate(zip(self.tokens, self.logprobs, self.tops, strict=True))
-        ]
+        *before, last = zip(self.tokens, self.logprobs, self.tops, strict=True)
+        events = [TokenEvent(request_id, token, logprob, None, top) for token, logprob, top in before]
+        token, logprob, top = last
+        counts = (self.num_drafted, self.num_accepted)
+        return [*events, TokenEvent(request_id, token, logprob, self.reason, top, *counts)]
 
 
 class Speculation:
@@ -202,7 +204,7 @@ class Speculation:
         counts = batch.column(Column.COUNT).tolist()
         for row, (seq, draft) in enumerate(zip(batch.sequences, drafts, strict=True)):
             assert seq is not None
-            found, accepted = Kept(), 0
+            found = Kept(num_drafted=len(draft))
             for ahead in range(len(draft) + 1):
                 token, logprob = drawn_BW[row][ahead], logprob_BW[row][ahead]
                 if seq.shaper is not None:
@@ -210,10 +212,10 @@ class Speculation:
                     token, logprob = batch.draw_shaped(row, ahead, logits_V, seq.shaper.shape(logits_V))
                 _note(found, seq, token, logprob, logits_BWV[row, ahead], counts[row] + ahead + 1)
                 hit = ahead < len(draft) and token == draft[ahead]
-                accepted += hit
+                found.num_accepted += hit
                 if found.reason is not None or not hit:
                     break
-            self.acceptance.note(len(draft), accepted)
+            self.acceptance.note(found.num_drafted, found.num_accepted)
             kept.append(found)
         return kept
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 
 import tafkir
 from tafkir.serve.errors import install_error_handlers
 from tafkir.serve.gateway import Gateway
 from tafkir.serve.openapi import describe_api
 from tafkir.serve.options import ServerOptions
+from tafkir.serve.page import add_page
 from tafkir.serve.routes import add_generation_routes
 from tafkir.serve.served import Served
 from tafkir.serve.worker import EngineWorker
@@ -26,12 +26,6 @@ if TYPE_CHECKING:
     from tafkir.serve.loading import WeightNumbers
 
 __all__ = ["build_app"]
-
-# The page is one file and talks to this server alone.
-_PAGE_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 
 # A step takes seconds at most; an engine that has work and takes none for so long is not ready for more.
 _STALLED_S = 60.0
@@ -96,6 +90,7 @@ def build_app(
     _add_status_routes(app, served)
     add_generation_routes(app, served)
     describe_api(app, served)
+    add_page(app)
     app.add_middleware(Gateway, options=options, worker=served.worker)
     if options.cors_origins:
         from starlette.middleware.cors import CORSMiddleware
@@ -124,8 +119,6 @@ def _load(
 
 
 def _add_status_routes(app: FastAPI, served: Served) -> None:
-    page = (resources.files("tafkir.serve") / "web" / "index.html").read_text(encoding="utf-8")
-
     def card() -> dict[str, Any]:
         config = served.engine.decoder.config
         return {
@@ -138,10 +131,6 @@ def _add_status_routes(app: FastAPI, served: Served) -> None:
             "num_parameters": config.num_parameters(),
             "num_active_parameters": config.num_parameters(active=True),
         }
-
-    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
-    def index() -> HTMLResponse:
-        return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY})
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:

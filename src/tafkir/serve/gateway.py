@@ -14,6 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from tafkir.serve.access import ApiKeys, RateLimiter
 from tafkir.serve.errors import ApiError, error_of, error_response
 from tafkir.serve.options import ServerOptions
+from tafkir.serve.page import PAGE_FILES
 from tafkir.serve.worker import EngineWorker, Overloaded, Stopped
 
 __all__ = ["Gateway"]
@@ -25,7 +26,7 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-# Open to probes and scrapers, which carry no key; the page itself is no secret either.
+# Open to probes and scrapers, which carry no key; the page and what it is made of are no secret either.
 _OPEN = frozenset({"/", "/health", "/ready", "/version", "/metrics", "/favicon.ico"})
 # A client that still sends would not read the answer: this many times the limit is read and thrown away first.
 _DISCARD = 16
@@ -77,7 +78,7 @@ class Gateway:
             ApiError: 401 without a known key, 429 above the rate.
             Overloaded, Stopped: nothing can be taken.
         """
-        if scope["path"] in _OPEN or scope["method"] == "OPTIONS":
+        if scope["path"] in _OPEN or scope["path"].startswith(PAGE_FILES) or scope["method"] == "OPTIONS":
             return
         client = scope.get("client")
         caller: str | None = client[0] if client else "local"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Request as HttpRequest
@@ -75,6 +76,7 @@ class Generation:
         choices: one per prompt and sample, in the order of their indices.
         shapers: what bends each choice's logits.
         timeout_s: seconds until what still runs is cancelled; None sets no limit.
+        began, first_at, last_at: when it was queued, and when its first and its newest token came, in seconds.
     """
 
     worker: EngineWorker
@@ -85,7 +87,27 @@ class Generation:
     prompt_tokens: int
     shapers: list[Shaper | None]
     timeout_s: float | None
+    began: float = field(default_factory=time.monotonic)
+    first_at: float = 0.0
+    last_at: float = 0.0
     _begun: tuple[list[tuple[int, Delta]], AsyncGenerator[list[tuple[int, Delta]], None]] | None = None
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """What a finished request took, all choices together, under llama.cpp's names where it has them.
+
+        `ttft_ms` runs from the entry into the queue to the first token, `predicted_ms` from there to the last one;
+        the rate is that of the tokens after the first. Of `draft_n` drafted tokens `draft_n_accepted` were kept.
+        """
+        tokens, seconds = sum(choice.num_tokens for choice in self.choices), self.last_at - self.first_at
+        return {
+            "ttft_ms": round(1000 * (self.first_at - self.began), 3),
+            "predicted_n": tokens,
+            "predicted_ms": round(1000 * seconds, 3),
+            "predicted_per_second": round((tokens - 1) / seconds, 3) if seconds > 0 else 0.0,
+            "draft_n": sum(choice.num_drafted for choice in self.choices),
+            "draft_n_accepted": sum(choice.num_accepted for choice in self.choices),
+        }
 
     @classmethod
     def submit(
@@ -162,6 +184,8 @@ class Generation:
                     message = f"the answer took longer than {self.timeout_s:g} s"
                     raise ApiError(504, message, code="deadline_exceeded")
                 step = []
+                self.last_at = time.monotonic()
+                self.first_at = self.first_at or self.last_at
                 for event in got.result():
                     index = index_of[event.request_id]
                     if event.finish_reason == "cancelled":
@@ -216,7 +240,7 @@ class Generation:
             format.choice(index, deltas, stream)
             for index, (deltas, stream) in enumerate(zip(collected, self.choices, strict=True))
         ]
-        return format.whole(finished, usage_of(self.prompt_tokens, self.choices))
+        return format.whole(finished, usage_of(self.prompt_tokens, self.choices), timings=self.timings)
 
     async def stream(self, format: ResponseFormat, *, include_usage: bool) -> AsyncIterator[str]:
         """The answer as server-sent events; an error on the way is the last of them."""
@@ -233,7 +257,8 @@ class Generation:
                     yield server_sent_event(format.chunk([format.delta(index, delta, shown[reported[index] :])]))
                     reported[index] = len(shown)
             if include_usage:
-                yield server_sent_event(format.chunk([], usage_of(self.prompt_tokens, self.choices)))
+                usage = usage_of(self.prompt_tokens, self.choices)
+                yield server_sent_event(format.chunk([], usage, timings=self.timings))
             yield server_sent_event("[DONE]")
         except ClientLeft:
             return

@@ -53,11 +53,15 @@ class ResponseFormat(ABC):
     def _finish(self, index: int, choice: dict[str, Any]) -> dict[str, Any]:
         return choice if self.prompt_logprobs is None else {**choice, "prompt_logprobs": self.prompt_logprobs[index]}
 
-    def whole(self, choices: Sequence[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
-        return {**self._head, "object": self.object_name, "choices": list(choices), "usage": usage}
+    def whole(self, choices: Sequence[dict[str, Any]], usage: dict[str, Any], **more: Any) -> dict[str, Any]:
+        """The answer; `more` are fields beside OpenAI's, such as `timings`."""
+        return {**self._head, "object": self.object_name, "choices": list(choices), "usage": usage, **more}
 
-    def chunk(self, choices: Sequence[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
-        return {**self._head, "object": self.chunk_name, "choices": list(choices), "usage": usage}
+    def chunk(
+        self, choices: Sequence[dict[str, Any]], usage: dict[str, Any] | None = None, **more: Any
+    ) -> dict[str, Any]:
+        """A part of the answer, with the same."""
+        return {**self._head, "object": self.chunk_name, "choices": list(choices), "usage": usage, **more}
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """The choice of a chunk that comes before any token."""

@@ -143,6 +143,7 @@ class ChoiceStream:
         self._tools = ToolCallSplitter() if split_tools else None
         self._decoded = 0
         self.num_tokens = self.num_reasoning_tokens = self.num_tool_calls = 0
+        self.num_drafted = self.num_accepted = 0
         self.shown: list[tuple[TokenEvent, int]] = []
         """Tokens that belong to the text, each with the offset of its first character."""
         self.sampled: list[tuple[TokenEvent, int]] = []
@@ -150,6 +151,8 @@ class ChoiceStream:
 
     def push(self, event: TokenEvent) -> Delta:
         self.num_tokens += 1
+        self.num_drafted += event.num_drafted
+        self.num_accepted += event.num_accepted
         self.sampled.append((event, self._decoded))
         text = ""
         if not (event.finish_reason == "stop" and event.token_id in self._stop_ids):

@@ -1,0 +1,71 @@
+/* Everything that the page says, in English and in Arabic. Numbers come in as text, already in the reader's digits. */
+"use strict";
+
+const plural = (language, forms) => (n, shown) => (forms[new Intl.PluralRules(language).select(n)] ?? forms.other).replace("#", shown);
+
+const WORDS = {
+  en: {
+    direction: "ltr", skip: "Skip to the message box",
+    talks: "Conversations", fresh: "New conversation", settings: "Settings", close: "Close", theme: "Light or dark",
+    language: "العربية", message: "Message", placeholder: "Ask anything…", send: "Send", stop: "Stop",
+    welcome: "Ask a question. The model thinks first, and you can read along.", log: "Conversation",
+    hint: "Enter sends, Shift+Enter breaks the line, Esc stops. Answers can be wrong.",
+    model: (parameters, active) => `${parameters} parameters${active ? ` · ${active} active` : ""}`,
+    you: "You", answer: "Answer",
+    waiting: "Waiting for the first token…", thinking: "Thinking…", thought: "Thought", thoughtFor: (s, tokens) => `Thought for ${s} s · ${tokens}`, answering: "Answering…",
+    tokens: plural("en", { one: "# token", other: "# tokens" }), rate: (n) => `${n} tokens/s`, first: (ms) => `first token after ${ms}`,
+    drafts: (p) => `${p} of drafts kept`, draftsHint: (kept, all) => `Speculative decoding: ${kept} of ${all} drafted tokens were kept.`,
+    ms: (n) => `${n} ms`, s: (n) => `${n} s`, seed: (n) => `seed ${n}`,
+    ends: { length: "cut at the token limit", stopped: "stopped" },
+    copy: "Copy", copied: "Copied", again: "Answer again", edit: "Edit", save: "Ask", cancel: "Cancel", editing: "Edit the question", copyCode: "Copy the code", code: "Code", table: "Table", formula: "Formula",
+    problems: {
+      unreachable: "The server cannot be reached. Is it still running?", early: "The server closed the connection before the answer was complete.",
+      busy: (s) => `The server is busy. Trying again in ${s} s…`, limited: (s) => `This key or address has asked too often. Trying again in ${s} s…`, gone: "The server is shutting down and takes no more questions.",
+      context: "Start a new conversation, or send earlier turns no longer (Settings).", status: (n) => `The server answered ${n}.`, full: "The browser's storage is full: this conversation is not kept. Delete or export others.",
+    },
+    retry: "Try again",
+    keyTitle: "API key", keyAsk: "This server wants a key.", keyWrong: "The server does not know this key.", keyNote: "It is kept until this tab is closed, and sent to this server alone.", keyUse: "Use it", keyForget: "Forget the API key",
+    none: "Nothing yet. Conversations stay in this browser.", remove: "Delete", removed: "Deleted.", undo: "Undo", exportOne: "Export this one (Markdown)", exportAll: "Export all (JSON)", untitled: "Conversation",
+    sampling: "Sampling", temperature: "Temperature", temperatureHint: "0 always takes the most probable token.", topP: "Top-p", maxTokens: "Longest answer, in tokens", maxTokensEmpty: "what fits", seedLabel: "Seed", seedEmpty: "none",
+    thinkingGroup: "Thinking", thinkingModes: { auto: "As the model likes", on: "Always", off: "Never" }, budget: "Thinking budget, in tokens", budgetEmpty: "no limit",
+    context: "Context", system: "System prompt", history: "Send earlier turns", historyHint: "Off, each question stands alone, as small models learn it.",
+    page: "Page", digits: "Arabic-Indic digits", themes: { auto: "As the system", light: "Light", dark: "Dark" }, reset: "Back to the defaults",
+    examples: [
+      "Sara sold 48 clips in April, and half as many in May. How many clips did she sell altogether?",
+      "A baker has 12 trays with 9 rolls each and sells 75 rolls. How many rolls are left?",
+      "Omar reads 15 pages a day. How many days does he need for a book of 240 pages?",
+    ],
+  },
+  ar: {
+    direction: "rtl", skip: "إلى خانة الرسالة",
+    talks: "المحادثات", fresh: "محادثة جديدة", settings: "الإعدادات", close: "إغلاق", theme: "فاتح أو داكن",
+    language: "English", message: "الرسالة", placeholder: "اسأل ما شئت…", send: "أرسل", stop: "قف",
+    welcome: "اطرح سؤالًا. يفكّر النموذج أولًا، ويمكنك أن تتابع تفكيره.", log: "المحادثة",
+    hint: "مفتاح الإدخال يرسل، ومعه Shift يبدأ سطرًا، وEsc يوقف. قد تخطئ الأجوبة.",
+    model: (parameters, active) => `${parameters} مُعامِل${active ? ` · ${active} نشِط` : ""}`,
+    you: "أنت", answer: "الجواب",
+    waiting: "بانتظار الرمز الأول…", thinking: "يفكّر…", thought: "التفكير", thoughtFor: (s, tokens) => `فكّر ${s} ث · ${tokens}`, answering: "يجيب…",
+    tokens: plural("ar", { one: "رمز واحد", two: "رمزان", few: "# رموز", many: "# رمزًا", other: "# رمز" }), rate: (n) => `${n} رمز/ث`, first: (ms) => `الرمز الأول بعد ${ms}`,
+    drafts: (p) => `قُبل ${p} من المسودّات`, draftsHint: (kept, all) => `فك الترميز التخميني: قُبل ${kept} من ${all} من الرموز المقترحة.`,
+    ms: (n) => `${n} م.ث`, s: (n) => `${n} ث`, seed: (n) => `البذرة ${n}`,
+    ends: { length: "قُطع عند حد الرموز", stopped: "أُوقف" },
+    copy: "انسخ", copied: "نُسخ", again: "أجب مرة أخرى", edit: "عدّل", save: "اسأل", cancel: "إلغاء", editing: "عدّل السؤال", copyCode: "انسخ الشيفرة", code: "شيفرة", table: "جدول", formula: "صيغة",
+    problems: {
+      unreachable: "لا يمكن الوصول إلى الخادم. أما زال يعمل؟", early: "أغلق الخادم الاتصال قبل أن يكتمل الجواب.",
+      busy: (s) => `الخادم مشغول. محاولة أخرى بعد ${s} ث…`, limited: (s) => `كثرت الأسئلة من هذا المفتاح أو العنوان. محاولة أخرى بعد ${s} ث…`, gone: "الخادم يتوقف، ولا يقبل أسئلة أخرى.",
+      context: "ابدأ محادثة جديدة، أو أوقف إرسال ما سبق (الإعدادات).", status: (n) => `أجاب الخادم بالرمز ${n}.`, full: "امتلأت ذاكرة المتصفح، فلم تُحفظ هذه المحادثة. احذف غيرها أو صدّرها.",
+    },
+    retry: "حاول مرة أخرى",
+    keyTitle: "مفتاح API", keyAsk: "يطلب هذا الخادم مفتاحًا.", keyWrong: "لا يعرف الخادم هذا المفتاح.", keyNote: "يُحفظ حتى تُغلق هذه الصفحة، ولا يُرسل إلا إلى هذا الخادم.", keyUse: "استعمله", keyForget: "انسَ مفتاح API",
+    none: "لا شيء بعد. تبقى المحادثات في هذا المتصفح.", remove: "احذف", removed: "حُذفت.", undo: "تراجع", exportOne: "صدّر هذه (Markdown)", exportAll: "صدّر الكل (JSON)", untitled: "محادثة",
+    sampling: "الاختيار", temperature: "الحرارة", temperatureHint: "عند الصفر يُؤخذ دائمًا الرمز الأرجح.", topP: "Top-p", maxTokens: "أطول جواب بالرموز", maxTokensEmpty: "ما يتّسع", seedLabel: "البذرة", seedEmpty: "بلا",
+    thinkingGroup: "التفكير", thinkingModes: { auto: "كما يشاء النموذج", on: "دائمًا", off: "أبدًا" }, budget: "حدّ التفكير بالرموز", budgetEmpty: "بلا حد",
+    context: "السياق", system: "تعليمات النظام", history: "أرسل ما سبق من المحادثة", historyHint: "من دونه يقف كل سؤال وحده، كما تتعلّم النماذج الصغيرة.",
+    page: "الصفحة", digits: "الأرقام العربية المشرقية", themes: { auto: "كالنظام", light: "فاتح", dark: "داكن" }, reset: "أعد القيم الأولى",
+    examples: [
+      "Sara sold 48 clips in April, and half as many in May. How many clips did she sell altogether?",
+      "كم يساوي ثمانية وأربعون زائد أربعة وعشرين؟",
+      "اكتب بالعربية متى نقول إن العدد أوّلي.",
+    ],
+  },
+};
