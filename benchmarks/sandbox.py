@@ -1,9 +1,10 @@
 """Does the sandbox hold, and how fast is it? Escapes and forgeries tried, runs a second, cold start; whole code sets.
 
-python benchmarks/sandbox.py [--sets humaneval,mbpp] [--evalplus PYTHON]
+python benchmarks/sandbox.py [--sets humaneval,mbpp] [--state FOLDER] [--evalplus PYTHON]
 
-With --sets: canonical solutions and forged ones of every problem. With --evalplus, an interpreter that has evalplus:
-its own checker's verdicts on the same HumanEval answers (canonical, corrupted, forged), and where the two differ.
+With --sets: canonical solutions and forged ones of every problem; verdicts are kept in --state, and the same command
+goes on after the last one. With --evalplus, an interpreter that has evalplus: its own checker's verdicts on the same
+HumanEval answers (canonical, corrupted, forged), and where the two differ.
 """
 
 from __future__ import annotations
@@ -104,20 +105,33 @@ def _speed() -> dict[str, Any]:
     }
 
 
-def _set(name: str) -> dict[str, Any]:
-    task = load_task(name)
-    counts = {"problems": 0, "canonical_right": 0, "forged_right": 0}
-    failed: dict[str, str] = {}
-    began = time.perf_counter()
-    for example in task.examples("test"):
-        forged = f"{FORGED}def {example.extra['entry']}(*a, **k): return Same()"
-        verdict = task.grade(example, f"```python\n{example.answer}\n```")
-        counts["problems"] += 1
-        counts["canonical_right"] += verdict.correct
-        counts["forged_right"] += task.grade(example, f"```python\n{forged}\n```").correct
-        if not verdict.correct:
-            failed[example.id] = verdict.reason[:160]
-    return {**counts, "failed": failed, "seconds": round(time.perf_counter() - began, 1)}
+def _set(name: str, state: Path) -> dict[str, Any]:
+    task, path = load_task(name), state / f"{name}.jsonl"
+    rows = {row["id"]: row for row in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
+    with path.open("a") as file:
+        for number, example in enumerate(task.examples("test"), start=1):
+            if example.id in rows:
+                continue
+            began = time.perf_counter()
+            forged = f"{FORGED}def {example.extra['entry']}(*a, **k): return Same()"
+            verdict = task.grade(example, f"```python\n{example.answer}\n```")
+            rows[example.id] = {
+                "id": example.id,
+                "canonical": verdict.correct,
+                "forged": task.grade(example, f"```python\n{forged}\n```").correct,
+                "reason": verdict.reason[:160],
+                "seconds": time.perf_counter() - began,
+            }
+            file.write(f"{json.dumps(rows[example.id])}\n")
+            file.flush()
+            print(f"{name}: {number} done", file=sys.stderr)
+    return {
+        "problems": len(rows),
+        "canonical_right": sum(row["canonical"] for row in rows.values()),
+        "forged_right": sum(row["forged"] for row in rows.values()),
+        "failed": {row["id"]: row["reason"] for row in rows.values() if not row["canonical"]},
+        "seconds": round(sum(row["seconds"] for row in rows.values()), 1),
+    }
 
 
 _PEER = """
@@ -175,6 +189,7 @@ def _against_evalplus(python: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sets", default="")
+    parser.add_argument("--state", type=Path, default=Path(tempfile.gettempdir()) / "tafkir-sandbox-sets")
     parser.add_argument("--evalplus", metavar="PYTHON")
     given = parser.parse_args()
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
@@ -184,8 +199,9 @@ def main() -> None:
             found |= {"escapes_tried": len(escapes), "escaped": [n for n, v in escapes.items() if v == "escaped"]}
             found |= {"forgeries_tried": len(forgeries), "forged": [n for n, v in forgeries.items() if v == "correct"]}
             found |= {"escapes": escapes, "speed": _speed()}
+        given.state.mkdir(parents=True, exist_ok=True)
         for name in filter(None, given.sets.split(",")):
-            found.setdefault("sets", {})[name] = _set(name)
+            found.setdefault("sets", {})[name] = _set(name, given.state)
         if given.evalplus:
             found["against_evalplus"] = _against_evalplus(given.evalplus)
     RESULTS.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")

@@ -7,6 +7,7 @@ import math
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from tafkir.eval.answers import split_thinking
 from tafkir.eval.checkpoint_answers import CheckpointAnswers
 from tafkir.eval.endpoint import EndpointAnswers, EndpointOptions
 from tafkir.eval.harness import Budget, EvalSettings, Evaluation, evaluate_models
+from tafkir.eval.journal import JOURNAL_NAME
 from tafkir.eval.regrade import regrade_samples
 from tafkir.eval.samples import Sample, load_samples
 from tafkir.eval.table import budget_curve, render_scores, score_samples
@@ -118,12 +120,40 @@ def test_what_was_answered_is_never_asked_again_after_a_kill(tmp_path: Path) -> 
         subprocess.run(killed, capture_output=True, check=True)
         assert recorded and not recorded & {body["seed"] for body in server.bodies[before:]}
         asked = Counter(body["seed"] for body in server.bodies)
-        # Only what was on its way, or waited for its verdict, when a kill came is asked once more.
-        assert len(asked) == 120 and sum(asked.values()) - 120 <= kills * 16
+        # Only what was on its way when a kill came is asked once more: by its own key, and counted.
+        assert len(asked) == 120 and sum(asked.values()) - 120 <= kills * 4
+        assert len({row["idempotency-key"] for row in server.headers}) == 120
+        summary = json.loads((tmp_path / "killed" / "summary.json").read_text())
+        assert summary["resent"] <= 4 and not (tmp_path / "killed" / JOURNAL_NAME).exists()
         settings, path = EvalSettings(samples=3, limit=40, temperature=0.7), tmp_path / "whole" / "samples.jsonl"
         evaluate_models([EndpointAnswers(server.url, options=QUICK)], [load_task("gsm8k")], settings, path)
     assert content(load_samples(tmp_path / "killed")) == content(load_samples(tmp_path / "whole"))
     assert len((tmp_path / "killed" / "samples.jsonl").read_text().splitlines()) == 120
+
+
+def test_an_answer_that_came_before_a_kill_is_not_asked_for_again(tmp_path: Path) -> None:
+    """The scorer never ends while answers come; what they were is on disk all the same."""
+    slow, killed = Sums(), threading.Event()
+    slow.grade = lambda *_, **__: killed.wait() and Verdict("error", 0.0, None, "")  # type: ignore[method-assign]
+    with ChatServer() as server:
+        model = EndpointAnswers(server.url, options=QUICK)
+        command = threading.Thread(
+            target=lambda: evaluate_models([model], [slow], EvalSettings(), tmp_path / "samples.jsonl"), daemon=True
+        )
+        command.start()
+        while len(server.bodies) < 18 or (tmp_path / JOURNAL_NAME).read_text().count("reply") < 18:
+            time.sleep(0.01)
+        asked = (tmp_path / JOURNAL_NAME).read_text()
+        other = tmp_path / "other"
+        other.mkdir()
+        (other / JOURNAL_NAME).write_text(asked + '{"id": "half')
+        done = run(server, other)
+        assert len(server.bodies) == 18 and len(done.samples) == 18 and done.resent == 0
+        (other / JOURNAL_NAME).write_text("".join(line + "\n" for line in asked.splitlines() if "reply" not in line))
+        (other / "samples.jsonl").unlink()
+        assert run(server, other).resent == 18 and done.samples[0].prompt_tokens == 5
+        killed.set()
+        command.join()
 
 
 def troubles(number: int, body: Body) -> tuple[int, dict[str, str], bytes] | None:

@@ -26,7 +26,7 @@ def test_rows_and_the_front() -> None:
     samples = [sample(name, i, right=i < count, tokens=100) for name, count in right.items() for i in range(20)]
     samples[0] = replace(samples[0], outcome="error")
     sizes = {"cheap": Shape(1e9, 1e9), "better": Shape(9e9, 2e9, bytes=5e9), "waste": Shape(3e9, 3e9)}
-    rows = results_card(samples, shapes=sizes, prices={"better": 2.0})["cards"][0]["rows"]
+    rows = results_card(samples, shapes=sizes, prices={"better": (0.0, 2.0)})["cards"][0]["rows"]
     cheap, better, waste = rows
     assert [row["best"] for row in rows] == [True, True, False]
     assert (cheap["failed"], cheap["num_items"], cheap["accuracy"]["value"]) == (1, 19, pytest.approx(11 / 19))
@@ -34,7 +34,7 @@ def test_rows_and_the_front() -> None:
     assert better["dollars"] == pytest.approx(1000 * 100 * 2.0 / 1e6) and waste["dollars"] is None
     assert better["tokens_per_s"] == pytest.approx(100 / 0.25)
     with pytest.raises(RecipeError, match="'nobody' has no answers here"):
-        results_card(samples, prices={"nobody": 1.0})
+        results_card(samples, prices={"nobody": (0.0, 1.0)})
 
 
 def test_flops_of_an_answer_are_those_of_its_passes(tmp_path: Path) -> None:

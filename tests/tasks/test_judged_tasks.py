@@ -70,7 +70,9 @@ def test_mt_bench_rates_both_turns_and_asks_once(judge: type[Judge]) -> None:
     examples = task.examples("test")
     assert len(examples) == 80
     writing, maths = examples[0], next(example for example in examples if example.subject == "math")
-    assert task.follow_up(writing, 1) == writing.extra["turns"][1] and task.follow_up(writing, 2) is None
+    second = task.next_prompt(writing, ["a"])
+    assert second and [message.role for message in second] == ["user", "assistant", "user"]
+    assert second[-1].content == writing.extra["turns"][1] and task.next_prompt(writing, ["a", "b"]) is None
     text = f"<think>\nhm\n</think>\nMy trip {{answer}}{TURN}A second one"
     verdict = task.grade(writing, text)
     assert (verdict.outcome, verdict.reward, verdict.extracted) == ("graded", 0.9, "turns: 9, 9")

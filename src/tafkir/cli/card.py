@@ -47,7 +47,7 @@ def card(
     ] = None,
     prices: Annotated[
         list[str] | None,
-        typer.Option("--price", metavar="NAME=DOLLARS", help="Results: for a million new tokens of a model."),
+        typer.Option("--price", metavar="NAME=[IN,]OUT", help="Results: dollars for a million prompt and new tokens."),
     ] = None,
     published: Annotated[
         bool, typer.Option("--published", help="Results: beside what others have published on the same task.")
@@ -154,9 +154,9 @@ def _show_results(
             return shape_of_model(given)
 
     try:
-        costs = {name: float(price) for name, price in (_named(given, "--price") for given in prices)}
+        costs = {name: _price(price) for name, price in (_named(given, "--price") for given in prices)}
     except ValueError as error:
-        raise RecipeError("a price is no number", where="--price", expected="NAME=DOLLARS") from error
+        raise RecipeError("a price is no number", where="--price", expected="NAME=DOLLARS or NAME=IN,OUT") from error
     found = results_card(
         [sample for place in places for sample in load_samples(Path(place))],
         shapes={name: shape(place) for name, place in (_named(given, "--shape") for given in shapes)},
@@ -169,6 +169,12 @@ def _show_results(
         return
     print(render_results_table(found))
     print(f"\nCard: {html}")
+
+
+def _price(given: str) -> tuple[float, float]:
+    """Of prompt tokens and of new ones, from `OUT` or `IN,OUT`."""
+    first, comma, second = given.partition(",")
+    return (float(first), float(second)) if comma else (0.0, float(first))
 
 
 def _named(given: str, option: str) -> tuple[str, str]:

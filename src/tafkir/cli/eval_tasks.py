@@ -156,6 +156,7 @@ def _summary(done: Evaluation, rows: list[dict[str, Any]], budget: Budget) -> di
         "answered": len(done.samples),
         "asked_now": done.asked,
         "retries": done.retries,
+        "resent": done.resent,
         "stopped": done.stopped,
         "seconds": round(done.seconds, 2),
         "prompt_tokens_now": budget.prompt_tokens,
@@ -176,6 +177,8 @@ def _print_rest(summary: dict[str, Any], path: Path) -> None:
         f"{summary['asked_now']:,} answers in {summary['seconds']:.1f} s, {summary['tokens_now']:,} tokens"
         f"{cost}, {summary['retries']:,} retries"
     )
+    if summary["resent"]:
+        print(f"{summary['resent']:,} requests were on their way when an earlier run was killed, and were sent again")
     for row in summary.get("curve", ()):
         found = row["accuracy"]
         score = f"{100 * found['value']:5.1f} % [{100 * found['low']:.1f}, {100 * found['high']:.1f}]" if found else "-"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from tafkir.records import Message, SamplingParams
 
-__all__ = ["Answerer", "Ask", "Reply", "split_thinking"]
+__all__ = ["Answerer", "Ask", "RemoteAnswerer", "Reply", "Watch", "split_thinking"]
 
 _THINK_START, _THINK_END = "<think>", "</think>"
 
@@ -45,6 +45,16 @@ class Reply:
     retries: int = 0
 
 
+class Watch(Protocol):
+    """Who keeps what is sent and what comes back; see `tafkir.eval.journal.Journal`."""
+
+    def asked(self, request_id: str, key: str) -> None: ...
+
+    def received(self, request_id: str, key: str, reply: Reply) -> None: ...
+
+    def reply_to(self, request_id: str) -> Reply | None: ...
+
+
 class Answerer(Protocol):
     """A model under evaluation.
 
@@ -76,6 +86,18 @@ class Answerer(Protocol):
 
     def close(self) -> None:
         """Let go of memory and connections."""
+        ...
+
+
+@runtime_checkable
+class RemoteAnswerer(Answerer, Protocol):
+    """A model elsewhere, to which a request that was sent is sent: asking again costs somebody something.
+
+    One in this process needs no such care: with the same seed it gives the same answer.
+    """
+
+    def watch(self, watch: Watch) -> None:
+        """Tell this one of every request and answer, at once, and ask it first."""
         ...
 
 

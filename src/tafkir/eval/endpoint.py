@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from tafkir.errors import RecipeError, RequestError, RolloutError, TafkirError
-from tafkir.eval.answers import Ask, Reply
+from tafkir.eval.answers import Ask, Reply, Watch
 from tafkir.records import Message
 from tafkir.remote.connection import Connection, NotJsonError, StatusError, TransientError
 
@@ -90,6 +90,7 @@ class EndpointAnswers:
         known = {key: card.get(key) for key in ("id", "root", "fingerprint", "max_model_len")}
         parts = json.dumps([known, self._options.extra_body], sort_keys=True)
         self.fingerprint = hashlib.blake2b(parts.encode(), digest_size=12).hexdigest()
+        self._watch: Watch | None = None
 
     def _card(self, wanted: str) -> Mapping[str, Any]:
         """What the endpoint says of the model; some endpoints list none."""
@@ -112,6 +113,10 @@ class EndpointAnswers:
                 expected=f"#{names}" if len(cards) == 1 else f"one of {names} after a #",
             )
         return found or {"id": wanted}
+
+    def watch(self, watch: Watch) -> None:
+        """See `RemoteAnswerer`."""
+        self._watch = watch
 
     def read(self, messages: Sequence[Message]) -> list[dict[str, str]]:
         """The messages as the endpoint gets them; the chat template is the server's."""
@@ -191,12 +196,32 @@ class EndpointAnswers:
         }
 
     def _answer(self, ask: Ask, stop: threading.Event) -> Reply:
-        """The answer, however many attempts it takes; or a reply that says why there is none."""
-        body, late = self._body(ask), 0
+        """The answer that an earlier run received, or a new one; each is told to who watches."""
+        body = self._body(ask)
+        parts = json.dumps([self.fingerprint, body], sort_keys=True)
+        request_id = hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
+        if self._watch is None:
+            return self._request(body, request_id, stop)
+        if (known := self._watch.reply_to(request_id)) is not None:
+            return known
+        self._watch.asked(request_id, ask.key)
+        reply = self._request(body, request_id, stop)
+        if not reply.failure:
+            self._watch.received(request_id, ask.key, reply)
+        return reply
+
+    def _request(self, body: Mapping[str, Any], request_id: str, stop: threading.Event) -> Reply:
+        """The answer, however many attempts it takes; or a reply that says why there is none.
+
+        `Idempotency-Key` is the same for what is sent again because nobody knows whether it came, and another one where
+        an answer came that is of no use.
+        """
+        late = unusable = 0
         for attempt in range(self._options.max_retries + 1):
             began, pause = time.perf_counter(), 0.0
             try:
-                reply = _read(self._connection.post("/chat/completions", body))
+                key = {"Idempotency-Key": f"{request_id}-{unusable}" if unusable else request_id}
+                reply = _read(self._connection.post("/chat/completions", body, headers=key))
                 return replace(reply, latency_s=time.perf_counter() - began, retries=attempt)
             except TransientError as error:
                 last: Exception = error
@@ -210,6 +235,7 @@ class EndpointAnswers:
                 return Reply(failure="error", reason=error.what, retries=attempt)
             except (NotJsonError, _Refused) as error:
                 last = error
+                unusable += 1
             if attempt < self._options.max_retries and stop.wait(self._pause(attempt, pause)):
                 break
         if isinstance(last, TransientError) and last.kind == "down":

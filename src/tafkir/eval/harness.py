@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tafkir.errors import DataError, RecipeError
-from tafkir.eval.answers import Answerer, Ask, Reply, split_thinking
+from tafkir.eval.answers import Answerer, Ask, RemoteAnswerer, Reply, split_thinking
+from tafkir.eval.journal import JOURNAL_NAME, Journal
 from tafkir.eval.perplexity import PERPLEXITY, measure_text
 from tafkir.eval.samples import Sample, append_sample, load_samples
 from tafkir.eval.scores import estimate_of, item_scores
@@ -98,6 +99,7 @@ class Evaluation:
         wanted: how many answers were wanted; fewer samples mean that a budget was spent.
         asked: requests that this invocation sent answers of to the file.
         retries: attempts that failed before an answer came.
+        resent: requests that an earlier invocation had sent when it was killed, and that were sent again.
         stopped: which budget was spent; empty where none was.
         seconds: wall time.
         settled: (model, task) -> rounds that it took, for tasks that settled before all samples were drawn.
@@ -107,6 +109,7 @@ class Evaluation:
     wanted: int = 0
     asked: int = 0
     retries: int = 0
+    resent: int = 0
     stopped: str = ""
     seconds: float = 0.0
     settled: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -136,7 +139,8 @@ def evaluate_models(
     another version of the task, or whose grader failed, are graded again from the text that is stored.
 
     Args:
-        path: JSON-lines file of all models and tasks; the caller sees to it that no other process writes it.
+        path: JSON-lines file of all models and tasks; the caller sees to it that no other process writes it, nor
+            `requests.jsonl` beside it, where what is sent and received stands until it is graded.
 
     Raises:
         RecipeError: several samples are wanted at temperature 0, where all are one.
@@ -294,6 +298,8 @@ class _Run:
         self._lock = threading.Lock()
         self._ungraded: deque[Future[None]] = deque()
         self._writer = JsonlWriter(path)
+        done = {one.ask.key for one in wanted if self._is_done(one)}
+        self._journal = Journal(path.with_name(JOURNAL_NAME), done)
         self._progress = Progress("eval", total=len(wanted), start=self._done)
         self._pool = ThreadPoolExecutor(settings.graders, thread_name_prefix="grade")
 
@@ -305,6 +311,8 @@ class _Run:
         # Answers that are there already get their verdict and their line, whatever ends the run.
         self._pool.shutdown(wait=True)
         self._writer.close()
+        self._journal.close(finished=error[0] is None)
+        self.result.resent = self._journal.resent
         self._progress.__exit__(*error)  # type: ignore[arg-type]
 
     def _is_done(self, one: _Planned) -> bool:
@@ -330,6 +338,8 @@ class _Run:
                 missing[one.ask.key] = one
             elif not self._is_done(one):
                 self._submit(one, replace(one.blank, **_answer_of(sample)))
+        if isinstance(model, RemoteAnswerer):
+            model.watch(self._journal)
         while missing and not self.result.stopped:
             asked = missing
             missing = {}
@@ -344,7 +354,8 @@ class _Run:
             if self._is_spent():
                 return
             begun = self._begun(one)
-            yield replace(one.ask, prompt=model.read(_conversation(one, begun))) if begun else one.ask
+            prompt = _next_prompt(one, begun) if begun else None
+            yield replace(one.ask, prompt=model.read(prompt)) if prompt else one.ask
 
     def _begun(self, one: _Planned) -> Sample | None:
         """The turns so far of a conversation that goes on."""
@@ -363,6 +374,9 @@ class _Run:
         self._budget.prompt_tokens += reply.prompt_tokens
         thinking, text = (reply.reasoning, reply.text) if reply.reasoning else split_thinking(reply.text)
         begun = self._begun(one)
+        if begun and reply.failure:  # the turns before stand, and the next call goes on after them
+            self._submit(one, replace(begun, outcome=reply.failure, reason=reply.reason))
+            return False
         sample = replace(
             one.blank,
             text=f"{begun.text}{TURN}{text}" if begun else text,
@@ -370,10 +384,11 @@ class _Run:
             outcome=reply.failure or "error",
             reason=reply.reason,
             tokens=reply.tokens + (begun.tokens if begun else 0),
+            prompt_tokens=reply.prompt_tokens + (begun.prompt_tokens if begun else 0),
             finish_reason="error" if reply.failure else reply.finish_reason,
             latency_s=round(reply.latency_s + (begun.latency_s if begun else 0.0), 4),
         )
-        if sample.finish_reason == "stop" and _next_turn(one, sample) is not None:
+        if _next_prompt(one, sample) is not None:
             sample = replace(sample, finish_reason="turn", reason="the conversation goes on")
             append_sample(self._writer, sample)
             self.known[sample.identity] = sample
@@ -387,7 +402,7 @@ class _Run:
             self._ungraded.popleft().result()
 
     def _finish(self, one: _Planned, sample: Sample) -> None:
-        if sample.finish_reason != "error":
+        if sample.finish_reason not in ("error", "turn"):
             sample = grade_sample(one.task, one.example, sample)
         self._write(sample)
 
@@ -405,26 +420,17 @@ class _Run:
             self._progress.update(self._done, tokens=sample.tokens, **numbers)
 
 
-def _next_turn(one: _Planned, sample: Sample) -> str | None:
-    answers = sample.text.count(TURN) + 1
-    return one.task.follow_up(one.example, answers) if isinstance(one.task, Conversation) else None
-
-
-def _conversation(one: _Planned, begun: Sample) -> list[Message]:
-    """All that was said so far, and what the user says next."""
-    messages = list(one.task.prompt(one.example))
-    answers = begun.text.split(TURN)
-    assert isinstance(one.task, Conversation)
-    for number, answer in enumerate(answers, start=1):
-        said = one.task.follow_up(one.example, number)
-        assert said is not None
-        messages += [Message("assistant", answer), Message("user", said)]
-    return messages
+def _next_prompt(one: _Planned, sample: Sample) -> list[Message] | None:
+    """What the model reads after the answers so far; None where there is no more to say, or the last was cut off."""
+    if not isinstance(one.task, Conversation):
+        return None
+    goes_on = ("stop", "turn") if one.task.ends_when_cut else ("stop", "turn", "length")
+    return one.task.next_prompt(one.example, sample.text.split(TURN)) if sample.finish_reason in goes_on else None
 
 
 def _answer_of(sample: Sample) -> dict[str, Any]:
     """What a stored sample knows of the answer itself."""
-    names = ("text", "reasoning", "tokens", "finish_reason", "latency_s")
+    names = ("text", "reasoning", "tokens", "prompt_tokens", "finish_reason", "latency_s")
     return {name: getattr(sample, name) for name in names}
 
 

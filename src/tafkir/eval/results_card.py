@@ -39,11 +39,12 @@ class Shape:
     bytes: float | None = None
     config: ModelConfig | None = None
 
-    def flops(self, tokens: float) -> float:
-        """FLOPs of so many new tokens, their prompt left out; without a config two a parameter and token."""
+    def flops(self, tokens: float, prompt_tokens: float = 0.0) -> float:
+        """FLOPs of reading a prompt and writing so many tokens; without a config two a parameter and token."""
         if self.config is None:
-            return 2 * self.active_parameters * tokens
-        return tokens * decode_flops(self.config, max(1, round(tokens / 2)))
+            return 2 * self.active_parameters * (prompt_tokens + tokens)
+        read = prompt_tokens * decode_flops(self.config, max(1, round(prompt_tokens / 2)))
+        return read + tokens * decode_flops(self.config, max(1, round(prompt_tokens + tokens / 2)))
 
 
 def shape_of_model(given: str) -> Shape:
@@ -73,20 +74,21 @@ def results_card(
     samples: Sequence[Sample],
     *,
     shapes: Mapping[str, Shape] | None = None,
-    prices: Mapping[str, float] | None = None,
+    prices: Mapping[str, tuple[float, float]] | None = None,
     published: bool = False,
 ) -> dict[str, Any]:
     """One card a task.
 
     Args:
         shapes: model -> what is known of it.
-        prices: model -> dollars for a million new tokens; the prompt's are not counted.
+        prices: model -> dollars for a million prompt tokens, and for a million new ones.
         published: set the shipped figures of the same task beside the models.
 
     Returns:
         `tasks`: rows of `name`, `accuracy` (with interval), `num_items`, `samples`, `parameters`,
-        `active_parameters`, `bytes`, `tokens` (mean of an answer), `flops` (of an answer's new tokens), `tokens_per_s`
-        (of one answer, waiting included), `dollars` (of 1,000 answers), `failed`, and `best` (no other row is at once
+        `active_parameters`, `bytes`, `tokens` and `prompt_tokens` (means of an answer; the latter None in older files,
+        and `flops` and `dollars` are without it then), `flops` (of an answer), `tokens_per_s` (of one answer, waiting
+        included), `dollars` (of 1,000 answers), `failed`, and `best` (no other row is at once
         cheaper, in FLOPs or else in tokens, and more accurate); `published`: rows of the shipped table with the task.
 
     Raises:
@@ -110,12 +112,15 @@ def results_card(
     return {"cards": cards}
 
 
-def _row(name: str, samples: Sequence[Sample], shape: Shape | None, price: float | None) -> dict[str, Any]:
+def _row(
+    name: str, samples: Sequence[Sample], shape: Shape | None, price: tuple[float, float] | None
+) -> dict[str, Any]:
     scores = item_scores(samples)
     if not scores:
         raise DataError("every answer failed", where=name, fix="evaluate again")
     answered = [sample for sample in samples if not sample.failed]
     tokens = fmean(sample.tokens for sample in answered) or None
+    prompt = fmean(sample.prompt_tokens for sample in answered)
     seconds = fmean(sample.latency_s for sample in answered)
     return {
         "name": name,
@@ -126,9 +131,10 @@ def _row(name: str, samples: Sequence[Sample], shape: Shape | None, price: float
         "active_parameters": shape.active_parameters if shape else None,
         "bytes": shape.bytes if shape else None,
         "tokens": tokens,
-        "flops": shape.flops(tokens) if shape and tokens else None,
+        "prompt_tokens": prompt or None,
+        "flops": shape.flops(tokens, prompt) if shape and tokens else None,
         "tokens_per_s": tokens / seconds if tokens and seconds else None,
-        "dollars": price * tokens / 1e3 if price is not None and tokens else None,
+        "dollars": (price[0] * prompt + price[1] * tokens) / 1e3 if price and tokens else None,
         "failed": len(samples) - len(answered),
     }
 

@@ -37,6 +37,7 @@ class Sample:
         finish_reason: "stop", "length", or what else the endpoint says; "error" where there is no answer,
             "turn" where the conversation goes on.
         sandbox: the tier that its program ran in; empty where none ran.
+        prompt_tokens: that the model read, over all turns; 0 where the endpoint does not say, and in older files.
         latency_s: from asking to the whole answer, waiting in the engine's queue among it.
     """
 
@@ -63,6 +64,7 @@ class Sample:
     latency_s: float
     fingerprint: str
     sandbox: str = ""
+    prompt_tokens: int = 0
 
     @property
     def correct(self) -> bool:
@@ -80,6 +82,8 @@ class Sample:
 
 
 _FIELDS = tuple(field.name for field in fields(Sample))
+_LATER = ("sandbox", "prompt_tokens")
+"""Fields that older files lack."""
 
 
 def samples_file(place: Path) -> Path:
@@ -116,7 +120,7 @@ def append_sample(writer: JsonlWriter, sample: Sample) -> None:
 
 
 def _parse(row: Mapping[str, Any], where: str) -> Sample:
-    missing: Sequence[str] = [name for name in _FIELDS if name not in row and name != "sandbox"]
+    missing: Sequence[str] = [name for name in _FIELDS if name not in row and name not in _LATER]
     if missing:
         raise DataError(
             f"the sample lacks {', '.join(missing)}",

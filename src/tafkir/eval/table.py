@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from tafkir.eval.harness import grade_sample
-from tafkir.eval.metrics import pass_at_k
+from tafkir.eval.metrics import Estimate, mean_interval, pass_at_k
 from tafkir.eval.perplexity import PERPLEXITY, perplexity_of
 from tafkir.eval.samples import FAILURES, Sample
 from tafkir.eval.scores import estimate_of, item_scores
@@ -19,6 +19,7 @@ from tafkir.tasks.catalog import EvalTask
 __all__ = ["budget_curve", "render_scores", "score_samples"]
 
 Key = tuple[str, str]
+STEPS = "steps"
 
 
 def _groups(samples: Iterable[Sample]) -> dict[Key, list[Sample]]:
@@ -34,7 +35,8 @@ def score_samples(samples: Iterable[Sample], metrics: Mapping[str, str] | None =
 
     Args:
         metrics: task -> the metric on its card: "pass@2" counts an item by whether one of two answers is right
-            (unbiased where there are more); "perplexity" adds `perplexity` and `bits_per_byte` and has no accuracy.
+            (unbiased where there are more); "perplexity" adds `perplexity` and `bits_per_byte` and has no accuracy;
+            "steps" adds `steps`, the share of all steps that are right.
 
     Returns:
         `model`, `task`, `task_version`, `items`, `samples`, `repeats`; `accuracy` (mean over items of the mean score
@@ -80,7 +82,26 @@ def _row(key: Key, group: Sequence[Sample], metric: str) -> dict[str, Any]:
         "mean_tokens": fmean(sample.tokens for sample in answered) if answered else 0.0,
         "tokens": sum(sample.tokens for sample in group),
         **(perplexity_of(group) if metric == PERPLEXITY else {}),
+        **({"steps": found.to_dict()} if metric == STEPS and (found := _steps(answered)) else {}),
     }
+
+
+def _steps(answered: Sequence[Sample]) -> Estimate | None:
+    """Right steps of all steps, whose marks ("1101") `extracted` holds; with the interval of a ratio of two sums."""
+    marks: dict[str, list[tuple[int, int]]] = {}
+    for sample in answered:
+        if sample.extracted:
+            marks.setdefault(sample.item, []).append((sample.extracted.count("1"), len(sample.extracted)))
+    if not marks:
+        return None
+    means = [[fmean(column) for column in zip(*own, strict=True)] for own in marks.values()]
+    right, asked = (sum(column) for column in zip(*means, strict=True))
+    share = right / asked
+    # Cochran's linearised ratio: its error is that of the mean of what each problem has above the common share
+    spread = mean_interval([(mine - share * all_) * len(means) / asked for mine, all_ in means])
+    half = spread.high - spread.value if len(means) > 1 else 1.0
+    low, high = max(0.0, share - half), min(1.0, share + half)
+    return Estimate(share, low, high, len(means), "ratio of sums, clustered by problem")
 
 
 def render_scores(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -96,16 +117,22 @@ def render_scores(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{row['length']:>8.1%}{row['no_answer']:>8.1%}{row['failed']:>8.1%}{row['mean_tokens']:>9,.0f}"
         )
         lines += [f"  {count:,} failed: {reason}" for reason, count in row["reasons"].items()]
+        if found := row.get("steps"):
+            lines.append(f"  steps: {_percent(found)}")
     return "\n".join(lines)
 
 
 def _score_words(row: Mapping[str, Any]) -> str:
     found = row["accuracy"]
     if found:
-        return f"{100 * found['value']:5.1f} % [{100 * found['low']:5.1f}, {100 * found['high']:5.1f}]"
+        return _percent(found)
     if "perplexity" in row:
         return f"{row['perplexity']:.4g} ({row['bits_per_byte']:.3f} bit/byte)"
     return "all failed"
+
+
+def _percent(found: Mapping[str, Any]) -> str:
+    return f"{100 * found['value']:5.1f} % [{100 * found['low']:5.1f}, {100 * found['high']:5.1f}]"
 
 
 # ---- accuracy by token budget --------------------------------------------------------------------------------------

@@ -80,26 +80,40 @@ class Connection:
         """The JSON at a path; see `post` for the errors."""
         return self._exchange("GET", path, None, timeout_s)
 
-    def post(self, path: str, body: Mapping[str, Any], *, timeout_s: float | None = None) -> Any:
+    def post(
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        *,
+        timeout_s: float | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Any:
         """The JSON that answers a body, None where the answer is empty.
 
         Raises:
             TransientError: no connection, no whole answer in time, or a status that says "later".
             RolloutError: any other error status (with what the server said of it), or an answer that is not JSON.
         """
-        return self._exchange("POST", path, body, timeout_s)
+        return self._exchange("POST", path, body, timeout_s, headers)
 
     def close(self) -> None:
         """Close all connections."""
         self._client.close()
 
-    def _exchange(self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float | None) -> Any:
+    def _exchange(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None,
+        timeout_s: float | None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Any:
         limit = self.timeout_s if timeout_s is None else timeout_s
         where = f"{self.url}{path}"
         began = time.monotonic()
         timeout = httpx.Timeout(limit, connect=min(limit, _CONNECT_S))
         try:
-            with self._client.stream(method, path, json=body, timeout=timeout) as response:
+            with self._client.stream(method, path, json=body, timeout=timeout, headers=headers) as response:
                 content = b""
                 for chunk in response.iter_bytes():
                     content += chunk

@@ -7,7 +7,7 @@ the judge is that of $TAFKIR_JUDGE, as `URL#MODEL`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,16 +64,17 @@ def choose_backends(backends: Backends) -> Iterator[None]:
         _chosen, _open = before
 
 
-def default_sandbox() -> ProgramRunner:
-    """The chosen sandbox, opened once.
+def default_sandbox(packages: Sequence[str] = ()) -> ProgramRunner:
+    """The chosen sandbox with these packages in it, opened once.
 
     Raises:
         TafkirError, BackendUnavailable: see `open_sandbox`.
     """
-    if "sandbox" not in _open:
+    name = " ".join(["sandbox", *packages])
+    if name not in _open:
         tier = _chosen.sandbox or cast(Tier, os.environ.get("TAFKIR_SANDBOX") or "bwrap")
-        _open["sandbox"] = open_sandbox(tier, unsafe=_chosen.unsafe, limits=_chosen.limits)
-    return cast(ProgramRunner, _open["sandbox"])
+        _open[name] = open_sandbox(tier, unsafe=_chosen.unsafe, limits=_chosen.limits, packages=packages)
+    return cast(ProgramRunner, _open[name])
 
 
 def default_judge(*, max_tokens: int = 2048) -> JudgeEndpoint:
@@ -107,13 +108,19 @@ def default_judge(*, max_tokens: int = 2048) -> JudgeEndpoint:
 
 
 def open_sandbox(
-    tier: Tier = "bwrap", *, unsafe: bool = False, url: str = "", limits: Limits | None = None
+    tier: Tier = "bwrap",
+    *,
+    unsafe: bool = False,
+    url: str = "",
+    limits: Limits | None = None,
+    packages: Sequence[str] = (),
 ) -> ProgramRunner:
     """The runner of a tier; nothing falls back to a weaker one by itself.
 
     Args:
         unsafe: the user's word that "rlimit" may run what a model writes with their own rights.
         url: of the SandboxFusion server; $TAFKIR_SANDBOX_URL when empty.
+        packages: what programs may import beside the standard library; of "remote", what its server has counts.
 
     Raises:
         TafkirError: "rlimit" without `unsafe`, or "remote" without an address.
@@ -140,4 +147,4 @@ def open_sandbox(
                 fix=f"set {URL_VARIABLE}=http://host:8080",
             )
         return RemoteSandbox(url, limits)
-    return Sandbox(tier, limits)
+    return Sandbox(tier, limits, packages=packages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import sys
@@ -14,10 +15,13 @@ from typing import Final
 from tafkir.errors import BackendUnavailable
 from tafkir.tasks.syscalls import build_filter
 
-__all__ = ["ENVIRONMENT", "TMP_BYTES", "UNSAFE", "bwrap_command"]
+__all__ = ["ENVIRONMENT", "PACKAGES", "TMP_BYTES", "UNSAFE", "bwrap_command", "package_folders"]
 
 TMP_BYTES: Final = 16 << 20
 """Size of the only folder that a program may write to, and of any file in it."""
+
+PACKAGES: Final = "/packages"
+"""Where the packages lie that a task asks for."""
 
 # A fixed hash seed gives equal runs equal results; one thread, for there are no more to be had.
 ENVIRONMENT: Final = {"PYTHONHASHSEED": "0", "TMPDIR": "/tmp", "OPENBLAS_NUM_THREADS": "1"}
@@ -27,11 +31,36 @@ _INSTALL = "install it: apt install bubblewrap (Debian, Ubuntu), dnf install bub
 
 
 @cache
-def bwrap_command() -> tuple[str, ...]:
-    """The command up to the system-call filter and `--`. Nothing inside can be written to but a small `/tmp`.
+def package_folders(names: tuple[str, ...]) -> tuple[Path, ...]:
+    """The folders of installed packages, and of the shared libraries that their wheels brought along.
+
+    Args:
+        names: of packages or modules in them.
 
     Raises:
-        BackendUnavailable: bubblewrap is missing, or this machine has no filter that would hold root.
+        BackendUnavailable: one is not installed.
+    """
+    found: list[Path] = []
+    for name in dict.fromkeys(name.partition(".")[0] for name in names):
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            raise BackendUnavailable(
+                f"programs of this task may import {name}, which is not installed", fix=f"pip install {name}"
+            )
+        folder = Path(spec.origin).resolve().parent
+        found += [folder, *(libraries for libraries in [folder.with_name(f"{name}.libs")] if libraries.is_dir())]
+    return tuple(found)
+
+
+@cache
+def bwrap_command(packages: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The command up to the system-call filter and `--`. Nothing inside can be written to but a small `/tmp`.
+
+    Args:
+        packages: installed ones that lie, read-only and alone, below `PACKAGES`.
+
+    Raises:
+        BackendUnavailable: bubblewrap or a package is missing, or this machine has no filter that would hold root.
     """
     bwrap = shutil.which("bwrap")
     if bwrap is None:
@@ -57,6 +86,8 @@ def bwrap_command() -> tuple[str, ...]:
     for path in _hidden(bound):
         command += ["--tmpfs", str(path), "--remount-ro", str(path)]
     command += ["--ro-bind", str(Path(__file__).with_name("sandbox_program.py").resolve()), "/runner.py"]
+    for path in package_folders(packages):
+        command += ["--ro-bind", str(path), f"{PACKAGES}/{path.name}"]
     command += ["--dev-bind", "/dev/null", "/dev/null", "--size", str(TMP_BYTES), "--perms", "0755", "--tmpfs", "/tmp"]
     command += ["--remount-ro", "/", "--chdir", "/"]
     return tuple(command)

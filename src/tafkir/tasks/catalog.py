@@ -27,7 +27,7 @@ __all__ = [
 
 _QUESTION_ONLY = "-question-only"
 
-FAMILIES = ("math", "choice", "instructions", "grids", "perplexity", "code", "contests", "judged")
+FAMILIES = ("math", "choice", "instructions", "grids", "perplexity", "code", "contests", "scicode", "judged")
 """Modules of `tafkir.tasks.published`; each has `TASKS`, a tuple of `TaskEntry`."""
 
 

@@ -14,12 +14,12 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import takewhile
 from typing import Any, Literal, Protocol
 
 from tafkir.errors import BackendUnavailable
-from tafkir.tasks.bubblewrap import TMP_BYTES, UNSAFE, bwrap_command
+from tafkir.tasks.bubblewrap import PACKAGES, TMP_BYTES, UNSAFE, bwrap_command, package_folders
 from tafkir.tasks.sandbox_program import decode, encode
 from tafkir.tasks.sandbox_server import MAX_OUTPUT_BYTES, Ran, SandboxServer
 from tafkir.tasks.syscalls import build_filter
@@ -105,19 +105,28 @@ class Sandbox:
     Args:
         tier: "bwrap", or "rlimit" for limits of time, memory and file size alone: no protection from malice.
         limits: of one program.
+        packages: installed ones that programs may import, beside the standard library, and what these need. Of a
+            module in a package ("numpy.linalg") the package is there, and the module is imported beforehand.
         probe: run a program first, so that what does not work is said at once.
 
     Raises:
-        BackendUnavailable: bubblewrap is missing or may not make namespaces here, or this machine has no filter that
-            would hold root.
+        BackendUnavailable: bubblewrap is missing or may not make namespaces here, this machine has no filter that
+            would hold root, or a package is not installed.
     """
 
     def __init__(
-        self, tier: Literal["bwrap", "rlimit"] = "bwrap", limits: Limits | None = None, *, probe: bool = True
+        self,
+        tier: Literal["bwrap", "rlimit"] = "bwrap",
+        limits: Limits | None = None,
+        *,
+        packages: Sequence[str] = (),
+        probe: bool = True,
     ) -> None:
         self.tier: Tier = tier
-        self.limits = limits or Limits()
-        self._command = bwrap_command() if tier == "bwrap" else ()
+        self.limits, self.packages = limits or Limits(), tuple(packages)
+        self._command = bwrap_command(self.packages) if tier == "bwrap" else ()
+        folders = [PACKAGES] if tier == "bwrap" else sorted({str(p.parent) for p in package_folders(self.packages)})
+        self._imports = [*folders, *(name for name in self.packages if "." in name)] if self.packages else []
         self._idle: list[SandboxServer] = []
         self._lock = threading.Lock()
         self._owner = os.getpid()
@@ -168,11 +177,11 @@ class Sandbox:
                 if server.is_alive():
                     return server
                 server.stop()
-        return SandboxServer(self._command)
+        return SandboxServer(self._command, self._imports)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process it starts interpreters of its own."""
-        return Sandbox, (self.tier, self.limits)
+        return partial(Sandbox, packages=self.packages), (self.tier, self.limits)
 
 
 def build_request(program: str, entry: str, calls: Sequence[tuple[Any, ...]], limits: Limits) -> dict[str, Any]:
@@ -180,7 +189,7 @@ def build_request(program: str, entry: str, calls: Sequence[tuple[Any, ...]], li
     return {
         "program": program.encode("utf-8", "replace").decode("utf-8"),
         "entry": entry,
-        "calls": [encode(tuple(arguments)) for arguments in calls],
+        "calls": [encode(tuple(arguments), arrays=True) for arguments in calls],
         "cpu_s": math.ceil(limits.timeout_s),
         "call_s": limits.call_s,
         "memory_bytes": limits.memory_bytes,
@@ -210,7 +219,7 @@ def read_results(ran: Ran, wanted: int, limits: Limits) -> ProgramResult:
                 calls.setdefault(number, CallResult(error=str(message["error"])))
             else:
                 calls.setdefault(number, CallResult(decode(message["value"])))
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             return ProgramResult("died", "it wrote something else than results")
     done = tuple(map(calls.__getitem__, takewhile(calls.__contains__, range(wanted))))
     if len(done) == wanted:

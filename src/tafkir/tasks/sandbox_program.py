@@ -7,10 +7,12 @@ program, which takes milliseconds where an interpreter of its own takes a tenth 
 
 from __future__ import annotations
 
+import base64
 import builtins
 import itertools
 import json
 import os
+import re
 import signal
 import sys
 from collections import Counter, OrderedDict, defaultdict
@@ -26,8 +28,17 @@ _DICTS = (dict, defaultdict, Counter, OrderedDict)
 _LONG_BITS = 12_000
 
 
-def encode(value: Any, depth: int = 0) -> Any:
+# Of numbers and texts, whose bytes say all: an array of objects would need a pickle.
+_DTYPE = re.compile(r"[<>|=][biufcUS][0-9]{1,6}")
+_SPARSE, _KINDS = ("bsr", "coo", "csc", "csr", "dia"), ("matrix", "array")
+
+
+def encode(value: Any, depth: int = 0, *, arrays: bool = False) -> Any:
     """A value of plain types as JSON; exact types only, so that no method of the program's own classes counts.
+
+    Args:
+        arrays: also numpy's arrays, scipy's sparse matrices, and sympy's symbols (their names). A number of numpy's
+            is Python's own number in any case.
 
     Raises:
         TypeError: another type, or nested too deeply.
@@ -42,27 +53,70 @@ def encode(value: Any, depth: int = 0) -> Any:
     if depth == MAX_DEPTH:
         raise TypeError("nested too deeply")
     if kind in _TAGS:
-        return [_TAGS[kind], [encode(item, depth + 1) for item in value]]
+        return [_TAGS[kind], [encode(item, depth + 1, arrays=arrays) for item in value]]
     if kind in _DICTS:
-        return ["dict", [[encode(k, depth + 1), encode(v, depth + 1)] for k, v in dict.items(value)]]
+        pairs = [(encode(k, depth + 1, arrays=arrays), v) for k, v in dict.items(value)]
+        return ["dict", [[key, encode(item, depth + 1, arrays=arrays)] for key, item in pairs]]
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and issubclass(kind, numpy.generic) and kind.__module__ == "numpy":
+        if type(plain := value.item()) in (bool, int, float, complex, str):
+            return encode(plain)
+    elif arrays and (foreign := _encode_array(value, kind)) is not None:
+        return foreign
     raise TypeError(f"a value of type {kind.__name__}")
 
 
-def decode(value: Any) -> Any:
-    """The value that `encode` wrote. Raises ValueError, TypeError or RecursionError for anything else."""
+def _encode_array(value: Any, kind: type) -> Any:
+    """A value of numpy's, scipy's or sympy's; None for any other. None of them is imported here."""
+    numpy, sparse, symbol = map(sys.modules.get, ("numpy", "scipy.sparse", "sympy.core.symbol"))
+    if numpy is not None and kind in (numpy.ndarray, numpy.matrix):
+        array = numpy.ndarray.view(value, numpy.ndarray)
+        if _DTYPE.fullmatch(array.dtype.str):
+            return ["array", [array.dtype.str, list(array.shape), base64.b64encode(array.tobytes()).decode("ascii")]]
+    elif sparse is not None and kind in {getattr(sparse, f"{name}_{own}") for name in _SPARSE for own in _KINDS}:
+        coo = value.tocoo()
+        shape = tuple(map(int, coo.shape))
+        return ["sparse", [encode(part, arrays=True) for part in (coo.data, coo.row, coo.col, shape)]]
+    elif symbol is not None and kind is symbol.Symbol:
+        return str(value.name)
+    return None
+
+
+def decode(value: Any, *, arrays: bool = False) -> Any:
+    """The value that `encode` wrote. Raises ValueError, TypeError, OverflowError or RecursionError for anything else.
+
+    Args:
+        arrays: take what `encode` wrote with `arrays`. Only inside a sandbox: what is compared outside is to be plain,
+            for comparing arrays makes arrays, of whatever size a program likes.
+    """
     if not isinstance(value, list):
         return value
     tag, items = value
     if tag == "dict":
-        return {decode(k): decode(v) for k, v in items}
+        return {decode(k, arrays=arrays): decode(v, arrays=arrays) for k, v in items}
     if tag == "int":
         return int(items, 16)
     if tag == "complex":
         return complex(*items)
+    if arrays and tag == "array":
+        return _decode_array(*items)
+    if arrays and tag == "sparse":
+        import scipy.sparse
+
+        data, row, column, shape = (decode(item, arrays=True) for item in items)
+        return scipy.sparse.coo_matrix((data, (row, column)), shape=shape)
     kinds: dict[str, Callable[[list[Any]], Any]] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
     if tag not in kinds:
         raise ValueError(f"unknown tag {tag!r}")
-    return kinds[tag]([decode(item) for item in items])
+    return kinds[tag]([decode(item, arrays=arrays) for item in items])
+
+
+def _decode_array(dtype: str, shape: list[int], data: str) -> Any:
+    import numpy
+
+    if not _DTYPE.fullmatch(dtype):
+        raise ValueError(f"an array of {dtype!r}")
+    return numpy.frombuffer(base64.b64decode(data, validate=True), dtype=numpy.dtype(dtype)).reshape(shape).copy()
 
 
 class _LateError(BaseException):
@@ -125,6 +179,8 @@ def run(request: dict[str, Any], output: int) -> None:
         signal.signal(signal.SIGVTALRM, late)
     reply({"ready": True})
     builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment]  # which `site` does, too
+    if "numpy.random" in sys.modules:  # which all programs would else share, as it was when it was imported
+        sys.modules["numpy.random"].seed()
     scope: dict[str, Any] = {"__name__": "program"}
     number = -1
     try:
@@ -141,7 +197,7 @@ def run(request: dict[str, Any], output: int) -> None:
     for number, arguments in enumerate(request["calls"]):
         try:
             signal.setitimer(signal.ITIMER_VIRTUAL, request["call_s"])
-            value = encode(entry(*decode(arguments)))
+            value = encode(entry(*decode(arguments, arrays=True)))
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
             reply({"call": number, "value": value})
         except _LateError:
@@ -165,12 +221,19 @@ def _silence() -> None:
     os.close(null)
 
 
-def serve() -> None:
+def serve(packages: list[str]) -> None:
     """Requests on stdin, a socket; after each, its process's exit status and whether all is as clean as before.
+
+    `packages` are folders to import from, and then names of modules that every program is to find imported.
 
     Results go to stdout from the program's own process, which has nothing else in hand. Only one runs at a time.
     """
     control = _adopt(0)
+    for given in packages:
+        if os.sep in given:
+            sys.path.append(given)
+        else:
+            __import__(given)
     _harden()
     control.sendall(b'{"serving": true}\n')
     for runs in itertools.count():
@@ -238,4 +301,4 @@ def _is_clean() -> bool:
 
 
 if __name__ == "__main__":
-    serve() if sys.argv[1:] == ["serve"] else once()
+    serve(sys.argv[2:]) if sys.argv[1:2] == ["serve"] else once()

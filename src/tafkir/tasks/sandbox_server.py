@@ -66,15 +66,16 @@ class SandboxServer:
 
     Args:
         command: what goes before the interpreter, up to the system-call filter; empty for none.
+        packages: folders to import from, then names of what is imported before the first program.
 
     Raises:
         OSError: there is no such command, or no process, memory or file left.
     """
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: Sequence[str], packages: Sequence[str] = ()) -> None:
         self._control, theirs = socket.socketpair()
         with theirs:
-            self._process = _starter(os.getpid()).submit(_start, command, theirs.fileno()).result()
+            self._process = _starter(os.getpid()).submit(_start, command, packages, theirs.fileno()).result()
         assert self._process.stdout is not None
         self._output = self._process.stdout.fileno()
         os.set_blocking(self._output, False)
@@ -177,18 +178,18 @@ class SandboxServer:
         self.stop()
 
 
-def _start(command: Sequence[str], control: int) -> subprocess.Popen[bytes]:
+def _start(command: Sequence[str], packages: Sequence[str], control: int) -> subprocess.Popen[bytes]:
     filter_fd = _filter_file() if command else None
     # -P: the folder of the script is no place to import from
     python = [os.path.realpath(sys.executable), "-s", "-S", "-P", "-B", "/runner.py" if command else str(RUNNER)]
     guard = ["--seccomp", str(filter_fd)] if filter_fd is not None else []
     try:
         return subprocess.Popen(
-            [*command, *guard, *(["--"] if command else []), *python, "serve"],
+            [*command, *guard, *(["--"] if command else []), *python, "serve", *packages],
             stdin=control,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={"PYTHONHASHSEED": ENVIRONMENT["PYTHONHASHSEED"]},
+            env={name: value for name, value in ENVIRONMENT.items() if name != "TMPDIR"},
             start_new_session=True,
             pass_fds=() if filter_fd is None else (filter_fd,),
         )

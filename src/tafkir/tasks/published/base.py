@@ -53,7 +53,8 @@ class TaskCard:
     Attributes:
         name: what the command line calls it.
         version: changes with prompt, extraction, rule or data; results of two versions do not compare.
-        metric: "accuracy", "pass@1", "judge" or "perplexity".
+        metric: "accuracy", "pass@k", "judge", "perplexity", or "steps": an item is right where all of its steps are,
+            and the share of steps stands beside that.
         language: an ISO 639 code, or "multi".
         num_items: how many examples the split `test` has; None where the user's data decides.
         source: where prompt, sampling and rule come from.
@@ -87,10 +88,15 @@ TURN: Final = "\n\x1e\n"
 
 @runtime_checkable
 class Conversation(EvalTask, Protocol):
-    """A task that goes on after the first answer."""
+    """A task that goes on after the first answer.
 
-    def follow_up(self, example: Example, answers: int) -> str | None:
-        """What the user says after so many answers; None at the end."""
+    `ends_when_cut` says whether an answer that the token limit cut off is the last one.
+    """
+
+    ends_when_cut: bool
+
+    def next_prompt(self, example: Example, answers: Sequence[str]) -> list[Message] | None:
+        """All that the model reads after these answers; None at the end."""
         ...
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tafkir.records import Example
+from tafkir.tasks.backends import default_sandbox
 from tafkir.tasks.published.base import TaskCard, TaskEntry, TaskSampling, bad_row, find_file, read_rows
 from tafkir.tasks.published.code import ProgramTask, Suite
 from tafkir.tasks.sandbox import Limits, ProgramRunner
@@ -25,6 +26,7 @@ __all__ = ["TASKS", "same_lines", "stdin_program"]
 _CALL_S: Final = 6.0
 _WHOLE_S: Final = 300.0
 _MEMORY: Final = 4 << 30
+_PACKAGES: Final = ("numpy.linalg",)
 
 _IMPORTS = (
     "import bisect, collections, copy, datetime, functools, heapq, io, itertools, json, math, operator, random, re\n"
@@ -178,7 +180,8 @@ def _lcb_suite(example: Example, _: ProgramRunner) -> Suite:
 
 def _lcb(card: TaskCard, data: Path | None) -> ProgramTask:
     _lcb_files(card, data)
-    return ProgramTask(card, partial(_read_lcb, card, data), _ask_lcb, _lcb_suite)
+    sandbox = default_sandbox(_PACKAGES)
+    return ProgramTask(card, partial(_read_lcb, card, data), _ask_lcb, _lcb_suite, sandbox=sandbox)
 
 
 # ---- Codeforces ----------------------------------------------------------------------------------------------------
@@ -206,14 +209,15 @@ def _codeforces(card: TaskCard, data: Path | None) -> ProgramTask:
     def suite(example: Example, _: ProgramRunner) -> Suite:
         return _stdin_suite(example.extra["tests"], example.extra["time_limit"])
 
-    return ProgramTask(card, partial(_read_codeforces, card, data), _ask_codeforces, suite)
+    sandbox = default_sandbox(_PACKAGES)
+    return ProgramTask(card, partial(_read_codeforces, card, data), _ask_codeforces, suite, sandbox=sandbox)
 
 
 TASKS = (
     TaskEntry(
         TaskCard(
             name="livecodebench",
-            version="1",
+            version="2",
             title="LiveCodeBench: contest problems by date, every test of each",
             metric="pass@1",
             language="en",
@@ -230,7 +234,7 @@ TASKS = (
     TaskEntry(
         TaskCard(
             name="codeforces",
-            version="1",
+            version="2",
             title="Codeforces: problems with tests of one's own; `tafkir.tasks.ratings` makes Elo of what is solved",
             metric="pass@1",
             language="en",

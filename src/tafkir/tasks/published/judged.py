@@ -40,6 +40,8 @@ class MalformedJudgementError(ValueError):
 class JudgedTask(ReadTask):
     """A data set whose answers are graded by a judge.
 
+    A conversation ends with an answer that was cut off (`ends_when_cut`).
+
     Args:
         card: what is known of it.
         read: gives the examples; called once.
@@ -47,6 +49,8 @@ class JudgedTask(ReadTask):
             details in words. Raises MalformedJudgementError.
         turns: what the user says, turn by turn.
     """
+
+    ends_when_cut = True
 
     def __init__(
         self,
@@ -65,10 +69,13 @@ class JudgedTask(ReadTask):
         """The conversation up to the first answer."""
         return list(self._turns(example))
 
-    def follow_up(self, example: Example, answers: int) -> str | None:
-        """What the user says after so many answers; None at the end of the conversation."""
-        own = self._follow_ups(example)
-        return own[answers - 1] if answers <= len(own) else None
+    def next_prompt(self, example: Example, answers: Sequence[str]) -> list[Message] | None:
+        """The conversation with these answers in it, and what the user says next; None at its end."""
+        said = self._follow_ups(example)[: len(answers)]
+        if len(said) < len(answers):
+            return None
+        turns = [(Message("assistant", a), Message("user", u)) for a, u in zip(answers, said, strict=True)]
+        return [*self.prompt(example), *(message for turn in turns for message in turn)]
 
     def grade(self, example: Example, text: str, *, finished: bool = True) -> Verdict:
         """The judge's score as the reward; "length" for a cut-off answer, "unjudged" where the judge gave no score.
