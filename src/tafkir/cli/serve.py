@@ -65,6 +65,11 @@ ApiKeys = Annotated[
     list[str] | None, typer.Option(envvar="TAFKIR_API_KEY", help="A key that clients must bring; repeatable.")
 ]
 Origins = Annotated[list[str] | None, typer.Option(help="An origin whose pages may call the server; repeatable.")]
+AdminKey = Annotated[
+    str | None,
+    typer.Option(envvar="TAFKIR_ADMIN_KEY", help="Opens /update_weights_from_disk, which puts other weights in place."),
+]
+AdminRemote = Annotated[bool, typer.Option("--admin-remote", help="Open it to other machines than this one, too.")]
 EngineName = Annotated[
     str, typer.Option("--engine", help="tafkir, or vllm, sglang, trtllm: start that one as `tafkir plan` would.")
 ]
@@ -95,6 +100,8 @@ def serve(
     request_timeout: Annotated[float, typer.Option(min=0, help="Seconds that an answer may take; 0: any.")] = 0.0,
     drain: Annotated[float, typer.Option(min=1, help="Seconds that running requests get after SIGTERM.")] = 30.0,
     cors_origin: Origins = None,
+    admin_key: AdminKey = None,
+    admin_remote: AdminRemote = False,
     engine: EngineName = "tafkir",
     hardware: HardwareName = None,
     print_only: PrintOnly = False,
@@ -116,7 +123,8 @@ def serve(
     keys = (*(api_key or ()), *(read_api_keys(api_key_file) if api_key_file else ()))
     times = {"body_timeout_s": body_timeout, "request_timeout_s": request_timeout, "drain_s": drain}
     body_bytes, origins = round(max_body_mb * (1 << 20)), tuple(cors_origin or ())
-    options = ServerOptions(keys, rate_limit, max_body_bytes=body_bytes, cors_origins=origins, **times)
+    admin = {"admin_key": admin_key, "admin_remote": admin_remote}
+    options = ServerOptions(keys, rate_limit, max_body_bytes=body_bytes, cors_origins=origins, **times, **admin)  # type: ignore[arg-type]
     serve_checkpoint(
         checkpoint_of(checkpoint),
         host,

@@ -237,6 +237,9 @@ class Engine:
             own[name].copy_(tensor)
         self.policy_version = version
 
+    def forget_prefixes(self) -> None:
+        """Begin no later prompt with what earlier ones have left."""
+
     # --- incremental -----------------------------------------------------------------------------------------------
 
     @property

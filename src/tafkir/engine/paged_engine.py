@@ -112,6 +112,9 @@ class PagedEngine(Engine):
 
     def load_weights(self, weights: Weights, version: int) -> None:
         super().load_weights(weights, version)
+        self.forget_prefixes()
+
+    def forget_prefixes(self) -> None:
         self._cache.blocks.forget_all()
 
     def cancel(self, request_id: str) -> Completion | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,14 +11,14 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 import tafkir
+from tafkir.serve.admin import add_admin_routes
 from tafkir.serve.errors import install_error_handlers
 from tafkir.serve.gateway import Gateway
+from tafkir.serve.live import Live
 from tafkir.serve.openapi import describe_api
 from tafkir.serve.options import ServerOptions
 from tafkir.serve.page import add_page
 from tafkir.serve.routes import add_generation_routes
-from tafkir.serve.served import Served
-from tafkir.serve.worker import EngineWorker
 
 if TYPE_CHECKING:
     from tafkir.engine.cache_formats import CacheFormat
@@ -69,7 +68,7 @@ def build_app(
         CapacityError: the sizes do not fit the model.
     """
     options = options or ServerOptions()
-    served = _load(
+    live = Live(
         Path(checkpoint), model_name, max_queue, num_threads, options,
         {
             "max_batch": max_batch, "max_context": max_context, "max_cache_bytes": max_cache_bytes,
@@ -81,17 +80,17 @@ def build_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        served.worker.stop()
+        live.worker.stop()
 
     app = FastAPI(title="Tafkir", version=tafkir.__version__, lifespan=lifespan)
-    app.state.worker = served.worker
-    app.state.model_name = served.name
+    app.state.live, app.state.worker, app.state.model_name = live, live.worker, live.served.name
     install_error_handlers(app)
-    _add_status_routes(app, served)
-    add_generation_routes(app, served)
-    describe_api(app, served)
+    _add_status_routes(app, live)
+    add_generation_routes(app, live)
+    add_admin_routes(app, live)
+    describe_api(app, live)
     add_page(app)
-    app.add_middleware(Gateway, options=options, worker=served.worker)
+    app.add_middleware(Gateway, options=options, worker=live.worker)
     if options.cors_origins:
         from starlette.middleware.cors import CORSMiddleware
 
@@ -99,27 +98,9 @@ def build_app(
     return app
 
 
-def _load(
-    path: Path,
-    model_name: str | None,
-    max_queue: int,
-    num_threads: int | None,
-    options: ServerOptions,
-    sizes: dict[str, Any],
-) -> Served:
-    from tafkir.data.published_tokenizer import load_tokenizer
-    from tafkir.recipe.bundled import find_checkpoint
-    from tafkir.serve.loading import build_engine, name_of
-
-    path = find_checkpoint(path)
-    tokenizer = load_tokenizer(path)
-    worker = EngineWorker(lambda: build_engine(path, tokenizer, num_threads, **sizes), max_queue=max_queue)
-    worker.start()
-    return Served(model_name or name_of(path), path, int(time.time()), tokenizer, worker, options)
-
-
-def _add_status_routes(app: FastAPI, served: Served) -> None:
+def _add_status_routes(app: FastAPI, live: Live) -> None:
     def card() -> dict[str, Any]:
+        served = live.served
         config = served.engine.decoder.config
         return {
             "id": served.name,
@@ -138,17 +119,17 @@ def _add_status_routes(app: FastAPI, served: Served) -> None:
 
     @app.get("/v1/models/{name:path}")
     def model(name: str) -> dict[str, Any]:
-        served.check_model(name)
+        live.served.check_model(name)
         return card()
 
     @app.get("/health", responses={503: {"description": "The engine has failed."}})
     def health() -> JSONResponse:
-        healthy = served.worker.healthy
-        return JSONResponse({"status": "ok" if healthy else "failed", "model": served.name}, 200 if healthy else 503)
+        healthy, name = live.worker.healthy, live.served.name
+        return JSONResponse({"status": "ok" if healthy else "failed", "model": name}, 200 if healthy else 503)
 
     @app.get("/ready", responses={503: {"description": "It drains, has failed, or is stuck."}})
     def ready() -> JSONResponse:
-        worker = served.worker
+        worker = live.worker
         stalled = worker.stalled_s > _STALLED_S
         states = {"failed": not worker.healthy, "draining": worker.draining, "stalled": stalled}
         state = next((name for name, holds in states.items() if holds), "ready")
@@ -160,7 +141,7 @@ def _add_status_routes(app: FastAPI, served: Served) -> None:
 
     @app.get("/metrics", response_class=PlainTextResponse)
     def metrics() -> PlainTextResponse:
-        worker = served.worker
+        worker = live.worker
         gauges = (
             ("vllm:num_requests_running", "Sequences that are being generated.", worker.num_running),
             ("vllm:num_requests_waiting", "Sequences that wait for a place.", worker.num_waiting),
@@ -170,5 +151,5 @@ def _add_status_routes(app: FastAPI, served: Served) -> None:
         worker.metrics.note_cache(worker.engine)
         if worker.engine.speculation is not None:
             worker.metrics.note_drafts(worker.engine.speculation.acceptance)
-        page = worker.metrics.render(served.name, gauges)
+        page = worker.metrics.render(live.served.name, gauges)
         return PlainTextResponse(page, media_type="text/plain; version=0.0.4")

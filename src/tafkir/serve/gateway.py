@@ -7,11 +7,13 @@ import json
 import re
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
+from ipaddress import ip_address
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 
 from tafkir.serve.access import ApiKeys, RateLimiter
+from tafkir.serve.admin import ADMIN_PATHS
 from tafkir.serve.errors import ApiError, error_of, error_response
 from tafkir.serve.options import ServerOptions
 from tafkir.serve.page import PAGE_FILES
@@ -43,7 +45,9 @@ class Gateway:
 
     def __init__(self, app: App, options: ServerOptions, worker: EngineWorker) -> None:
         self._app, self._options, self._worker = app, options, worker
-        self._keys = ApiKeys(options.api_keys)
+        self._admin = ApiKeys((options.admin_key,) if options.admin_key else ())
+        # Who may change the server may also ask it.
+        self._keys = ApiKeys((*options.api_keys, options.admin_key or options.api_keys[0]) if options.api_keys else ())
         self._limiter = RateLimiter(options.requests_per_minute)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -75,12 +79,15 @@ class Gateway:
         """Everything that can be refused without reading the body.
 
         Raises:
-            ApiError: 401 without a known key, 429 above the rate.
+            ApiError: 401 without a known key, 403 for a change that another machine asks for, 429 above the rate.
             Overloaded, Stopped: nothing can be taken.
         """
         if scope["path"] in _OPEN or scope["path"].startswith(PAGE_FILES) or scope["method"] == "OPTIONS":
             return
         client = scope.get("client")
+        if self._admin and scope["path"] in ADMIN_PATHS:
+            self._admit_admin(client[0] if client else None, headers)
+            return
         caller: str | None = client[0] if client else "local"
         if self._keys:
             caller = self._keys.caller(headers.get("authorization", ""))
@@ -94,6 +101,13 @@ class Gateway:
             message = f"more than {limit} requests a minute; try again in {wait:.1f} s"
             raise ApiError(429, message, code="rate_limit_exceeded", retry_after_s=wait)
         self._worker.check_open()
+
+    def _admit_admin(self, host: str | None, headers: Headers) -> None:
+        if host is not None and not self._options.admin_remote and not ip_address(host).is_loopback:
+            message = "this path is open to the server's own machine alone (--admin-remote opens it)"
+            raise ApiError(403, message, code="forbidden")
+        if self._admin.caller(headers.get("authorization", "")) is None:
+            raise ApiError(401, "the admin key must come as `Authorization: Bearer KEY`", code="invalid_api_key")
 
     async def _whole_body(self, headers: Headers, receive: Receive) -> Receive:
         """Read the body up to the limit, in time; what hands it on afterwards.

@@ -23,6 +23,7 @@ from tafkir.serve.stream import ChoiceStream, Delta
 from tafkir.serve.worker import EngineWorker
 
 if TYPE_CHECKING:
+    from tafkir.engine.engine import Engine
     from tafkir.engine.shaping import Shaper
 
 __all__ = ["ClientLeft", "Generation", "Inbox", "Prompt", "choice_seed"]
@@ -121,8 +122,9 @@ class Generation:
         shapers: Sequence[Shaper | None],
         timeout_s: float | None = None,
         priority: int = 0,
+        engine: Engine | None = None,
     ) -> Generation:
-        """Queue every sample of every prompt.
+        """Queue every sample of every prompt, for the engine that they were made for.
 
         Raises:
             RequestError, CapacityError: a request could never run.
@@ -134,7 +136,7 @@ class Generation:
             first = len(requests)
             requests += [Request(f"{name}-{first + j}", ids, s, priority=priority) for j, s in enumerate(samples)]
         inbox = Inbox()
-        worker.submit(requests, inbox, top_logprobs=top_logprobs, shapers=shapers)
+        worker.submit(requests, inbox, top_logprobs=top_logprobs, shapers=shapers, engine=engine)
         prompt_tokens = sum(len(ids) for ids, _ in prompts)
         names = [request.id for request in requests]
         return cls(worker, http, inbox, names, list(choices), prompt_tokens, list(shapers), timeout_s)

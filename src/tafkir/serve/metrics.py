@@ -82,6 +82,9 @@ class ServerMetrics:
         self.prefix_queries = Counter("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
         self.prefix_hits = Counter("vllm:prefix_cache_hits", "Prompt tokens found there.")
         self.preemptions = Counter("vllm:num_preemptions", "Sequences that had to give their cache back.")
+        self.weight_updates = Counter(
+            "tafkir:weight_updates", "Checkpoints that were to be served.", "outcome", ("replaced", "refused")
+        )
         self.responses = Counter("tafkir:http_responses", "HTTP answers, by status.", "code", ())
         self.ttft = Histogram("vllm:time_to_first_token_seconds", "From arrival to the first token.", _SECONDS)
         self.inter_token = Histogram("vllm:inter_token_latency_seconds", "Between tokens of a sequence.", _SECONDS)

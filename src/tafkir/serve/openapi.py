@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from tafkir.serve.live import Live
 from tafkir.serve.responses_api import PARTS, ResponsesRequest
 from tafkir.serve.schema import COLDEST, HOTTEST, MAX_STOPS, ChatRequest, CompletionRequest, RequestBody
 from tafkir.serve.served import Served
@@ -54,10 +55,11 @@ _ERROR: Schema = {
 }
 
 
-def describe_api(app: FastAPI, served: Served) -> None:
+def describe_api(app: FastAPI, live: Live) -> None:
     """Make the app's OpenAPI text say what this server does with this model."""
 
     def openapi() -> Schema:
+        served = live.served
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
         parts = document.setdefault("components", {}).setdefault("schemas", {})
         for name in ("HTTPValidationError", "ValidationError"):

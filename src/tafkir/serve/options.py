@@ -22,6 +22,8 @@ class ServerOptions:
         request_timeout_s: longest time to answer; what runs longer is cancelled. 0 sets no limit.
         drain_s: longest time that running requests get to finish once the server is told to stop.
         cors_origins: origins whose pages may call the server; none by default.
+        admin_key: opens the endpoints that change the server (`serve.admin`), which without one do not exist.
+        admin_remote: open them to other machines than this one, too.
     """
 
     api_keys: tuple[str, ...] = ()
@@ -31,13 +33,15 @@ class ServerOptions:
     request_timeout_s: float = 0.0
     drain_s: float = 30.0
     cors_origins: tuple[str, ...] = ()
+    admin_key: str | None = None
+    admin_remote: bool = False
 
     def __post_init__(self) -> None:
-        for key in self.api_keys:
+        for key in (*self.api_keys, *((self.admin_key,) if self.admin_key is not None else ())):
             if not key or not key.isascii() or any(character.isspace() for character in key):
                 raise RecipeError(
                     "an API key cannot be sent in a header",
-                    where="--api-key",
+                    where="--admin-key" if key == self.admin_key else "--api-key",
                     expected="ASCII characters without white space",
                 )
 

@@ -35,7 +35,7 @@ async def score(served: Served, http: Request, prompts: Sequence[tuple[int, ...]
         if not ids or min(ids) < 0 or max(ids) >= vocab:
             message = f"prompt: empty, or a token outside of 0 to {vocab - 1}"
             raise ApiError(400, message, param="prompt", code="invalid_value")
-    futures = [asyncio.wrap_future(future) for future in served.worker.score(prompts, max(1, count))]
+    futures = [asyncio.wrap_future(future) for future in served.worker.score(prompts, max(1, count), served.engine)]
     try:
         return list(await asyncio.gather(*futures))
     finally:

@@ -63,6 +63,10 @@ class ResponseFormat(ABC):
         """A part of the answer, with the same."""
         return {**self._head, "object": self.chunk_name, "choices": list(choices), "usage": usage, **more}
 
+    def stamp(self, fingerprint: str | None) -> None:
+        """Say which weights answer: the first half of the checkpoint's hash, as OpenAI's `system_fingerprint`."""
+        self._head["system_fingerprint"] = fingerprint and fingerprint[:32]
+
     def opening(self, index: int) -> dict[str, Any] | None:
         """The choice of a chunk that comes before any token."""
         return None

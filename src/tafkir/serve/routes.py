@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from tafkir.records import SamplingParams
 from tafkir.serve.errors import ApiError
 from tafkir.serve.generate import ClientLeft, Generation, Prompt, choice_seed
+from tafkir.serve.live import Live
 from tafkir.serve.prompt_logprobs import EchoFormat, completion_entries, score
 from tafkir.serve.responses import ChatFormat, CompletionFormat, ResponseFormat
 from tafkir.serve.responses_api import ResponseEvents, ResponsesRequest
@@ -25,16 +26,18 @@ __all__ = ["add_generation_routes"]
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-def add_generation_routes(app: FastAPI, served: Served) -> None:
+def add_generation_routes(app: FastAPI, live: Live) -> None:
     """Chat, completions, responses, tokens; embeddings say that there are none."""
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, http: Request) -> Response:
+        served = live.served
         served.check_model(body.model)
         ids = tuple(await served.encode_chat(body))
         room = served.room(ids, "messages")
         limit = body.max_completion_tokens or body.max_tokens or room
         format = ChatFormat(f"chatcmpl-{uuid.uuid4().hex}", served.name, served.tokenizer, logprobs=body.logprobs)
+        format.stamp(served.fingerprint)
         if body.prompt_logprobs is not None:
             format.prompt_logprobs = await _prompt_logprobs(served, http, [ids], body)
         generation = await _submit(served, http, body, [(ids, _samples(body, limit))], body.top_logprobs)
@@ -42,6 +45,7 @@ def add_generation_routes(app: FastAPI, served: Served) -> None:
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, http: Request) -> Response:
+        served = live.served
         served.check_model(body.model)
         prompts: list[Prompt] = []
         for prompt in body.prompts:
@@ -58,6 +62,7 @@ def add_generation_routes(app: FastAPI, served: Served) -> None:
 
     @app.post("/v1/responses")
     async def responses(body: ResponsesRequest, http: Request) -> Response:
+        served = live.served
         served.check_model(body.model)
         asked = body.to_chat()
         ids = tuple(await served.encode_chat(asked))
@@ -76,14 +81,15 @@ def add_generation_routes(app: FastAPI, served: Served) -> None:
     def embeddings() -> None:
         raise ApiError(404, "this model generates text and has no embeddings", code="embeddings_not_supported")
 
-    _add_token_routes(app, served)
+    _add_token_routes(app, live)
 
 
-def _add_token_routes(app: FastAPI, served: Served) -> None:
+def _add_token_routes(app: FastAPI, live: Live) -> None:
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         from tafkir.data.chat import encode_chat
 
+        served = live.served
         served.check_model(body.model)
         if body.prompt is not None:
             ids = await served.encode(body.prompt)
@@ -97,6 +103,7 @@ def _add_token_routes(app: FastAPI, served: Served) -> None:
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+        served = live.served
         served.check_model(body.model)
         vocab = served.tokenizer.vocab_size
         if outside := [id for id in body.tokens if not 0 <= id < vocab]:
@@ -119,6 +126,7 @@ async def _completion_format(
     else:
         given = [ids for ids, samples in prompts for _ in samples] if body.return_token_ids else None
         format = CompletionFormat(name, served.name, served.tokenizer, logprobs=logprobs, prompts=given)
+    format.stamp(served.fingerprint)
     if body.prompt_logprobs is not None:
         format.prompt_logprobs = await _prompt_logprobs(served, http, [ids for ids, _ in prompts], body)
     return format
@@ -162,7 +170,7 @@ async def _submit(
         for _ in samples
     ]
     timeout_s = served.options.request_timeout_s or None
-    limits: dict[str, Any] = {"timeout_s": timeout_s, "priority": body.priority}
+    limits: dict[str, Any] = {"timeout_s": timeout_s, "priority": body.priority, "engine": served.engine}
     return Generation.submit(
         served.worker, http, prompts, choices, top_logprobs=top_logprobs, shapers=shapers, **limits
     )

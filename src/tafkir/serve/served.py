@@ -34,18 +34,15 @@ _NO_THOUGHT = "<think>\n\n</think>\n"
 
 @dataclass(frozen=True)
 class Served:
-    """What the routes need."""
+    """What the routes need; another model is another one of these (`Live`)."""
 
     name: str
     path: Path
     created: int
     tokenizer: Tokenizer
+    engine: Engine
     worker: EngineWorker
     options: ServerOptions
-
-    @property
-    def engine(self) -> Engine:
-        return self.worker.engine
 
     @functools.cached_property
     def fingerprint(self) -> str | None:
@@ -106,8 +103,9 @@ class Served:
             ids = encode_chat(self.tokenizer, messages)
             return ids + self.tokenizer.encode(_NO_THOUGHT) if thinking is False else ids
         if thinking and not self.tokenizer.can_think:
-            message = "this model's chat template knows no thinking"
-            raise ApiError(400, message, param="enable_thinking", code="invalid_value")
+            raise ApiError(
+                400, "this model's chat template knows no thinking", param="enable_thinking", code="invalid_value"
+            )
         return self.tokenizer.encode_chat(messages, thinking=thinking)
 
     async def shapers(self, body: GenerationRequest, prompts: Sequence[tuple[int, ...]]) -> list[Shaper | None]:

@@ -6,6 +6,7 @@ The model is built and run on this thread alone, because PyTorch keeps a pool of
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -56,6 +57,7 @@ class _Job:
     top_logprobs: int
     subscriber: Subscriber
     shaper: Shaper | None
+    engine: Engine
     queued_at: float
     first_at: float = 0.0
     last_at: float = 0.0
@@ -66,11 +68,12 @@ class _Job:
 class _Scoring:
     token_ids: tuple[int, ...]
     count: int
+    engine: Engine
     future: Future[PromptScores]
 
 
 class EngineWorker:
-    """Runs an engine on a thread of its own.
+    """Runs an engine on a thread of its own, and beside it those that it has taken the place of, to their last request.
 
     Args:
         build: makes the engine; called on the worker's thread.
@@ -90,6 +93,9 @@ class EngineWorker:
         """What ended the engine."""
         self._ready = threading.Event()
         self._engine: Engine | None = None
+        # Engines that were replaced, or that a request was made for just before, and when they must have ended.
+        self._leaving: dict[Engine, float] = {}
+        self._orders: list[tuple[Callable[[], None], Future[None]]] = []
         self._thread = threading.Thread(target=self._main, name="tafkir-engine", daemon=True)
         self.metrics = ServerMetrics()
 
@@ -114,7 +120,7 @@ class EngineWorker:
 
     @property
     def engine(self) -> Engine:
-        """For facts that never change and for `Engine.check`; everything else belongs to the worker's thread."""
+        """Who takes new requests. For facts that never change and for `check`; the rest is the worker's thread's."""
         assert self._engine is not None, "start() comes first"
         return self._engine
 
@@ -133,11 +139,15 @@ class EngineWorker:
 
     @property
     def num_running(self) -> int:
-        return self._engine.num_running if self._engine else 0
+        return sum(engine.num_running for engine in self._engines)
 
     @property
     def num_waiting(self) -> int:
         return max(0, len(self._jobs) - self.num_running) + len(self._scorings)
+
+    @property
+    def _engines(self) -> list[Engine]:
+        return [*self._leaving, self._engine] if self._engine else []
 
     @property
     def _num_served(self) -> int:
@@ -164,27 +174,33 @@ class EngineWorker:
         *,
         top_logprobs: int = 0,
         shapers: Sequence[Shaper | None] = (),
+        engine: Engine | None = None,
     ) -> None:
         """Queue requests whose ids are fresh, all or none; `shapers` are theirs, one each where any are given.
+
+        `engine` is the one that they were made for; None takes the present one.
 
         Raises:
             RequestError, CapacityError: one of them could never run.
             Overloaded: the queue is full.
             Stopped: nobody will serve them.
         """
+        engine = engine or self.engine
         for request in requests:
-            self.engine.check(request, top_logprobs=top_logprobs)
+            engine.check(request, top_logprobs=top_logprobs)
         now = time.monotonic()
         with self._wake:
             self.check_open(len(requests))
             for request, shaper in zip(requests, shapers or [None] * len(requests), strict=True):
-                job = _Job(request, top_logprobs, subscriber, shaper, now)
+                job = _Job(request, top_logprobs, subscriber, shaper, engine, now)
                 self._jobs[request.id] = job
                 self._inbox.append(job)
             self.metrics.accepted.add(amount=len(requests))
             self._wake.notify()
 
-    def score(self, token_ids: Sequence[tuple[int, ...]], count: int) -> list[Future[PromptScores]]:
+    def score(
+        self, token_ids: Sequence[tuple[int, ...]], count: int, engine: Engine | None = None
+    ) -> list[Future[PromptScores]]:
         """Queue prompts to be scored, each with the `count` most probable tokens; a cancelled future is not run.
 
         Raises:
@@ -192,7 +208,7 @@ class EngineWorker:
         """
         with self._wake:
             self.check_open(len(token_ids))
-            jobs = [_Scoring(ids, count, Future()) for ids in token_ids]
+            jobs = [_Scoring(ids, count, engine or self.engine, Future()) for ids in token_ids]
             self._scorings.extend(jobs)
             self._wake.notify()
         return [job.future for job in jobs]
@@ -202,6 +218,29 @@ class EngineWorker:
         with self._wake:
             self._cancelled += [request_id for request_id in request_ids if request_id in self._jobs]
             self._wake.notify()
+
+    def replace(self, engine: Engine, drain_s: float = math.inf) -> int:
+        """Let another engine take what comes from now on; how many requests go on with the one before.
+
+        Those that have not ended after `drain_s` seconds are told `Stopped`.
+
+        Raises:
+            Stopped: the server is about to end, or has failed.
+        """
+        with self._wake:
+            self.check_open()
+            old, self._engine = self.engine, engine
+            self._leaving[old] = time.monotonic() + drain_s
+            self._wake.notify()
+            return sum(job.engine is old for job in self._jobs.values())
+
+    def between_steps(self, act: Callable[[], None]) -> Future[None]:
+        """Have something done on the worker's thread while no step runs."""
+        future: Future[None] = Future()
+        with self._wake:
+            self._orders.append((act, future))
+            self._wake.notify()
+        return future
 
     # --- the worker's thread ---------------------------------------------------------------------------------------
 
@@ -218,8 +257,9 @@ class EngineWorker:
                 self._beat = time.monotonic()
                 if self._scorings:
                     self._score_some()
-                if self.engine.has_work:
-                    self._deliver(self.engine.step())
+                for engine in self._engines:
+                    if engine.has_work:
+                        self._deliver(engine.step())
             self._end_all(Stopped("the server is shutting down"))
         except Exception as error:  # the server's edge: recorded, told to every client, and shown by /health
             logger.exception("the engine failed")
@@ -229,20 +269,41 @@ class EngineWorker:
 
     def _take_orders(self) -> bool:
         """Wait until there is work; False when it is time to stop. An idle engine takes no CPU time."""
-        engine = self.engine
         with self._wake:
-            while not (self._inbox or self._cancelled or self._scorings or self._stopping or engine.has_work):
+            while not (self._inbox or self._cancelled or self._scorings or self._orders or self._stopping):
+                if self._leaving or self.engine.has_work:
+                    break
                 self._wake.wait()
             inbox, self._inbox = self._inbox, []
             cancelled, self._cancelled = self._cancelled, []
+            orders, self._orders = self._orders, []
             if self._stopping:
                 return False
         for job in inbox:
-            engine.add_request(job.request, top_logprobs=job.top_logprobs, shaper=job.shaper)
+            if job.engine is not self._engine:  # made for it just before it was replaced
+                self._leaving.setdefault(job.engine, math.inf)
+            job.engine.add_request(job.request, top_logprobs=job.top_logprobs, shaper=job.shaper)
         for request_id in cancelled:
-            if engine.cancel(request_id) is not None:
-                self._forget(self._jobs[request_id], "abort")
+            if (found := self._jobs.get(request_id)) and found.engine.cancel(request_id) is not None:
+                self._forget(found, "abort")
+        for act, future in orders:
+            act()
+            future.set_result(None)
+        self._let_go()
         return True
+
+    def _let_go(self) -> None:
+        """Forget engines that were replaced and have nothing more to do, or no more time to do it in."""
+        now = time.monotonic()
+        for engine, until in list(self._leaving.items()):
+            late = [job for job in list(self._jobs.values()) if job.engine is engine] if now >= until else []
+            for job in late:
+                if engine.cancel(job.request.id) is not None:
+                    self._forget(job, "abort")
+                    job.subscriber.deliver(Stopped("the model was replaced before the answer ended"))
+            if not engine.has_work:
+                with self._wake:
+                    del self._leaving[engine]
 
     def _score_some(self) -> None:
         """Score waiting prompts up to a number of tokens, so that those that generate are not held up for long."""
@@ -252,7 +313,10 @@ class EngineWorker:
         size = 0
         # Alone, where the company must make no difference.
         most = 0 if self.engine.batch_invariant else _SCORE_TOKENS
-        while self._scorings and (not taken or size + len(self._scorings[0].token_ids) <= most):
+        engine = self._scorings[0].engine
+        while self._scorings and self._scorings[0].engine is engine:
+            if taken and size + len(self._scorings[0].token_ids) > most:
+                break
             job = self._scorings.popleft()
             if job.future.set_running_or_notify_cancel():
                 taken.append(job)
@@ -260,7 +324,7 @@ class EngineWorker:
         if not taken:
             return
         try:
-            found = score_prompts(self.engine.decoder, [job.token_ids for job in taken], max(j.count for j in taken))
+            found = score_prompts(engine.decoder, [job.token_ids for job in taken], max(j.count for j in taken))
         except TafkirError as error:
             for job in taken:
                 job.future.set_exception(error)
