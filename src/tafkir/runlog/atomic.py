@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import Any
 
 from tafkir.errors import RunDirError
 
-__all__ = ["fsync_dir", "guard_disk", "read_json", "write_bytes", "write_json", "write_text"]
+__all__ = ["fsync_dir", "guard_disk", "read_json", "remove_leftovers", "write_bytes", "write_json", "write_text"]
 
 _FREE_SPACE = "free some space, then run the same command again: it resumes"
 _ELSEWHERE = "choose another place with --runs-dir"
@@ -69,6 +70,15 @@ def write_bytes(path: Path, content: bytes) -> None:
             Path(name).unlink(missing_ok=True)
             raise
         fsync_dir(path.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed processes never renamed to what it was to become; only for who alone writes in the folder."""
+    for path in list(folder.rglob(".*.tmp")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -9,7 +9,6 @@ import fcntl
 import importlib.metadata
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from typing import Any
 import tafkir
 from tafkir.errors import RunDirError
 from tafkir.records import STAGES, StageName
-from tafkir.runlog.atomic import fsync_dir, guard_disk, read_json, write_json
+from tafkir.runlog.atomic import fsync_dir, guard_disk, read_json, remove_leftovers, write_json
 from tafkir.runlog.metrics import JsonlWriter
 from tafkir.runlog.trackers import Tracker, TrackerName, open_trackers
 
@@ -197,7 +196,7 @@ class RunDir:
             with guard_disk(path):
                 os.ftruncate(handle, 0)
                 os.pwrite(handle, str(os.getpid()).encode("ascii"), 0)
-                _remove_leftovers(self.path)
+                remove_leftovers(self.path)
             yield
         finally:
             _held_locks.discard(handle)
@@ -213,15 +212,6 @@ def _try_lock(handle: int) -> bool:
         except BlockingIOError:
             time.sleep(_LOCK_WAIT_S if attempt + 1 < _LOCK_ATTEMPTS else 0)
     return False
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Delete files and folders that were never renamed to what they were to become; needs the run's lock."""
-    for path in list(folder.rglob(".*.tmp")):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def _drop_locks_in_child() -> None:
