@@ -1,9 +1,12 @@
-"""Which model solves 4x4 Sudoku, and at what cost: a recursive model, the shipped base, and the base after fine-tuning.
+"""Which model solves puzzles, and at what cost: a recursive model, the shipped base, and the base after fine-tuning.
 
     python benchmarks/efficiency_card.py
+    python benchmarks/efficiency_card.py --task sudoku6 --limit 100
+    python benchmarks/efficiency_card.py --task maze-small --limit 100
 
-trains `trm-sudoku4`, fine-tunes the shipped base on solved Sudoku in text (`[[sft.tasks]]`, levels 1 to 3), and sets
-both beside the base with `tafkir card`. Runs that are there already can be named instead.
+trains `trm-<task>`, for 4x4 Sudoku fine-tunes the shipped base on solved ones in text (`[[sft.tasks]]`, levels 1 to 3),
+and sets both beside the base with `tafkir card`. Runs that are there already can be named instead; for other puzzles
+than 4x4 Sudoku the base stands alone, as it is, unless --sft names a fine-tuned one.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from tafkir.recipe.load import load_recipe
 from tafkir.recipe.show import dump_toml
 from tafkir.runlog.atomic import read_json, write_json
 
-_RESULT = Path(__file__).parent / "results" / "efficiency_card.json"
+_RESULTS = Path(__file__).parent / "results"
 _SFT = (
     'name="sft-sudoku4"', 'base="base-tiny"', "pretrain=", "tokenizer=", "rlvr=", "eval=", "report=", "threads=1",
     "sft.steps=400", "sft.batch_problems=24", "sft.learning_rate=2e-3", "sft.warmup_steps=20", "sft.weight_decay=0",
@@ -34,28 +37,29 @@ def tafkir(*words: str) -> None:
 def main() -> None:
     """Train what is not there, then measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trm", type=Path, help="run directory of a recursive model for 4x4 Sudoku")
-    parser.add_argument("--sft", type=Path, help="run directory of a language model fine-tuned on Sudoku")
+    parser.add_argument("--task", default="sudoku4", choices=("sudoku4", "sudoku6", "maze-small"))
+    parser.add_argument("--trm", type=Path, help="run directory of a recursive model for these puzzles")
+    parser.add_argument("--sft", type=Path, help="run directory of a language model fine-tuned on them")
     parser.add_argument("--limit", type=int, default=0, help="puzzles; 0 is all of the test part")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
     args = parser.parse_args()
     runs = ["--runs-dir", str(args.runs_dir)]
     if args.trm is None:
-        tafkir("run", "trm-sudoku4", *runs)
-    if args.sft is None:
+        tafkir("run", f"trm-{args.task}", *runs)
+    if args.sft is None and args.task == "sudoku4":
         recipe = args.runs_dir / "sft-sudoku4.toml"
         loaded = load_recipe([find_recipe("wordmath-tiny")], list(_SFT))
         recipe.parent.mkdir(parents=True, exist_ok=True)
         recipe.write_text(dump_toml(loaded.recipe, loaded.origins), encoding="utf-8")
         tafkir("run", str(recipe), *runs)
-    contestants = {
-        "recursive": args.trm or args.runs_dir / "trm-sudoku4",
-        "base": "base-tiny",
-        "fine-tuned": args.sft or args.runs_dir / "sft-sudoku4",
-    }
+        args.sft = args.runs_dir / "sft-sudoku4"
+    contestants = {"recursive": args.trm or args.runs_dir / f"trm-{args.task}", "base": "base-tiny"}
+    if args.sft is not None:
+        contestants["fine-tuned"] = args.sft
     named = [f"{name}={place}" for name, place in contestants.items()]
-    tafkir("card", *named, "--task", "sudoku4", "--limit", str(args.limit), *runs)
-    write_json(_RESULT, read_json(args.runs_dir / "card-sudoku4" / "card.json"))
+    tafkir("card", *named, "--task", args.task, "--limit", str(args.limit), *runs)
+    own = "" if args.task == "sudoku4" else f".{args.task}"
+    write_json(_RESULTS / f"efficiency_card{own}.json", read_json(args.runs_dir / f"card-{args.task}" / "card.json"))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""What learning vectors for tasks that a model has never seen is worth, and costs: test-time training on 1D-ARC.
+"""What learning vectors for tasks that a model has never seen is worth, and costs: test-time training.
 
-    python benchmarks/trm_unseen_tasks.py --runs-dir runs --out benchmarks/results/trm_unseen_tasks.json
+    python benchmarks/trm_unseen_tasks.py --runs-dir runs --out benchmarks/results/trm_unseen.1d-arc.json
+    python benchmarks/trm_unseen_tasks.py --run runs/trm-arc-mini --out benchmarks/results/trm_unseen.mini-arc.json
 
-Every tenth task is put aside; `trm-arc-mini` is trained on the others with `tafkir run` (a finished run is taken as it
-is, a killed one goes on). The tasks that were put aside are then answered with the mean of the known vectors, with
-vectors learned from their demonstrations, and with the network learning along: pass@2, and the paired difference to
-the mean vectors. Test inputs whose pair, in whatever form, belongs to another task are not scored.
+Without a run, every tenth task of 1D-ARC is put aside, and `trm-arc-mini` is trained on the others with `tafkir run` (a
+finished run is taken as it is, a killed one goes on). With a run, which may be half way, the unseen tasks are those of
+ARC-AGI-1 whose grids all fit its canvas and that share no pair with its own. They are answered with the mean of the
+known vectors, with vectors learned from their demonstrations, and with the network learning along: pass@2, and the
+paired difference to the mean vectors. Test inputs whose pair, in whatever form, belongs to another task are not scored.
 """
 
 from __future__ import annotations
@@ -20,27 +22,72 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from trm_arc import newest_state
 
 from tafkir.checkpoint.trm import TrmCheckpoint, load_trm
 from tafkir.data.puzzles.arc import ArcTask, read_tasks
 from tafkir.data.puzzles.arc_baselines import answer_by_rules
-from tafkir.data.puzzles.leakage import clean_tests
+from tafkir.data.puzzles.arc_sets import ArcSets
+from tafkir.data.puzzles.leakage import clean_tests, known_pairs, shared_tasks
+from tafkir.data.puzzles.sets import build_puzzles
 from tafkir.data.puzzles.votes import ATTEMPTS, Ranking, pass_at
 from tafkir.engine.arc import answer_tasks
 from tafkir.intervals import mean_interval
+from tafkir.recipe.load import load_recipe
+from tafkir.recipe.seeds import derive_seed
 from tafkir.runlog.atomic import write_json, write_text
 from tafkir.runlog.rundir import RunDir
 from tafkir.train.arc_adaptation import learn_tasks
 
 EVERY = 10
+ELSEWHERE = ("arc-agi-1/training", "arc-agi-1/evaluation")
+
+Unseen = Sequence[tuple[ArcTask, tuple[int, ...]]]
+"""Tasks, with the numbers of their test inputs that may be scored."""
 
 
-def put_aside(tasks: Sequence[ArcTask]) -> tuple[list[ArcTask], list[tuple[ArcTask, tuple[int, ...]]]]:
-    """The tasks to train on, and every tenth with the numbers of its test inputs that may be scored."""
+def put_aside(tasks: Sequence[ArcTask]) -> tuple[list[ArcTask], Unseen]:
+    """The tasks to train on, and every tenth one."""
     seen = [task for number, task in enumerate(tasks) if number % EVERY]
     unseen = list(tasks[::EVERY])
     scored = clean_tests(unseen, seen)
     return seen, [(task, numbers) for task, numbers in zip(unseen, scored, strict=True) if numbers]
+
+
+def fitting(solver: TrmCheckpoint, trained: Sequence[ArcTask]) -> Unseen:
+    """Tasks of ARC-AGI-1 that the model could hold and has seen no pair of."""
+    sides = solver.puzzles.rows, solver.puzzles.columns
+    tasks = [
+        task
+        for source in ELSEWHERE
+        for task in read_tasks(source)
+        if all(
+            grid is None or (grid.shape[0] <= sides[0] and grid.shape[1] <= sides[1])
+            for pair in (*task.train, *task.test)
+            for grid in (pair.input, pair.output)
+        )
+    ]
+    shared = {task.id for task in shared_tasks(tasks, known_pairs(trained))}
+    clean = [task for task in tasks if task.id not in shared]
+    scored = clean_tests(clean, trained)
+    return [(task, numbers) for task, numbers in zip(clean, scored, strict=True) if numbers]
+
+
+def open_run(run: RunDir) -> tuple[TrmCheckpoint, Unseen, dict[str, Any]]:
+    """The model of a run, or of its newest training state, and tasks that are new to it."""
+    recipe = load_recipe([str(run.path / "recipe.resolved.toml")]).recipe
+    assert recipe.trm is not None
+    puzzles = build_puzzles(recipe.trm.puzzles, derive_seed(recipe.seed, "trm", "puzzles"))
+    assert isinstance(puzzles, ArcSets)
+    folder = run.stage("trm").checkpoint_dir
+    if folder.is_dir():
+        solver, step = load_trm(folder), recipe.trm.steps
+    else:
+        model, step = newest_state(run, recipe, puzzles)
+        solver = TrmCheckpoint(folder, model, puzzles.format, None, tuple(puzzles.identifiers))
+    trained = [task for path in recipe.trm.puzzles.paths for task in read_tasks(path)]
+    known = {"steps": step, "of_steps": recipe.trm.steps, "parameters": solver.model.shape.num_parameters()}
+    return solver, fitting(solver, trained), {"run": known, "trained_on": len(trained)}
 
 
 def as_line(task: ArcTask) -> str:
@@ -54,8 +101,11 @@ def as_line(task: ArcTask) -> str:
     return json.dumps({"id": task.id, **parts})
 
 
-def train(name: str, seen: Sequence[ArcTask], runs_dir: Path, overrides: Sequence[str]) -> RunDir:
-    """The run on the tasks that were not put aside."""
+def train_without(
+    tasks: Sequence[ArcTask], name: str, runs_dir: Path, overrides: Sequence[str]
+) -> tuple[TrmCheckpoint, Unseen, dict[str, Any]]:
+    """A model that was trained on all tasks but those that were put aside."""
+    seen, unseen = put_aside(tasks)
     runs_dir.mkdir(parents=True, exist_ok=True)
     path = runs_dir.absolute() / f"{name}-tasks.jsonl"
     write_text(path, "".join(as_line(task) + "\n" for task in seen))
@@ -63,10 +113,13 @@ def train(name: str, seen: Sequence[ArcTask], runs_dir: Path, overrides: Sequenc
     command = [sys.executable, "-m", "tafkir.cli.main", "run", "trm-arc-mini", "--name", name]
     command += ["--runs-dir", str(runs_dir), *(word for value in given for word in ("--set", value))]
     subprocess.run(command, check=True)
-    return RunDir(runs_dir / name)
+    stage = RunDir(runs_dir / name).stage("trm")
+    result = json.loads((stage.path / "result.json").read_text(encoding="utf-8"))
+    known = {key: result[key] for key in ("steps", "cpu_s", "parameters", "arc")}
+    return load_trm(stage.checkpoint_dir), unseen, {"run": known, "trained_on": len(seen)}
 
 
-def shares(tasks: Sequence[tuple[ArcTask, tuple[int, ...]]], rankings: Sequence[Sequence[Ranking]]) -> list[float]:
+def shares(tasks: Unseen, rankings: Sequence[Sequence[Ranking]]) -> list[float]:
     """Pass@2 of each task."""
     found = []
     for (task, numbers), answers in zip(tasks, rankings, strict=True):
@@ -75,9 +128,7 @@ def shares(tasks: Sequence[tuple[ArcTask, tuple[int, ...]]], rankings: Sequence[
     return found
 
 
-def measure(
-    solver: TrmCheckpoint, unseen: Sequence[tuple[ArcTask, tuple[int, ...]]], steps: int, weights_rate: float
-) -> list[dict[str, Any]]:
+def measure(solver: TrmCheckpoint, unseen: Unseen, steps: int, weights_rate: float) -> list[dict[str, Any]]:
     """A row for the rules, for mean vectors, and for each way of learning."""
     tasks = [task for task, _ in unseen]
     ruled = shares(unseen, [answer_by_rules(task) for task in tasks])
@@ -118,29 +169,23 @@ def _percent(estimate: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", default="1d-arc", help="a set of ARC tasks")
+    parser.add_argument("--run", type=Path, help="a run of a recipe on ARC tasks; else one is trained on 1D-ARC")
     parser.add_argument("--name", default="trm-arc-1d", help="of the run")
     parser.add_argument("--set", dest="overrides", nargs="*", default=[], help="more changes of the recipe")
     parser.add_argument("--steps", type=int, default=600, help="of learning the tasks that were put aside")
     parser.add_argument("--weights-rate", type=float, default=1e-3, help="learning rate of the weights in the last row")
-    parser.add_argument("--train-only", action="store_true", help="leave it at the run")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
     parser.add_argument("--out", type=Path, help="write the JSON to this file")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    seen, unseen = put_aside(read_tasks(args.tasks))
-    stage = train(args.name, seen, args.runs_dir, args.overrides).stage("trm")
-    if args.train_only:
-        return
-    result = json.loads((stage.path / "result.json").read_text(encoding="utf-8"))
-    rows = measure(load_trm(stage.checkpoint_dir), unseen, args.steps, args.weights_rate)
+    if args.run is not None:
+        solver, unseen, about = open_run(RunDir.open(args.run))
+    else:
+        solver, unseen, about = train_without(read_tasks("1d-arc"), args.name, args.runs_dir, args.overrides)
+    rows = measure(solver, unseen, args.steps, args.weights_rate)
     print(table(rows))
     if args.out:
-        known = {key: result[key] for key in ("steps", "cpu_s", "parameters", "arc")}
-        counts = {"trained_on": len(seen), "unseen": len(unseen)}
-        write_json(
-            args.out, {"benchmark": "trm_unseen_tasks", "tasks": args.tasks, **counts, "run": known, "rows": rows}
-        )
+        write_json(args.out, {"benchmark": "trm_unseen_tasks", **about, "unseen": len(unseen), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The numbers of ARC runs: of a finished one, and of one that is still under way."""
+"""The numbers of ARC runs: of a finished one, of one that is still under way, and of tasks that it has never seen."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tafkir.engine.arc import answer_tasks
 from tafkir.recipe.load import load_recipe
 from tafkir.recipe.resolve import resolve_recipe
 from tafkir.runlog.rundir import RunDir
+from tests.conftest import ROOT
 from tests.data.test_arc import swap
 
 SHORT = (
@@ -33,7 +34,9 @@ SHORT = (
 )
 
 
-def test_a_run_and_what_it_left_half_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_and_what_it_left_half_way(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "own.json").write_text(json.dumps({f"t{seed}": swap(seed) for seed in range(7)}))
     path = json.dumps(str(tmp_path / "own.json"))
     loaded = resolve_recipe(load_recipe(["trm-arc-mini"], [*SHORT, f"trm.puzzles.path={path}"]))
@@ -54,3 +57,16 @@ def test_a_run_and_what_it_left_half_way(tmp_path: Path, capsys: pytest.CaptureF
     shutil.rmtree(run.stage("trm").checkpoint_dir)
     main([str(run.path), "--votes", "4", "--out", str(out)])
     assert json.loads(out.read_text())["rows"][0] == result["arc"], "the last state holds the weights of the checkpoint"
+
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from benchmarks.trm_unseen_tasks import main as measure_unseen
+    from benchmarks.trm_unseen_tasks import put_aside
+
+    measure_unseen(["--run", str(run.path), "--steps", "2", "--out", str(out)])
+    found = json.loads(out.read_text())
+    assert found["trained_on"] == 7 and found["unseen"] > 1 and found["run"]["steps"] == 4
+    rules, *ways = found["rows"]
+    assert [row["steps"] for row in ways] == [0, 2, 2] and rules["pass_at_2"]["value"] > 0
+    assert not any(ways[0]["over_mean_vectors"][key] for key in ("value", "low", "high"))
+    seen, unseen = put_aside(tasks * 4)
+    assert len(seen) == 18 and not unseen, "equal tasks on both sides leave nothing to score"
