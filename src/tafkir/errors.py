@@ -8,6 +8,7 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "GradingError",
+    "Interrupted",
     "RecipeError",
     "RegistryError",
     "RequestError",
@@ -46,6 +47,14 @@ class TafkirError(Exception):
         if self.fix:
             line += f". Fix: {self.fix}"
         return " ".join(line.split())
+
+
+class Interrupted(TafkirError):
+    """Ctrl-C ended a command, or SIGTERM did; `exit_code` is what a shell says of such an end, 130 or 143."""
+
+    def __init__(self, signal_number: int, *, fix: str | None = None) -> None:
+        self.exit_code = 128 + signal_number
+        super().__init__("interrupted", fix=fix)
 
 
 class RecipeError(TafkirError):

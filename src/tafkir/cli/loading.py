@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Callable
 from importlib import import_module
+from types import FrameType
 from typing import Any
 
 import typer
 import typer.main
 from typer.core import TyperGroup
+
+from tafkir.errors import Interrupted
 
 __all__ = ["LoadOnUse"]
 
@@ -40,6 +46,37 @@ _PLACES = {
 }
 
 
+# The same command goes on with these where they were.
+_RESUMED = ("run", "generate", "eval", "quantize")
+
+
+_terminated = False
+
+
+def _end_at_sigterm() -> None:
+    """Let SIGTERM end a command as Ctrl-C does; forked children die of it as ever."""
+    # torchrun ends its processes by it, also those that wait for others and would not come to hear of it.
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if alone and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _end)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    global _terminated
+    _terminated = True
+    interrupt = signal.getsignal(signal.SIGINT)
+    # Whoever has their own way to end, as asyncio has, ends in it.
+    (interrupt if callable(interrupt) else signal.default_int_handler)(signal.SIGINT, frame)
+
+
+def _die_of_it() -> None:
+    if signal.getsignal(signal.SIGTERM) is _end:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_die_of_it)
+
+
 class LoadOnUse(TyperGroup):
     """The group of `tafkir`'s subcommands: knows their names, and imports the one that is asked for."""
 
@@ -51,7 +88,18 @@ class LoadOnUse(TyperGroup):
             self.add_command(_load(cmd_name))
         return super().get_command(ctx, cmd_name)
 
+    def invoke(self, ctx: Any) -> Any:
+        """Run a subcommand; `Interrupted` where Ctrl-C or SIGTERM ended it, and not click's exit code of 1."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            resumed = ctx.invoked_subcommand in _RESUMED
+            fix = "the same command goes on where it stopped" if resumed else None
+            raise Interrupted(signal.SIGTERM if _terminated else signal.SIGINT, fix=fix) from None
+
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        if args and args[0] not in ("serve", "chat"):  # a server drains; a chat takes Ctrl-C as the end of an answer
+            _end_at_sigterm()
         if args and args[0] not in _PLACES:
             for name in _PLACES:  # for its "Did you mean"
                 self.get_command(ctx, name)

@@ -93,15 +93,11 @@ def _resolve(recipes: list[str], overrides: list[str], directory: RunDir) -> Loa
 def _run(
     recipes: list[str], overrides: list[str], directory: RunDir, only: str | None, start: str | None
 ) -> dict[StageName, dict[str, Any]]:
-    """Run the recipe in one directory; an interruption says how to go on."""
+    """Run the recipe in one directory."""
     from tafkir.cli.pipeline import run_recipe, select_stages
 
     loaded = _resolve(recipes, overrides, directory)
-    try:
-        return run_recipe(loaded, directory, select_stages(loaded.recipe, only=only, start=start))
-    except KeyboardInterrupt:
-        print("\nerror: interrupted. Fix: the same command goes on where it stopped", file=sys.stderr)
-        raise typer.Exit(130) from None
+    return run_recipe(loaded, directory, select_stages(loaded.recipe, only=only, start=start))
 
 
 def program_name() -> str:
