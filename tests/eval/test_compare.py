@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import pytest
@@ -17,7 +19,11 @@ from tafkir.eval.compare import compare_sides, first_divergence
 from tafkir.eval.every_eval_ever import write_every_eval_ever
 from tafkir.eval.lm_eval_files import write_lm_eval
 from tafkir.eval.samples import Sample
+from tafkir.eval.scores import codeforces_rating
 from tafkir.eval.sides import load_foreign, load_sides
+from tafkir.eval.table import render_scores, score_samples
+from tafkir.report.comparison import render_comparison
+from tafkir.tasks.ratings import solved_rating
 
 STAMP = "2026-11-22T17-40-55.922546"
 # One line as lm-eval 0.4.13 wrote it with --log_samples (its dummy model), hashes cut short.
@@ -117,6 +123,53 @@ def test_several_models_are_corrected_together(tmp_path: Path) -> None:
     assert [pair["second"] for pair in compared.pairs] == ["b", "c"]
     assert p[1]["p_holm"] == pytest.approx(2 * p[1]["difference"]["p_value"])
     assert p[0]["p_holm"] == pytest.approx(p[0]["difference"]["p_value"])
+
+
+def test_pass_and_majority_are_compared_in_pairs(tmp_path: Path) -> None:
+    """Three answers an item; the second model is right once where the first is right twice."""
+    rows = [sample("a", i, right=r < 2 * (i % 2), repeat=r, task="arc-agi-1") for i in range(40) for r in range(3)]
+    rows += [sample("b", i, right=r < i % 2, repeat=r, task="arc-agi-1") for i in range(40) for r in range(3)]
+    sides = load_sides([write(tmp_path / "samples.jsonl", rows)])
+    (row,) = compare_sides(sides).pairs[0]["tasks"]
+    values = {other["metric"]: [side["value"] for side in other["scores"]] for other in row["others"]}
+    # unbiased: of three answers with two right ones any two hold one, with one right one two of three pairs do
+    assert values == {"pass@2": [0.5, pytest.approx(1 / 3)], "pass@3": [0.5, 0.5], "maj@3": [0.5, 0.0]}
+    assert row["others"][2]["difference"]["losses"] == 20 and row["others"][1]["difference"]["value"] == 0
+    assert row["judgement"]["difference"]["value"] == pytest.approx(-1 / 6)
+    quoted = compare_sides(sides, metrics={"arc-agi-1": "pass@2"})
+    (row,) = quoted.pairs[0]["tasks"]
+    assert row["judgement"]["difference"]["value"] == pytest.approx(-1 / 6) and row["scores"][0]["value"] == 0.5
+    assert [other["metric"] for other in row["others"]] == ["pass@3", "maj@3", "mean"]
+    assert any(line.endswith("(pass@2)") for line in quoted.lines())
+    assert "maj@3" in render_comparison(quoted.to_dict())
+
+
+def test_codeforces_ratings_have_intervals_and_a_difference(tmp_path: Path) -> None:
+    def solved(model: str, top: int) -> list[Sample]:
+        return [sample(model, i, right=i < top, source="codeforces", task="codeforces", difficulty=str(800 + 40 * i))
+                for i in range(60)]  # fmt: skip
+
+    weak, strong = solved("weak", 20), solved("strong", 30)
+    ratings = [codeforces_rating(side) for side in (weak, strong)]
+    assert ratings[0] and ratings[1] and ratings[0]["value"] < 1700 < ratings[1]["high"]
+    assert codeforces_rating([sample("a", 1, right=True)]) is None, "no rating of what is no contest"
+    sides = load_sides([write(tmp_path / "samples.jsonl", weak + strong)])
+    compared = compare_sides(sides)
+    found = compared.pairs[0]["tasks"][0]["rating"]["difference"]
+    assert found["value"] == pytest.approx(ratings[1]["value"] - ratings[0]["value"]) and found["low"] > 0
+    # The interval against an independent one: problems drawn again with replacement, both models on the same.
+    generator = random.Random(0)
+    pairs = [[(800.0 + 40 * i, i < top) for i in range(60)] for top in (20, 30)]
+    changes = []
+    for _ in range(150):
+        taken = [generator.randrange(60) for _ in range(60)]
+        first, second = (solved_rating([side[i] for i in taken])[0] for side in pairs)
+        changes.append(second - first)
+    width = (found["high"] - found["low"]) / (2 * 1.96)
+    assert width == pytest.approx(stdev(changes), rel=0.35)
+    assert any(line.startswith("  rating") for line in compared.lines())
+    (row,) = score_samples(strong)
+    assert "above" in render_scores([row]) and "rating" in render_scores([row])
 
 
 def test_divergence_starts_at_a_word() -> None:

@@ -59,6 +59,7 @@ def compare(
     from tafkir.errors import RecipeError
     from tafkir.eval.compare import compare_sides, plan_lines
     from tafkir.eval.sides import load_sides
+    from tafkir.tasks.catalog import list_tasks
 
     if pool:
         from tafkir.eval.pooling import pool_runs
@@ -73,7 +74,10 @@ def compare(
     if html and html.suffix != ".html":
         raise RecipeError(f"{html.name} is no page", where="--html", expected="a name that ends in .html")
     seen = _seen(sides, trained_on) if trained_on else None
-    compared = compare_sides(sides, margin=margin / 100, tasks=task, common=common, seen=seen, num_flips=flips)
+    metrics = {card.name: card.metric for card in list_tasks()}
+    compared = compare_sides(
+        sides, margin=margin / 100, tasks=task, common=common, seen=seen, num_flips=flips, metrics=metrics
+    )
     if html:
         from tafkir.report.comparison import render_comparison
         from tafkir.runlog.atomic import write_text

@@ -56,12 +56,14 @@ def _write_evaluation(run: RunDir, language: str) -> None:
     from tafkir.eval.table import score_samples
     from tafkir.report.evaluation import render_evaluation
     from tafkir.runlog.atomic import write_text
+    from tafkir.tasks.catalog import list_tasks
 
     samples, sides = load_samples(run.path), load_sides([run.path])
-    compared = compare_sides(sides, common=True, num_flips=0) if len(sides) > 1 else None
+    metrics = {card.name: card.metric for card in list_tasks()}
+    compared = compare_sides(sides, common=True, num_flips=0, metrics=metrics) if len(sides) > 1 else None
     data = {
         "name": run.path.resolve().name,
-        "scores": score_samples(samples),
+        "scores": score_samples(samples, metrics),
         "comparison": compared.to_dict() if compared else None,
         "card": results_card(samples),
     }

@@ -11,7 +11,16 @@ from typing import Any
 from tafkir.errors import DataError, RecipeError, RunDirError
 from tafkir.eval.metrics import mean_interval, paired_difference
 from tafkir.eval.samples import Sample
-from tafkir.eval.scores import estimate_of, item_scores, score_of
+from tafkir.eval.scores import (
+    codeforces_difference,
+    codeforces_rating,
+    estimate_of,
+    item_scores,
+    majority_scores,
+    metric_scores,
+    pass_scores,
+    score_of,
+)
 from tafkir.eval.sides import Side
 from tafkir.eval.statistics import MARGIN, Judgement, holm, judge, macro_average, noise_of, samples_needed
 from tafkir.intervals import CONFIDENCE
@@ -66,6 +75,7 @@ def compare_sides(
     common: bool = False,
     seen: Mapping[str, Mapping[str, str]] | None = None,
     num_flips: int = 12,
+    metrics: Mapping[str, str] | None = None,
 ) -> Comparison:
     """Compare every model with the first, on the tasks that both answered.
 
@@ -75,12 +85,15 @@ def compare_sides(
         common: leave out items that one side lacks, instead of refusing.
         seen: task -> items that the models were trained on; scores on the others stand beside all.
         num_flips: answers to show side by side, for each task.
+        metrics: task -> the metric on its card; of pass@k with k above 1 that is what is judged, and not the mean.
 
     Returns:
         For each pair `first`, `second`, `macro` (mean difference over several tasks) and `tasks`, whose rows hold
         `task`, `num_items`, `samples` (fewest of an item), `scores` (both, with intervals), `judgement` (as
         `Judgement`), `lost` and `gained` (items whose mean fell or rose), `churn` (share of equal repeats with another
-        answer), `tokens`, `cut_off`, `failed`, `groups`, `clean` and `flips`.
+        answer), `tokens`, `cut_off`, `failed`, `groups`, `clean`, `flips`; `others` (with several samples an item:
+        `metric`, `scores` and the paired `difference` of pass@k and maj@k); and `rating` (of Codeforces' rated
+        problems: both, and their `difference`).
 
     Raises:
         RecipeError: fewer than two models.
@@ -94,7 +107,8 @@ def compare_sides(
     pairs: list[tuple[Side, list[_Pair]]] = []
     for second in sides[1:]:
         chosen = _common_tasks(first, second, tasks)
-        pairs.append((second, [_Pair(task, first, second, common, notes) for task in chosen]))
+        known = metrics or {}
+        pairs.append((second, [_Pair(t, first, second, common, notes, known.get(t, "accuracy")) for t in chosen]))
         notes += [
             f"{key} differs: {value} against {second.settings.get(key)}."
             for key, value in first.settings.items()
@@ -131,10 +145,12 @@ def _common_tasks(first: Side, second: Side, wanted: Sequence[str] | None) -> li
 class _Pair:
     """What two models answered to the items of one task."""
 
-    def __init__(self, task: str, first: Side, second: Side, common: bool, notes: list[str]) -> None:
-        self.task = task
+    def __init__(
+        self, task: str, first: Side, second: Side, common: bool, notes: list[str], metric: str = "accuracy"
+    ) -> None:
+        self.task, self.metric = task, metric
         self.samples = first.answers[task], second.answers[task]
-        scores = [item_scores(samples) for samples in self.samples]
+        scores = [metric_scores(samples, metric) for samples in self.samples]
         failed = {sample.item for samples in self.samples for sample in samples if sample.failed}
         apart = (scores[0].keys() ^ scores[1].keys()) - failed
         if apart and not common:
@@ -179,7 +195,47 @@ def _row(pair: _Pair, margin: float, seen: Mapping[str, str] | None, num_flips: 
         "groups": _groups(pair),
         "clean": _clean(pair, seen, margin),
         "flips": _flips(pair, num_flips),
+        "metric": pair.metric,
+        "others": _others(pair),
+        "rating": _rating(pair),
     }
+
+
+def _others(pair: _Pair) -> list[dict[str, Any]]:
+    """pass@2, pass@k and maj@k of as many samples as every item has, beside what the judgement is of."""
+    own = [[s for s in side if s.item in pair.scores[0]] for side in pair.samples]
+    drawn = min(len(scores) for side in own for scores in item_scores(side).values())
+    rows: list[tuple[str, list[dict[str, list[float]]]]] = []
+    for tries in sorted({2, drawn} if drawn > 1 else ()):
+        rows.append((f"pass@{tries}", [pass_scores(side, tries) for side in own]))
+    if drawn > 2:  # of two votes the majority is their mean
+        rows.append((f"maj@{drawn}", [majority_scores(_first(side, drawn)) for side in own]))
+    if pair.metric.startswith("pass@") and drawn > 1:
+        rows.append(("mean", [item_scores(side) for side in own]))
+    return [
+        {
+            "metric": metric,
+            "scores": [estimate_of(side).to_dict() for side in sides],
+            "difference": paired_difference(*sides).to_dict(),
+        }
+        for metric, sides in rows
+        if metric != pair.metric
+    ]
+
+
+def _first(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """The first so many answers to each item that did not fail."""
+    taken: dict[str, list[Sample]] = {}
+    for sample in sorted(samples, key=lambda s: s.repeat):
+        if not sample.failed and len(taken.setdefault(sample.item, [])) < count:
+            taken[sample.item].append(sample)
+    return [sample for own in taken.values() for sample in own]
+
+
+def _rating(pair: _Pair) -> dict[str, Any] | None:
+    """Codeforces' ratings of both, and how far the second's is above the first's."""
+    difference = codeforces_difference(*pair.samples)
+    return difference and {"both": [codeforces_rating(side) for side in pair.samples], "difference": difference}
 
 
 def _plain(judged: Judgement) -> dict[str, Any]:
@@ -329,6 +385,15 @@ def _task_lines(row: Mapping[str, Any]) -> list[str]:
         detectable += f"; {judged['verdict']} alone, not after correction for being several"
     elif judged["non_inferior"] and judged["verdict"] != "worse":
         detectable += "; not worse by the margin (one-sided, 5 %)"
+    lines[0] += f"  ({row['metric']})" if row["metric"].startswith("pass@") and row["metric"] != "pass@1" else ""
+    for other in row["others"]:
+        sides = " to ".join(f"{100 * side['value']:.1f}" for side in other["scores"])
+        lines.append(f"  {other['metric']:<29}{_points(other['difference'])}  {sides}")
+    if row["rating"]:
+        both, change = row["rating"]["both"], row["rating"]["difference"]
+        sides = " to ".join(f"{side['value']:,.0f} [{side['low']:,.0f}, {side['high']:,.0f}]" for side in both)
+        ends = f"({change['low']:+,.0f} to {change['high']:+,.0f})"
+        lines.append(f"  {'rating':<29}{change['value']:+6,.0f} {ends}  {sides}")
     tokens, cut, failed = row["tokens"], row["cut_off"], row["failed"]
     lengths = (
         f"{tokens['before']:,.0f} to {tokens['after']:,.0f} tokens, cut off {100 * cut[0]:.1f} to {100 * cut[1]:.1f} %"

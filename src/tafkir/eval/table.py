@@ -9,10 +9,10 @@ from statistics import fmean
 from typing import Any
 
 from tafkir.eval.harness import grade_sample
-from tafkir.eval.metrics import Estimate, mean_interval, pass_at_k
+from tafkir.eval.metrics import Estimate, mean_interval
 from tafkir.eval.perplexity import PERPLEXITY, perplexity_of
 from tafkir.eval.samples import FAILURES, Sample
-from tafkir.eval.scores import estimate_of, item_scores
+from tafkir.eval.scores import codeforces_rating, estimate_of, metric_scores
 from tafkir.records import Example
 from tafkir.tasks.catalog import EvalTask
 
@@ -36,7 +36,8 @@ def score_samples(samples: Iterable[Sample], metrics: Mapping[str, str] | None =
     Args:
         metrics: task -> the metric on its card: "pass@2" counts an item by whether one of two answers is right
             (unbiased where there are more); "perplexity" adds `perplexity` and `bits_per_byte` and has no accuracy;
-            "steps" adds `steps`, the share of all steps that are right.
+            "steps" adds `steps`, the share of all steps that are right. Codeforces' problems with ratings add
+            `rating`, as `codeforces_rating` gives it.
 
     Returns:
         `model`, `task`, `task_version`, `items`, `samples`, `repeats`; `accuracy` (mean over items of the mean score
@@ -49,16 +50,7 @@ def score_samples(samples: Iterable[Sample], metrics: Mapping[str, str] | None =
 
 
 def _scores(samples: Iterable[Sample], metric: str) -> dict[str, list[float]]:
-    """Item -> scores, of which there is one for pass@k with k above 1."""
-    scores = item_scores(samples)
-    tries = int(metric.removeprefix("pass@")) if metric.startswith("pass@") else 1
-    if metric == PERPLEXITY:
-        return {}
-    if tries == 1:
-        return scores
-    return {
-        item: [pass_at_k([[score > 0 for score in own]], min(tries, len(own)))] for item, own in scores.items() if own
-    }
+    return {} if metric == PERPLEXITY else metric_scores(samples, metric)
 
 
 def _row(key: Key, group: Sequence[Sample], metric: str) -> dict[str, Any]:
@@ -82,6 +74,7 @@ def _row(key: Key, group: Sequence[Sample], metric: str) -> dict[str, Any]:
         "mean_tokens": fmean(sample.tokens for sample in answered) if answered else 0.0,
         "tokens": sum(sample.tokens for sample in group),
         **(perplexity_of(group) if metric == PERPLEXITY else {}),
+        **({"rating": rating} if (rating := codeforces_rating(group)) else {}),
         **({"steps": found.to_dict()} if metric == STEPS and (found := _steps(answered)) else {}),
     }
 
@@ -117,6 +110,10 @@ def render_scores(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{row['length']:>8.1%}{row['no_answer']:>8.1%}{row['failed']:>8.1%}{row['mean_tokens']:>9,.0f}"
         )
         lines += [f"  {count:,} failed: {reason}" for reason, count in row["reasons"].items()]
+        if found := row.get("rating"):
+            ends = f"[{found['low']:,.0f}, {found['high']:,.0f}]"
+            above = f"above {found['percentile']:.1f} % of the users of 2024"
+            lines.append(f"  rating: {found['value']:,.0f} {ends} by {found['num_problems']:,} rated problems, {above}")
         if found := row.get("steps"):
             lines.append(f"  steps: {_percent(found)}")
     return "\n".join(lines)

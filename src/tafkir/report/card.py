@@ -104,7 +104,8 @@ def _task_section(card: Mapping[str, Any]) -> str:
             "measured here.</small></p>"
         )
     words = (
-        "FLOPs are of an answer with its prompt, counted from the shape; of an older file without it. Tokens/s are of one answer with its waiting. A "
+        "FLOPs are of an answer with its prompt, counted from the shape; of an older file without it. Tokens/s are of "
+        "one answer with its waiting. A "
         "star stands on Pareto's front: no other model here is as right for fewer FLOPs."
     )
     return (

@@ -72,6 +72,7 @@ def _pair(pair: Row) -> str:
     parts = [
         f'<section><h2 dir="auto">{escape(pair["second"])} beside {escape(pair["first"])}</h2>{figure}',
         plain_table(_HEAD, [_cells(row) for row in rows], words=2),
+        _others(rows),
         f'<h3 class="group">Length, and answers that were cut off</h3>{lengths}',
         _clean(rows),
         *(_groups(row) for row in rows),
@@ -113,6 +114,27 @@ def _caveat(judged: Row) -> str:
 
 def _ends(row: Row) -> str:
     return f"{signed_points(row['low'])} to {signed_points(row['high'])}"
+
+
+def _others(rows: Sequence[Row]) -> str:
+    """pass@k and maj@k where there are several samples, and Codeforces' ratings."""
+    cells = []
+    for row in rows:
+        for other in row["others"]:
+            before, after = (percent(side["value"]) for side in other["scores"])
+            change = other["difference"]
+            cells.append(
+                [row["task"], other["metric"], before, after, f"{signed_points(change['value'])}\n{_ends(change)}"]
+            )
+        if row["rating"]:
+            both, change = row["rating"]["both"], row["rating"]["difference"]
+            sides = [f"{side['value']:,.0f}\n{side['low']:,.0f} to {side['high']:,.0f}" for side in both]
+            ends = f"{change['low']:+,.0f} to {change['high']:+,.0f}"
+            cells.append([row["task"], "Codeforces rating", *sides, f"{change['value']:+,.0f}\n{ends}"])
+    if not cells:
+        return ""
+    table = plain_table(("Task", "Metric", "First", "Second", "Difference, 95 %"), cells, words=2)
+    return f'<h3 class="group">Other metrics of the same answers</h3>{table}'
 
 
 def _length_cells(row: Row) -> list[str]:

@@ -93,13 +93,24 @@ def _score_cells(row: Row, words: Words) -> list[str]:
     return [
         row["model"],
         row["task"],
-        _interval(row["accuracy"], words) if row["accuracy"] else "–",
+        _interval(row["accuracy"], words) + _beside(row, words) if row["accuracy"] else "–",
         _left_to_right(f"{row['items']:,} × {row['repeats']}"),
         percent(row["length"]),
         percent(row["no_answer"]),
         percent(row["failed"]),
         f"{row['mean_tokens']:,.0f}",
     ]
+
+
+def _beside(row: Row, words: Words) -> str:
+    """What else is quoted of a task: its steps, its rating."""
+    parts = []
+    if steps := row.get("steps"):
+        parts.append(f" · {words['steps']} {percent(steps['value'])}")
+    if rating := row.get("rating"):
+        ends = _left_to_right(f"{rating['value']:,.0f} [{rating['low']:,.0f}, {rating['high']:,.0f}]")
+        parts.append(f" · {words['rating']} {ends}")
+    return "".join(parts)
 
 
 def _kept(comparison: Row, words: Words) -> str:

@@ -15,7 +15,7 @@ from tafkir.errors import DataError
 
 __all__ = [
     "Game", "Glicko", "contest_points", "contest_rating", "elo_ratings", "expected_rank", "percentile",
-    "rate_glicko", "solved_rating",
+    "rate_glicko", "rating_difference", "solved_rating",
 ]  # fmt: skip
 
 _SCALE = math.log(10) / 400
@@ -63,18 +63,21 @@ def contest_rating(rank: float, field: Sequence[float]) -> float:
     return _bisect(lambda rating: rank - expected_rank(rating, field))
 
 
-def solved_rating(problems: Sequence[tuple[float, bool]]) -> tuple[float, float]:
+def solved_rating(problems: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """The most likely rating of who solved and missed problems of these ratings, and its standard error.
 
     A problem of rating d is solved with chance 1 / (1 + 10 ** ((d - r) / 400)). With all or none solved the likelihood
     has no top: half a problem, of the mean rating, is then taken to be missed or solved.
+
+    Args:
+        problems: rating, and 1 where it was solved; of several tries the share of them.
 
     Raises:
         DataError: there is no problem.
     """
     if not problems:
         raise DataError("no rated problem was tried", expected="at least one")
-    solved = float(sum(done for _, done in problems))
+    solved = math.fsum(done for _, done in problems)
     solved = min(max(solved, 0.5), len(problems) - 0.5)
 
     def chances(rating: float) -> list[float]:
@@ -83,6 +86,24 @@ def solved_rating(problems: Sequence[tuple[float, bool]]) -> tuple[float, float]
     rating = _bisect(lambda own: math.fsum(chances(own)) - solved)
     information = _SCALE**2 * math.fsum(chance * (1 - chance) for chance in chances(rating))
     return rating, 1 / math.sqrt(information)
+
+
+def rating_difference(
+    first: Sequence[tuple[float, float]], second: Sequence[tuple[float, float]]
+) -> tuple[float, float]:
+    """How far the second's rating is above the first's on the same problems in the same order, and its standard error.
+
+    The error is that of the paired influences of the problems on the two most likely ratings (the sandwich of Huber
+    1967), so that a problem that both solve or both miss does not count for chance.
+    """
+    influences = []
+    ratings = [solved_rating(side)[0] for side in (first, second)]
+    for rating, side in zip(ratings, (first, second), strict=True):
+        chances = [1 / (1 + 10 ** ((difficulty - rating) / 400)) for difficulty, _ in side]
+        slope = _SCALE * math.fsum(chance * (1 - chance) for chance in chances)
+        influences.append([(done - chance) / slope for (_, done), chance in zip(side, chances, strict=True)])
+    spread = math.fsum((b - a) ** 2 for a, b in zip(*influences, strict=True))
+    return ratings[1] - ratings[0], math.sqrt(spread)
 
 
 def _bisect(rises: Callable[[float], float]) -> float:

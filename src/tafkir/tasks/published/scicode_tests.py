@@ -12,6 +12,7 @@ import ast
 import builtins
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from tafkir.errors import DataError
 
@@ -142,7 +143,7 @@ class _Splitter:
                 continue
             bound, loaded = _bound(node), _loaded(node)
             if any(isinstance(part, ast.Assert) for part in ast.walk(node)) or loaded & self.targets:
-                check.append(_Capture(self, captured).visit(node))
+                check.append(cast(ast.stmt, _Capture(self, captured).visit(node)))
                 self.targets |= bound
                 continue
             own.append(node)
