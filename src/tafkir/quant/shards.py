@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,8 @@ __all__ = ["JOURNAL", "Journal", "Shard", "ShardTensor"]
 
 JOURNAL = ".progress.json"
 _CHUNK_BYTES = 4 << 20
+_EARLY_BYTES = 1 << 20
+"""From here on a part of a tensor is on its way to the disk: else all of it has to be waited for at the end."""
 
 
 class Journal:
@@ -112,16 +115,28 @@ class ShardTensor:
 
     def __init__(self, descriptor: int, stored: StoredTensor) -> None:
         self._descriptor, self._offset, self._digest = descriptor, stored.offset, hashlib.sha256()
+        self._begun = stored.offset
 
     def append(self, content: memoryview) -> None:
         """Write what comes next."""
         _write_at(self._descriptor, content, self._offset)
         self._offset += len(content)
+        if self._offset - self._begun >= _EARLY_BYTES:
+            self._begun = _to_disk(self._descriptor, self._begun, self._offset)
         self._digest.update(content)
 
     def hash(self) -> str:
         """SHA-256 of all that was written."""
         return self._digest.hexdigest()
+
+
+def _to_disk(descriptor: int, start: int, stop: int) -> int:
+    """Let the system begin to write these bytes to the disk, where it can be told to; returns the end of them."""
+    stop -= stop % mmap.PAGESIZE
+    if hasattr(os, "posix_fadvise"):
+        # Said of pages that are not on the disk yet, this starts writing them and drops none.
+        os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_DONTNEED)
+    return stop
 
 
 def _write_at(descriptor: int, content: memoryview, offset: int) -> None:
