@@ -16,6 +16,7 @@ from tafkir.models.decoder import Decoder
 from tafkir.models.few_tokens import FewTokens
 from tafkir.models.packed import PackedDecoder
 from tafkir.ops import native
+from tafkir.ops.integers import dequantize_int8, quantize_int8
 from tafkir.ops.packed import FEW_ROWS
 from tafkir.quant.convert import quantize_checkpoint
 from tafkir.recipe.model import ModelConfig
@@ -83,5 +84,19 @@ def test_packed_equals_expanded(config: ModelConfig, scheme: str, tmp_path: Path
     assert sum(p.numel() for p in packed.parameters()) < sum(p.numel() for p in expanded.parameters()) / 8
     for count in (1, 5, FEW_ROWS, FEW_ROWS + 8):
         torch.testing.assert_close(logprobs(packed, count), logprobs(expanded, count), rtol=0, atol=1e-5)
+    with native.rows_alone():
+        assert config is MLA or torch.equal(logprobs(packed, FEW_ROWS + 8)[:5], logprobs(packed, 5))
     native.select_kernels("torch")
     torch.testing.assert_close(logprobs(packed, 5), logprobs(expanded, 5), rtol=0, atol=1e-5)
+
+
+def test_an_int8_head_is_a_copy_that_makes_logits_alone(tmp_path: Path) -> None:
+    decoder = build_decoder(QWEN, seed=1)
+    save_checkpoint(tmp_path / "model", decoder, dtype=torch.bfloat16)
+    plain, other = (load_packed(tmp_path / "model", int8_head=head).decoder for head in (False, True))
+    hidden = torch.randn(3, QWEN.hidden_size)
+    codes, scales = quantize_int8(plain.head_weight)
+    assert torch.equal(plain.embed_tokens(torch.arange(9)), other.embed_tokens(torch.arange(9)))
+    expected = hidden @ dequantize_int8(codes, scales).t()
+    torch.testing.assert_close(other.logits(hidden), expected, rtol=0, atol=1e-5)
+    assert 1e-5 < (other.logits(hidden) - plain.logits(hidden)).abs().max() < 1e-2 * expected.abs().max()

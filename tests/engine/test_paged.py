@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tafkir.checkpoint import save_checkpoint
+from tafkir.checkpoint.packed import load_packed
 from tafkir.engine.engine import Engine
 from tafkir.engine.paged_engine import PagedEngine
 from tafkir.errors import CapacityError
 from tafkir.models.attention import VarlenCausal
 from tafkir.models.build import build_decoder
 from tafkir.models.decoder import Decoder
+from tafkir.ops import native
 from tafkir.recipe.model import ModelConfig
 from tafkir.records import Completion, Request, SamplingParams
 
@@ -123,12 +127,18 @@ def build_wide() -> Decoder:
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("latent", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "latent", "packed"])
 def test_the_batch_invariant_mode_gives_the_same_bits_in_any_company(
-    shared_decoder: Decoder, latent_decoder: Decoder, prompts: list[tuple[int, ...]], latent: bool
+    shared_decoder: Decoder, latent_decoder: Decoder, prompts: list[tuple[int, ...]], kind: str, tmp_path: Path
 ) -> None:
     """Alone, in a full batch, in chunks, after a hit, after a preemption, without a cache of beginnings."""
+    latent = kind == "latent"
     decoder, few = (latent_decoder, prompts[9:]) if latent else (shared_decoder, prompts[3::2])
+    if kind == "packed":
+        if native.kernels_in_use() != "native":
+            pytest.skip("stored weights without the kernels are decoded whole, and are any others")
+        save_checkpoint(tmp_path / "m", decoder, dtype=torch.bfloat16)
+        decoder = load_packed(tmp_path / "m").decoder
     requests = sampled([*few, few[-1] + few[0]], max_tokens=10 if latent else 24)
     options: dict[str, Any] = {"eos_ids": (EOS,), "batch_invariant": True, "record_experts": True}
     tight = 10 * 16 * decoder.config.kv_bytes_per_token(4)

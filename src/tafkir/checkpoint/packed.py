@@ -19,6 +19,7 @@ from tafkir.models.hf.convert import check_names, repeated_names
 from tafkir.models.hf.table import Resolved
 from tafkir.models.layers import Embedding, Linear
 from tafkir.models.packed import PackedDecoder
+from tafkir.ops.integers import quantize_int8
 from tafkir.ops.packed import PackedFormat, PackedMatrix
 from tafkir.recipe.bundled import find_checkpoint
 
@@ -29,8 +30,11 @@ _EXPANDED = "kv_b_proj"
 
 
 @torch.no_grad()
-def load_packed(name: Path | str, *, verify_hashes: bool = True) -> Checkpoint:
+def load_packed(name: Path | str, *, verify_hashes: bool = True, int8_head: bool = False) -> Checkpoint:
     """`load_checkpoint`, but matrices stay in bfloat16, INT8, FP8 or NVFP4 where they are stored so.
+
+    With `int8_head`, logits come from an INT8 copy of the output head, a scale a row: other numbers than the
+    checkpoint's, from fewer bytes. Embeddings stay what they are.
 
     Those in other codes (INT4, MXFP4, MXFP8), or whose rows are no multiple of 16 long, become float32.
 
@@ -49,6 +53,9 @@ def load_packed(name: Path | str, *, verify_hashes: bool = True) -> Checkpoint:
         for names in resolved:
             packed = _is_matrix(decoder, names.name)
             decoder.place(names.name, _parts(files, names, state) if packed else _whole(files, names, state))
+        if int8_head:
+            codes, scales = quantize_int8(decoder.head_weight)
+            decoder.own_head = PackedMatrix("int8", codes, scales, tile=(1, codes.shape[1]))
     return Checkpoint(path, decoder.config, decoder, tokenizer_path(path), files.manifest)
 
 

@@ -35,6 +35,7 @@ class WeightNumbers(StrEnum):
     AUTO = "auto"
     FLOAT32 = "float32"
     STORED = "stored"
+    INT8_HEAD = "int8-head"
 
 
 CheckpointName = Annotated[
@@ -50,7 +51,10 @@ KvCache = Annotated[
 ]
 Weights = Annotated[
     WeightNumbers,
-    typer.Option(help="In memory: float32, or stored as in the checkpoint (bf16, INT8, FP8, NVFP4); auto: stored"),
+    typer.Option(
+        help="In memory: float32, or stored as in the checkpoint (bf16, INT8, FP8, NVFP4); auto: stored. int8-head: as "
+        "stored, but logits come from an INT8 copy of the output head: fewer bytes, other numbers than those stored."
+    ),
 ]
 PrefixCache = Annotated[
     bool, typer.Option(help="Begin with what earlier requests of the same beginning have left in the cache.")
@@ -70,6 +74,17 @@ AdminKey = Annotated[
     typer.Option(envvar="TAFKIR_ADMIN_KEY", help="Opens /update_weights_from_disk, which puts other weights in place."),
 ]
 AdminRemote = Annotated[bool, typer.Option("--admin-remote", help="Open it to other machines than this one, too.")]
+CanaryFile = Annotated[
+    str | None,
+    typer.Option(metavar="FILE|default", help="Questions with known answers that the server asks itself in between."),
+]
+BaselineFile = Annotated[
+    Path | None,
+    typer.Option(help="What their answers are held to (`tafkir canary record`); the first round if left out."),
+]
+CanaryShare = Annotated[
+    float, typer.Option(min=0.0001, max=1, help="Most of the time that may go by with canaries on their way.")
+]
 EngineName = Annotated[
     str, typer.Option("--engine", help="tafkir, or vllm, sglang, trtllm: start that one as `tafkir plan` would.")
 ]
@@ -102,6 +117,9 @@ def serve(
     cors_origin: Origins = None,
     admin_key: AdminKey = None,
     admin_remote: AdminRemote = False,
+    canaries: CanaryFile = None,
+    baseline: BaselineFile = None,
+    canary_share: CanaryShare = 0.01,
     engine: EngineName = "tafkir",
     hardware: HardwareName = None,
     print_only: PrintOnly = False,
@@ -112,6 +130,7 @@ def serve(
     what runs finish.
     """
     from tafkir.cli.completer import checkpoint_of
+    from tafkir.serve.canaries import CanaryOptions
     from tafkir.serve.options import ServerOptions, read_api_keys
     from tafkir.serve.run import serve as serve_checkpoint
 
@@ -125,6 +144,7 @@ def serve(
     body_bytes, origins = round(max_body_mb * (1 << 20)), tuple(cors_origin or ())
     admin = {"admin_key": admin_key, "admin_remote": admin_remote}
     options = ServerOptions(keys, rate_limit, max_body_bytes=body_bytes, cors_origins=origins, **times, **admin)  # type: ignore[arg-type]
+    asked = CanaryOptions(None if canaries == "default" else Path(canaries), baseline, canary_share) if canaries else None
     serve_checkpoint(
         checkpoint_of(checkpoint),
         host,
@@ -141,6 +161,7 @@ def serve(
         max_queue=max_queue,
         num_threads=threads,
         options=options,
+        canaries=asked,
     )
 
 

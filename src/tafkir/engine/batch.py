@@ -97,13 +97,16 @@ class RunningBatch:
         ints, rows = self._ints[:, first : self.size], slice(first, self.size)
         count_B, alive_B = ints[Column.COUNT], ints[Column.ALIVE]
         temperature_B, top_p_B = self._floats[:, rows]
-        u_B = uniform(ints[Column.KEY], count_B)
         drawn_BV = logits_BV
         if shaped:
             drawn_BV = logits_BV.float().clone()
             for row, logits_V in shaped.items():
                 drawn_BV[row] = logits_V
-        token_B, logprob_B = sample(drawn_BV, temperature_B, ints[Column.TOP_K], top_p_B, u_B)
+        if not bool(temperature_B.any()):
+            token_B, logprob_B = greedy(drawn_BV)
+        else:
+            u_B = uniform(ints[Column.KEY], count_B)
+            token_B, logprob_B = sample(drawn_BV, temperature_B, ints[Column.TOP_K], top_p_B, u_B)
         if shaped:
             changed = torch.tensor(list(shaped), device=self._device)
             scale_R1 = torch.where(temperature_B == 0, 1.0, temperature_B)[changed].unsqueeze(1)

@@ -9,6 +9,7 @@ decode, W tokens of each, S cached length, L MoE layers, A active experts.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from tafkir.engine.block_manager import BlockManager
 from tafkir.engine.cache_formats import CacheCodec, CacheFormat
 from tafkir.models.attention import VarlenCausal
+from tafkir.models.few_tokens import Pages
 from tafkir.ops import native
 from tafkir.recipe.model import ModelConfig
 
@@ -127,6 +129,9 @@ class PagedCache:
             size = (num_blocks, heads, dim, BLOCK_SIZE)
             self.keys = [like.new_empty(size) for _ in range(layers)]
             self.values = [like.new_empty(num_blocks, heads, BLOCK_SIZE, dim) for _ in range(layers)]
+            self.addresses = tuple(
+                (ctypes.c_void_p * layers)(*(layer.data_ptr() for layer in part)) for part in (self.keys, self.values)
+            )
         else:
             slots = num_blocks * BLOCK_SIZE
             self.pools = [_Pool(heads, dim, layers, slots, like, codec) for codec in codecs]
@@ -215,6 +220,14 @@ class PagedView:
             for chunk in chunks:
                 bounds.append(bounds[-1] + chunk.count)
             self._fresh = VarlenCausal(bounds, device=device)
+
+    @property
+    def pages(self) -> Pages | None:
+        """What the kernel reads, where it is all that these tokens need."""
+        cache = self.cache
+        if not cache.native or cache.keys[0].dtype != torch.float32 or (self._chunks and not cache.invariant):
+            return None
+        return Pages(*cache.addresses, self._tables, self._rows_N, self.positions_N)
 
     def attend(self, layer_idx: int, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
         cache, dim = self.cache, q_NHK.shape[-1]

@@ -1,4 +1,4 @@
-"""A few tokens through a decoder in two kernel calls a layer, with whatever attention there is between them.
+"""Tokens through a packed decoder in one kernel call, or two a layer with whatever attention there is between them.
 
 Shapes: N tokens, D hidden, H query heads, G key-value heads, K head_dim, J = half the rotated dims, A active experts.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,10 @@ from tafkir.models.packed_layers import PackedExperts, PackedLinear
 from tafkir.models.residual import PlainResidual
 from tafkir.models.router import Routing
 from tafkir.ops import native
-from tafkir.ops.packed import MatrixStruct, PackedMatrix, structs_of
+from tafkir.ops.packed import FEW_ROWS, MatrixStruct, PackedMatrix, structs_of
 from tafkir.ops.rope import rope_table
 
-__all__ = ["FewTokens"]
+__all__ = ["FewTokens", "Pages"]
 
 _SIZES = (
     "hidden", "heads", "kv_heads", "head_dim", "half", "width", "experts", "active", "groups", "open_groups", "sigmoid",
@@ -46,13 +47,37 @@ class _LayerStruct(ctypes.Structure):
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """A paged cache in float32 and who reads what of it, as `tafkir_paged_attention` has them.
+
+    An attention state whose `pages` is one of these attends to nothing else.
+
+    Attributes:
+        keys, values: addresses of each layer's blocks.
+        tables_RT: int64, the blocks of each row.
+        rows_N, positions_N: int64, of each token.
+    """
+
+    keys: ctypes.Array[ctypes.c_void_p]
+    values: ctypes.Array[ctypes.c_void_p]
+    tables_RT: Tensor
+    rows_N: Tensor
+    positions_N: Tensor
+
+
 class FewTokens:
-    """Runs the layers of a packed decoder; a token's numbers do not depend on the others in the batch."""
+    """Runs the layers of a packed decoder.
+
+    Where `native.rows_alone` holds, a token's numbers do not depend on the others in the batch.
+    """
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder, self._config = decoder, decoder.config
         self._kept: list[object] = []
-        self._layers = [self._layer(layer) for layer in decoder.layers]
+        self._formats: set[str] = set()
+        self._layers = (_LayerStruct * len(decoder.layers))(*(self._layer(layer) for layer in decoder.layers))
+        self._num_sparse = sum(layer.experts > 0 for layer in self._layers)
         config = decoder.config
         self._rope: tuple[Tensor, Tensor] | None = None
         if config.max_position_embeddings <= _KEPT_POSITIONS:
@@ -68,12 +93,21 @@ class FewTokens:
             and all(_is_plain(layer) for layer in decoder.layers)
         )
 
+    def takes_rows(self, num_tokens: int) -> bool:
+        """Whether so many tokens should go this way; a BLAS is faster for many, but for the processor's matrix unit."""
+        if num_tokens <= FEW_ROWS or native.rows_are_alone():
+            return num_tokens > 0
+        return "float32" not in self._formats and native.has_tiles()
+
     def __call__(self, ids_N: Tensor, positions_N: Tensor, attention: AttentionState) -> DecoderOutput:
         """As `Decoder.forward`; the routings' weights, scores and logits are empty, and so is the load."""
         config, num_tokens = self._config, len(ids_N)
         x_ND = self._decoder.embed_tokens(ids_N)
         cos_NJ, sin_NJ = self._rope_at(positions_N)
         dim, kv_heads = config.head_dim, config.num_key_value_heads
+        pages: Pages | None = getattr(attention, "pages", None)
+        if pages is not None:
+            return self._run_whole(x_ND, cos_NJ, sin_NJ, pages)
         q_NHK = torch.empty(num_tokens, config.num_attention_heads, dim)
         k_NGK, v_NGK = torch.empty(num_tokens, kv_heads, dim), torch.empty(num_tokens, kv_heads, dim)
         routings, nothing = [], torch.empty(0)
@@ -86,6 +120,20 @@ class FewTokens:
                 expert_ids_NA = torch.empty(num_tokens, layer.active, dtype=torch.int64)
                 routings.append(Routing(expert_ids_NA, nothing, nothing, nothing))
             native.call("tafkir_decode_mlp", address, attended_NHK.contiguous(), num_tokens, x_ND, expert_ids_NA)
+        return DecoderOutput(self._decoder.norm(x_ND), x_ND, routings, [])
+
+    def _run_whole(self, x_ND: Tensor, cos_NJ: Tensor, sin_NJ: Tensor, pages: Pages) -> DecoderOutput:
+        """All layers in one call."""
+        num_tokens, ids_LNA, nothing = len(x_ND), None, torch.empty(0)
+        if self._num_sparse:
+            shape = (self._num_sparse, num_tokens, self._config.num_experts_per_tok)
+            ids_LNA = torch.empty(shape, dtype=torch.int64)
+        native.call(
+            "tafkir_decode_layers", ctypes.addressof(self._layers), len(self._layers), x_ND, num_tokens, cos_NJ, sin_NJ,
+            ctypes.addressof(pages.keys), ctypes.addressof(pages.values), pages.tables_RT, pages.rows_N,
+            pages.positions_N, pages.tables_RT.shape[1], ids_LNA,
+        )  # fmt: skip
+        routings = [Routing(ids_NA, nothing, nothing, nothing) for ids_NA in (() if ids_LNA is None else ids_LNA)]
         return DecoderOutput(self._decoder.norm(x_ND), x_ND, routings, [])
 
     def _rope_table(self, positions_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,7 +178,9 @@ class FewTokens:
         struct.active, struct.scaling = config.num_experts_per_tok, config.routed_scaling_factor
         struct.groups, struct.open_groups = config.n_group, config.topk_group
         struct.sigmoid, struct.normalise = config.score_function == "sigmoid", config.norm_topk_prob
+        formats = set(self._formats)
         struct.router, _ = self._matrices([PackedMatrix("float32", mlp.router.weight.detach().float())])
+        self._formats = formats  # a router is small
         struct.router_bias = self._address(mlp.router.expert_bias)
         struct.expert_parts = len(experts.gate_up[0])
         struct.experts_in, _ = self._matrices([part for parts in experts.gate_up for part in parts])
@@ -146,6 +196,7 @@ class FewTokens:
 
     def _matrices(self, parts: Sequence[PackedMatrix]) -> tuple[int, int]:
         structs: ctypes.Array[MatrixStruct] = structs_of(parts)
+        self._formats |= {part.format for part in parts}
         self._kept += [structs, list(parts)]
         return ctypes.addressof(structs), len(parts)
 

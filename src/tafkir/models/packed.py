@@ -13,7 +13,7 @@ from tafkir.models.experts import Experts
 from tafkir.models.few_tokens import FewTokens
 from tafkir.models.layers import Embedding, Linear
 from tafkir.models.packed_layers import PackedEmbedding, PackedExperts, PackedLinear
-from tafkir.ops.packed import FEW_ROWS, PackedMatrix, packed_linear, packed_values
+from tafkir.ops.packed import PackedMatrix, packed_linear, packed_values
 
 __all__ = ["PackedDecoder"]
 
@@ -21,11 +21,15 @@ __all__ = ["PackedDecoder"]
 class PackedDecoder(Decoder):
     """Built like a `Decoder`; `place` then puts each tensor where it belongs. Its weights cannot be written to.
 
-    Up to `FEW_ROWS` tokens of a decoder with grouped-query attention and plain residuals go through fused kernels
-    (`models.few_tokens`), where those are in use.
+    Tokens of a decoder with grouped-query attention and plain residuals go through fused kernels (`models.few_tokens`),
+    where those are in use: up to `FEW_ROWS` of them, or any number where the processor has a matrix unit.
+
+    Attributes:
+        own_head: makes logits in place of what the checkpoint has, which still makes embeddings.
     """
 
     few: FewTokens | None = None
+    own_head: PackedMatrix | None = None
 
     def place(self, name: str, tensor: Tensor | list[tuple[PackedMatrix, ...]]) -> None:
         """Args:
@@ -60,16 +64,18 @@ class PackedDecoder(Decoder):
         replayed_expert_ids: Sequence[Tensor] | None = None,
     ) -> DecoderOutput:
         """As a decoder's; of few tokens, routings tell the experts alone, and there is no load."""
-        if replayed_expert_ids is None and 0 < len(input_ids_N) <= FEW_ROWS:
+        if replayed_expert_ids is None and len(input_ids_N):
             if self.few is None and FewTokens.takes(self):
                 self.few = FewTokens(self)
-            if self.few is not None:
+            if self.few is not None and self.few.takes_rows(len(input_ids_N)):
                 return self.few(input_ids_N, positions_N, attention)
         return super().forward(input_ids_N, positions_N, attention, replayed_expert_ids)
 
     @property
     def head_parts(self) -> tuple[PackedMatrix, ...]:
         """The matrix that makes logits."""
+        if self.own_head is not None:
+            return (self.own_head,)
         head = getattr(self, "lm_head", None)
         if isinstance(head, PackedLinear):
             return head.parts

@@ -1,10 +1,12 @@
 // A few tokens at a time through a decoder whose weights stay as they are stored: float32, bfloat16, INT8, FP8 or four
 // bits. Activations and sums are float32. See tafkir.ops.packed and tafkir.models.decode_step.
 //
-// Every output is summed in one order, whatever the number of tokens and threads: sixteen lanes over the columns, then
-// halves to halves. So a token's numbers do not depend on who else is in the batch.
+// With `tafkir_rows_alone`, every output is summed in one order, whatever the number of tokens and threads: sixteen lanes
+// over the columns, then halves to halves, and a token's numbers do not depend on who else is in the batch. Without it,
+// one token of NVFP4 and many tokens of all but float32 have ways of their own, which differ in the order of sums alone.
 
 #include "shared.h"
+#include "tiles.h"
 #include "vectors.h"
 
 namespace {
@@ -34,6 +36,10 @@ struct Layer {
 
 extern "C" int tafkir_choose_experts(int threads, const float* scores, const float* bias, int64_t n, int64_t experts,
                                      int64_t groups, int64_t open_groups, int64_t active, int64_t* ids);
+extern "C" int tafkir_paged_attention(int threads, const float* q, const void* k, const void* v, void* keys,
+                                      void* values, const int64_t* tables, const int64_t* rows,
+                                      const int64_t* positions, int64_t bfloat16, int64_t tokens, int64_t heads,
+                                      int64_t kv_heads, int64_t dim, int64_t width, float scale, float* out);
 
 namespace {
 
@@ -217,16 +223,240 @@ void any_panel(const Matrix& m, int64_t first, const float* const* x, int64_t n,
   }
 }
 
-inline int64_t panels(const Matrix& m) { return (m.rows + kPanel - 1) / kPanel; }
+// Whether the matrix unit can take it: scales must not change within a step.
+inline bool fits_tiles(const Matrix& m) {
+  return (m.format != kInt8 && m.format != kFp8) || m.tile_columns >= m.columns || m.tile_columns % kStep == 0;
+}
+
+#ifdef TAFKIR_TILES
+
+// 32 rows as bfloat16 tiles, step by step; what scales all of a row, or of a long part of it, is left out.
+template <class Row>
+void decode_tiles(const Row* rows, int64_t columns, int64_t pieces, char* to) {
+  const int64_t all = steps_of(columns) * 2048, ahead = kTileRows * columns * 64 / Row::kPerLine;
+  for (int64_t c = 0; c < columns; c += kStep, to += 2048)
+    for (int64_t r = 0; r < kTileRows; r++) {
+      if (c % Row::kPerLine == 0)
+        __builtin_prefetch(reinterpret_cast<const char*>(rows[r].codes) + ahead + c * 64 / Row::kPerLine);
+      Floats first = rows[r].at(c), second = c + 16 < columns ? rows[r].at(c + 16) : Floats{};
+      for (int64_t i = 0; i < pieces; i++) _mm512_store_si512(to + i * all + r * 64, take_piece(first, second));
+    }
+}
+
+template <class Row, class Code>
+void coded_tiles(const Matrix& m, int64_t first, float* steps, char* to) {
+  const int64_t blocks = m.columns / kLanes, per_byte = m.format >= kNvfp4 ? 2 : 1;
+  Matrix unscaled = m;
+  unscaled.total = 1.0;
+  if (m.format < kNvfp4) std::fill(steps, steps + blocks, 1.0f);
+  Row rows[kTileRows];
+  for (int64_t r = 0; r < kTileRows; r++) {
+    const int64_t row = std::min(first + r, m.rows - 1);
+    float* own = m.format >= kNvfp4 ? steps + r * blocks : steps;
+    if (m.format >= kNvfp4) row_steps(unscaled, row, own);
+    rows[r] = {static_cast<const Code*>(m.codes) + row * m.columns / per_byte, own};
+  }
+  decode_tiles(rows, m.columns, 1, to);
+}
+
+template <class Row, class Code>
+void plain_tiles(const Matrix& m, int64_t first, int64_t pieces, char* to) {
+  Row rows[kTileRows];
+  for (int64_t r = 0; r < kTileRows; r++)
+    rows[r] = {static_cast<const Code*>(m.codes) + std::min(first + r, m.rows - 1) * m.columns};
+  decode_tiles(rows, m.columns, pieces, to);
+}
+
+// The tiles of 32 rows: where they are stored, or decoded into this thread's memory.
+Panel panel_of(const Matrix& m, int64_t first, char* memory, float* steps) {
+  const int64_t wide = m.columns * 2, all = steps_of(m.columns) * 2048;
+  if (m.format == kBf16 && first + kTileRows <= m.rows && m.columns % kStep == 0)
+    return {static_cast<const char*>(m.codes) + first * wide, 1, 0, 2 * kStep, 16 * wide, wide};
+  switch (m.format) {
+    case kF32: plain_tiles<F32Row, float>(m, first, kPieces, memory); break;
+    case kBf16: plain_tiles<Bf16Row, uint16_t>(m, first, 1, memory); break;
+    case kInt8: coded_tiles<Int8Row, int8_t>(m, first, steps, memory); break;
+    case kFp8: coded_tiles<Fp8Row, uint8_t>(m, first, steps, memory); break;
+    default: coded_tiles<E2m1Row, uint8_t>(m, first, steps, memory);
+  }
+  return {memory, m.format == kF32 ? kPieces : 1, all, 2048, 1024, 64};
+}
+
+// What the sums of sixteen rows are multiplied by, in the part of the columns that `part` counts.
+inline Floats tile_factors(const Matrix& m, int64_t first, int64_t part, int64_t parts) {
+  if (m.format == kInt8 || m.format == kFp8) {
+    Floats factors;
+    for (int64_t r = 0; r < 16; r++)
+      factors[r] = static_cast<const float*>(m.scales)[std::min(first + r, m.rows - 1) / m.tile_rows * parts + part];
+    return factors;
+  }
+  return all(m.format == kNvfp4 ? (float)m.total : m.format == kNvfp4Inverse ? (float)(1.0 / m.total) : 1.0f);
+}
+
+// 32 rows of a matrix times n tokens, packed sixteen by sixteen.
+void tile_panel(const Matrix& m, int64_t first, const uint16_t* packed, int64_t n, float* out, int64_t stride) {
+  const int64_t steps = steps_of(m.columns), blocks = m.columns / kLanes, pieces = m.format == kF32 ? kPieces : 1;
+  float* memory = thread_scratch(16 + 1024 + steps * 512 * pieces + kTileRows * blocks);
+  memory += (64 - (uintptr_t)memory % 64) % 64 / sizeof(float);
+  float *sums = memory, *scales = memory + 1024 + steps * 512 * pieces;
+  const Panel panel = panel_of(m, first, reinterpret_cast<char*>(memory + 1024), scales);
+  const bool tiled = m.format == kInt8 || m.format == kFp8;
+  const int64_t width = tiled ? std::min(m.tile_columns, m.columns) : m.columns, parts = (m.columns + width - 1) / width;
+  for (int64_t t = 0; t < n; t += 2 * kTileTokens) {
+    const int64_t some = std::min(kTileTokens, n - t), more = std::min(kTileTokens, n - t - some);
+    const uint16_t *x = packed + packed_size(t, m.columns), *y = packed + packed_size(t + some, m.columns);
+    configure(some, more);
+    for (int64_t p = 0; p < parts; p++) {
+      const int64_t from = p * width / kStep, to = p + 1 == parts ? steps : (p + 1) * width / kStep;
+      if (more)
+        sum_tiles<true>(panel, x, some, y, more, from, to, t == 0, sums);
+      else
+        sum_tiles<false>(panel, x, some, y, more, from, to, t == 0, sums);
+      for (int64_t half = 0; half < 2 && first + 16 * half < m.rows; half++) {
+        const int64_t row = first + 16 * half;
+        const Floats factors = tile_factors(m, row, p, parts);
+        put_tile(sums + 256 * half, factors, m.rows - row, some, p > 0, out + t * stride + row, stride);
+        if (more)
+          put_tile(sums + 512 + 256 * half, factors, m.rows - row, more, p > 0, out + (t + some) * stride + row, stride);
+      }
+    }
+  }
+}
+
+inline void release_tiles() { _tile_release(); }
+
+#else
+
+void pack_tokens(const float* const*, int64_t, int64_t, uint16_t*) {}
+void tile_panel(const Matrix&, int64_t, const uint16_t*, int64_t, float*, int64_t) {}
+void release_tiles() {}
+
+#endif
+
+inline int64_t tile_panels(const Matrix& m) { return (m.rows + kTileRows - 1) / kTileRows; }
+
+// 128 columns of NVFP4 at a time: a lane has eight codes of one block, which a shift brings to where a permutation
+// looks; so the token's numbers stand in that order, and a block's scale is applied to the sum of eight products.
+constexpr int64_t kTurn = 128;
+
+void turn_token(const float* x, int64_t columns, float* to) {
+  for (int64_t c = 0; c < columns; c += kTurn)
+    for (int64_t j = 0; j < 8; j++)
+      for (int64_t lane = 0; lane < kLanes; lane++) to[c + j * kLanes + lane] = x[c + 8 * lane + j];
+}
+
+template <int kRows>
+inline void turned_rows(const Matrix& m, int64_t first, const float* x, Floats* sums) {
+  const Floats values = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f,
+                         -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
+  const uint8_t *codes[kRows], *scales[kRows];
+  for (int r = 0; r < kRows; r++) {
+    const int64_t row = std::min(first + r, m.rows - 1);
+    codes[r] = static_cast<const uint8_t*>(m.codes) + row * m.columns / 2;
+    scales[r] = static_cast<const uint8_t*>(m.scales) + row * m.columns / 16;
+    sums[r] = Floats{};
+  }
+  for (int64_t c = 0; c < m.columns; c += kTurn) {
+    Floats token[8];
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; j++) token[j] = load_as<Floats>(x + c + j * kLanes);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; r++) {
+      const Words words = load_as<Words>(codes[r] + c / 2);
+      __builtin_prefetch(codes[r] + c / 2 + kRows * m.columns / 2);
+      Floats even = {}, odd = {};
+#pragma GCC unroll 4
+      for (int j = 0; j < 8; j += 2) {
+        even += __builtin_shuffle(values, bits_of<Ints>(words >> (4 * j))) * token[j];
+        odd += __builtin_shuffle(values, bits_of<Ints>(words >> (4 * j + 4))) * token[j + 1];
+      }
+      const Longs pairs = wide_eight_bytes(scales[r] + c / 16);
+      sums[r] += (even + odd) * e4m3_values(bits_of<Words>(pairs | pairs << 32));
+    }
+  }
+}
+
+void turned_panel(const Matrix& m, int64_t first, const float* x, float* out) {
+  const float total = m.format == kNvfp4 ? (float)m.total : (float)(1.0 / m.total);
+  for (int64_t row = first; row < std::min(first + kTileRows, m.rows); row += kPanel) {
+    Floats sums[kPanel];
+    for (int64_t r = 0; r < kPanel; r += 4) turned_rows<4>(m, row + r, x, sums + r);
+    const Floats joined = join_rows(sums, [](Floats a, Floats b) { return a + b; }) * total;
+    for (int64_t r = 0; r < std::min(kPanel, m.rows - row); r++) out[row + r] = joined[r];
+  }
+}
+
+// How matrices meet so many tokens.
+enum Way { kPlain, kTurned, kTiles };
+
+inline bool& rows_alone() {
+  thread_local bool alone = false;
+  return alone;
+}
+
+// What a call knows on the thread that began it: which ways are open, and memory for packed tokens.
+class Packed {
+ public:
+  Packed(int64_t n, int64_t columns) : alone_(rows_alone()), tiles_(tiles_usable()), memory_(packed_size(n, columns) / 2) {}
+  uint16_t* at(int64_t n, int64_t columns) const {
+    return reinterpret_cast<uint16_t*>(memory_.get()) + packed_size(n, columns);
+  }
+  bool has_tiles() const { return tiles_ && !alone_; }
+
+  Way way(const Matrix* parts, int64_t count, int64_t n) const {
+    if (alone_) return kPlain;
+    bool nvfp4 = true, tiles = tiles_;
+    for (int64_t p = 0; p < count; p++) {
+      const Matrix& m = parts[p];
+      nvfp4 &= m.format >= kNvfp4 && m.columns % kTurn == 0;
+      tiles &= m.format != kF32 && fits_tiles(m) && n >= (m.format == kBf16 ? 3 : 8);
+    }
+    return tiles ? kTiles : nvfp4 && n == 1 ? kTurned : kPlain;
+  }
+
+ private:
+  bool alone_, tiles_;
+  Scratch memory_;
+};
+
+void pack(Way way, const float* const* x, int64_t n, int64_t columns, uint16_t* to) {
+  if (way == kTurned) return turn_token(x[0], columns, reinterpret_cast<float*>(to));
+  if (way == kTiles) pack_tokens(x, n, columns, to);
+}
+
+// Thirty-two rows of a matrix times n tokens.
+void double_panel(Way way, const Matrix& m, int64_t first, const float* const* x, const uint16_t* packed, int64_t n,
+                  float* out, int64_t stride) {
+  if (way == kTiles) return tile_panel(m, first, packed, n, out, stride);
+  if (way == kTurned) return turned_panel(m, first, reinterpret_cast<const float*>(packed), out);
+  for (int64_t row = first; row < std::min(first + kTileRows, m.rows); row += kPanel)
+    any_panel(m, row, x, n, out, stride);
+}
 
 // The functions below run in every thread of a team: each takes its share, and all wait for the last.
 
-void linear(const Matrix* parts, int64_t count, const float* const* x, int64_t n, float* out, int64_t stride) {
-  for (int64_t p = 0; p < count; out += parts[p++].rows) {
-    const Matrix& m = parts[p];
-#pragma omp for schedule(static) nowait
-    for (int64_t i = 0; i < panels(m); i++) any_panel(m, i * kPanel, x, n, out, stride);
+void linear(const Matrix* parts, int64_t count, const float* const* x, int64_t n, float* out, int64_t stride,
+            const Packed& packed) {
+  const int64_t columns = parts[0].columns;
+  const Way way = packed.way(parts, count, n);
+  if (way != kPlain) {
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < n; t += kTileTokens)
+      pack(way, x + t, std::min(kTileTokens, n - t), columns, packed.at(t, columns));
   }
+  // Packed tokens that stay in a core's cache while the weights pass by.
+  const int64_t some = way == kTiles ? std::max<int64_t>(32, (768 << 10) / (6 * columns) / 32 * 32) : n;
+  for (int64_t t = 0; t < n; t += some) {
+    const int64_t now = std::min(some, n - t);
+    float* to = out + t * stride;
+    for (int64_t p = 0; p < count; to += parts[p++].rows) {
+      const Matrix& m = parts[p];
+#pragma omp for schedule(static) nowait
+      for (int64_t i = 0; i < tile_panels(m); i++)
+        double_panel(way, m, i * kTileRows, x + t, packed.at(t, columns), now, to, stride);
+    }
+  }
+  if (way == kTiles) release_tiles();
 #pragma omp barrier
 }
 
@@ -322,20 +552,30 @@ struct Pairs {
 
 // For each busy expert the product of its pairs' rows with its matrices: `x` in the order of the pairs, sorted.
 void expert_linear(const Pairs& pairs, const Matrix* matrices, int64_t parts, const float* const* x, float* out,
-                   int64_t stride) {
-  const int64_t each = panels(matrices[0]);
+                   int64_t stride, const Packed& packed) {
+  const int64_t each = tile_panels(matrices[0]), columns = matrices[0].columns, busy = (int64_t)pairs.busy.size();
 #pragma omp for schedule(dynamic, 4)
-  for (int64_t item = 0; item < (int64_t)pairs.busy.size() * parts * each; item++) {
+  for (int64_t b = 0; b < busy; b++) {
+    const int64_t expert = pairs.busy[b], from = pairs.starts[expert], end = pairs.starts[expert + 1];
+    const Way way = packed.way(matrices + expert * parts, parts, end - from);
+    for (int64_t first = from; first < end; first += kTileTokens)
+      pack(way, x + first, std::min(kTileTokens, end - first), columns, packed.at(first, columns));
+  }
+#pragma omp for schedule(dynamic, 2) nowait
+  for (int64_t item = 0; item < busy * parts * each; item++) {
     const int64_t expert = pairs.busy[item / (parts * each)], part = item / each % parts;
     const int64_t first = pairs.starts[expert], count = pairs.starts[expert + 1] - first;
     const Matrix& m = matrices[expert * parts + part];
-    any_panel(m, item % each * kPanel, x + first, count, out + first * stride + part * m.rows, stride);
+    double_panel(packed.way(matrices + expert * parts, parts, count), m, item % each * kTileRows, x + first,
+                 packed.at(first, columns), count, out + first * stride + part * m.rows, stride);
   }
+  if (packed.has_tiles()) release_tiles();
+#pragma omp barrier
 }
 
 // The routed experts of normed tokens, added to `x`: [n, hidden] both.
 void add_experts(const Layer& layer, const float* normed, int64_t n, const int64_t* ids, const float* weights,
-                 const Pairs& pairs, float* hidden, float* y, float* x) {
+                 const Pairs& pairs, float* hidden, float* y, float* x, const Packed& packed) {
   const int64_t d = layer.hidden, width = layer.width, active = layer.active, count = n * active;
   std::vector<const float*> in(count), out(count);
   std::vector<float> sorted(count);
@@ -346,9 +586,9 @@ void add_experts(const Layer& layer, const float* normed, int64_t n, const int64
     sorted[i] = weights[pairs.order[i]];
     place[pairs.order[i]] = i;
   }
-  expert_linear(pairs, layer.experts_in, layer.expert_parts, in.data(), hidden, 2 * width);
+  expert_linear(pairs, layer.experts_in, layer.expert_parts, in.data(), hidden, 2 * width, packed);
   swiglu_rows(hidden, sorted.data(), count, width);
-  expert_linear(pairs, layer.experts_out, 1, out.data(), y, d);
+  expert_linear(pairs, layer.experts_out, 1, out.data(), y, d, packed);
 #pragma omp for schedule(static)
   for (int64_t t = 0; t < n; t++)
     for (int64_t a = 0; a < active; a++) {
@@ -367,9 +607,22 @@ extern "C" {
 int tafkir_packed_linear(int threads, const Matrix* parts, int64_t count, const float* x, int64_t n, int64_t stride,
                          float* out) {
   const auto rows = row_pointers(x, n, parts[0].columns);
+  const Packed packed(n, parts[0].columns);
 #pragma omp parallel num_threads(threads)
-  linear(parts, count, rows.data(), n, out, stride);
+  linear(parts, count, rows.data(), n, out, stride, packed);
   return 0;
+}
+
+// From now on, what this thread calls sums each token in one order (1), or as is fastest (0).
+int tafkir_rows_alone(int, int64_t alone) {
+  rows_alone() = alone != 0;
+  return 0;
+}
+
+// Whether products go through the matrix unit; `use` is 0 or 1 to forbid or allow that, -1 to ask.
+int tafkir_use_tiles(int, int64_t use) {
+  if (use >= 0) tiles_wanted() = (int)use;
+  return tiles_usable();
 }
 
 // What a matrix is worth: out [rows, columns], float32 (for many tokens, whose product a BLAS computes).
@@ -403,10 +656,11 @@ int tafkir_decode_qkv(int threads, const Layer* layer_, const float* x, int64_t 
   const Scratch scratch(n * (d + all_heads * dim));
   float *normed = scratch.get(), *qkv = normed + n * d;
   const auto rows = row_pointers(normed, n, d);
+  const Packed packed(n, d);
 #pragma omp parallel num_threads(threads)
   {
     norm_rows(x, layer.attention_norm, layer.eps, n, d, normed);
-    linear(layer.qkv, layer.qkv_parts, rows.data(), n, qkv, all_heads * dim);
+    linear(layer.qkv, layer.qkv_parts, rows.data(), n, qkv, all_heads * dim, packed);
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < n * all_heads; item++) {
       const int64_t t = item / all_heads, h = item % all_heads;
@@ -436,26 +690,48 @@ int tafkir_decode_mlp(int threads, const Layer* layer_, const float* attended, i
   const auto attended_rows = row_pointers(attended, n, layer.heads * layer.head_dim);
   const auto normed_rows = row_pointers(normed, n, d), wide_rows = row_pointers(wide, n, 2 * dense);
   std::vector<Pairs> pairs;
+  const int64_t widest_in = std::max(std::max(d, layer.heads * layer.head_dim), std::max(dense, layer.width));
+  const Packed packed(std::max(n, count), widest_in);
 #pragma omp parallel num_threads(threads)
   {
-    linear(layer.out, 1, attended_rows.data(), n, wide, d);
+    linear(layer.out, 1, attended_rows.data(), n, wide, d, packed);
     add_rows(wide, layer.out_bias, n, d, x);
     norm_rows(x, layer.mlp_norm, layer.eps, n, d, normed);
     if (layer.experts) {
-      linear(layer.router, 1, normed_rows.data(), n, wide, layer.experts);
+      linear(layer.router, 1, normed_rows.data(), n, wide, layer.experts, packed);
 #pragma omp single
       {
         route(layer, n, wide, ids, weights);
         pairs.emplace_back(ids, count, layer.experts);
       }
-      add_experts(layer, normed, n, ids, weights, pairs[0], hidden, y, x);
+      add_experts(layer, normed, n, ids, weights, pairs[0], hidden, y, x, packed);
     }
     if (layer.wide_parts) {
-      linear(layer.wide, layer.wide_parts, normed_rows.data(), n, wide, 2 * dense);
+      linear(layer.wide, layer.wide_parts, normed_rows.data(), n, wide, 2 * dense, packed);
       swiglu_rows(wide, nullptr, n, dense);
-      linear(layer.down, 1, wide_rows.data(), n, normed, d);
+      linear(layer.down, 1, wide_rows.data(), n, normed, d, packed);
       add_rows(normed, nullptr, n, d, x);
     }
+  }
+  return 0;
+}
+
+// All layers for n tokens that attend to a paged cache (paged.cpp); x [n, D] becomes what the last one gives.
+// `keys` and `values` are addresses by layer; ids [layers, n, A] gets the experts of the layers that have some.
+int tafkir_decode_layers(int threads, const Layer* layers, int64_t count, float* x, int64_t n, const float* cos,
+                         const float* sin, void* const* keys, void* const* values, const int64_t* tables,
+                         const int64_t* rows, const int64_t* positions, int64_t width, int64_t* ids) {
+  const int64_t heads = layers->heads, kv = layers->kv_heads, dim = layers->head_dim;
+  const Scratch scratch(n * dim * 2 * (heads + kv));
+  float *q = scratch.get(), *k = q + n * heads * dim, *v = k + n * kv * dim, *attended = v + n * kv * dim;
+  const float scale = (float)(1.0 / std::sqrt((double)dim));
+  for (int64_t i = 0; i < count; i++) {
+    const Layer* layer = layers + i;
+    tafkir_decode_qkv(threads, layer, x, n, cos, sin, q, k, v);
+    tafkir_paged_attention(threads, q, k, v, keys[i], values[i], tables, rows, positions, 0, n, heads, kv, dim, width,
+                           scale, attended);
+    tafkir_decode_mlp(threads, layer, attended, n, x, ids);
+    if (layer->experts) ids += n * layer->active;
   }
   return 0;
 }

@@ -15,7 +15,7 @@ from tafkir.errors import BackendUnavailable
 from tafkir.native.build import torch_blas
 from tafkir.native.compiled import BUILD_COMMAND, KernelChoice, kernels_path, resolve_kernels
 
-__all__ = ["call", "kernels_in_use", "rows_alone", "select_kernels", "takes"]
+__all__ = ["call", "has_tiles", "kernels_in_use", "rows_alone", "rows_are_alone", "select_kernels", "takes"]
 
 # i: int, l: int64, f: float, p: a tensor's address. The first argument of each is the number of threads, except for
 # sort_pairs. Each returns 0, or another number where it cannot do what was asked.
@@ -56,8 +56,11 @@ _SIGNATURES = {
     "tafkir_split_heads_backward": "iipppppllllp",
     "tafkir_packed_linear": "iplpllp",
     "tafkir_packed_values": "ipp",
+    "tafkir_use_tiles": "il",
+    "tafkir_rows_alone": "il",
     "tafkir_decode_qkv": "ipplppppp",
     "tafkir_decode_mlp": "ipplpp",
+    "tafkir_decode_layers": "iplplppppppplp",
     "tafkir_paged_attention": "ippppppppllllllfp",
     "tafkir_row_linear": "ippllllp",
 }
@@ -83,12 +86,20 @@ _here = _Here()
 
 @contextmanager
 def rows_alone() -> Iterator[None]:
-    """On this thread, kernels whose sums depend on how many rows there are take nothing (`takes(mixes_rows=True)`)."""
-    before, _here.rows_alone = _here.rows_alone, True
+    """On this thread, kernels whose sums depend on how many rows there are take nothing (`takes(mixes_rows=True)`), and
+    those of stored weights sum in one order."""
+    before = _here.rows_alone
+    _set_rows_alone(True)
     try:
         yield
     finally:
-        _here.rows_alone = before
+        _set_rows_alone(before)
+
+
+def _set_rows_alone(alone: bool) -> None:
+    _here.rows_alone = alone
+    if kernels_in_use() == "native":
+        call("tafkir_rows_alone", int(alone))
 
 
 def select_kernels(choice: KernelChoice) -> Literal["native", "torch"]:
@@ -107,6 +118,16 @@ def select_kernels(choice: KernelChoice) -> Literal["native", "torch"]:
 def kernels_in_use() -> Literal["native", "torch"]:
     """What `select_kernels` chose; "auto" where nobody has asked yet."""
     return _State.chosen or select_kernels("auto")
+
+
+def rows_are_alone() -> bool:
+    """Whether `rows_alone` holds on this thread."""
+    return _here.rows_alone
+
+
+def has_tiles() -> bool:
+    """Whether the kernels are in use, and the processor's matrix unit (AMX) with them."""
+    return kernels_in_use() == "native" and bool(call("tafkir_use_tiles", -1))
 
 
 def takes(*tensors: Tensor, dtypes: Collection[torch.dtype] = (torch.float32,), mixes_rows: bool = False) -> bool:

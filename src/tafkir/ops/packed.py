@@ -29,6 +29,7 @@ __all__ = [
     "packed_values",
     "packed_values_reference",
     "structs_of",
+    "takes_rows",
 ]
 
 PackedFormat = Literal["float32", "bfloat16", "int8", "fp8", "nvfp4", "nvfp4_inverse"]
@@ -42,7 +43,7 @@ _CODES = {
 }  # fmt: skip
 _LANES = 16
 FEW_ROWS = 48
-"""Up to so many tokens a product decodes the weights on the way; for more, they are decoded whole for a BLAS."""
+"""Up to so many tokens a product always decodes the weights on the way; for more, see `takes_rows`."""
 
 
 class MatrixStruct(ctypes.Structure):
@@ -145,10 +146,17 @@ def packed_linear_reference(x_NK: Tensor, parts: Sequence[PackedMatrix]) -> Tens
     return torch.cat([F.linear(x_NK, packed_values_reference(part)) for part in parts], dim=-1)
 
 
+def takes_rows(num_tokens: int, parts: Sequence[PackedMatrix]) -> bool:
+    """Whether the kernels should multiply so many tokens; else a BLAS is faster, on weights that are decoded whole."""
+    if num_tokens <= FEW_ROWS or native.rows_are_alone():
+        return num_tokens > 0
+    return all(part.format != "float32" for part in parts) and native.has_tiles()
+
+
 def packed_linear(x_NK: Tensor, parts: Sequence[PackedMatrix]) -> Tensor:
     """The same as `packed_linear_reference`, but for the order of summation.
 
-    A token's numbers do not depend on how many there are, up to `FEW_ROWS` of them.
+    Where `native.rows_alone` holds, a token's numbers do not depend on how many there are.
 
     Args:
         x_NK: float32.
@@ -158,7 +166,7 @@ def packed_linear(x_NK: Tensor, parts: Sequence[PackedMatrix]) -> Tensor:
         float32 [N, rows of all parts].
     """
     num_tokens, rows = len(x_NK), sum(part.rows for part in parts)
-    if not 0 < num_tokens <= FEW_ROWS or not native.takes(x_NK) or parts[0].codes.device.type != "cpu":
+    if not (takes_rows(num_tokens, parts) and native.takes(x_NK) and parts[0].codes.device.type == "cpu"):
         return torch.cat([F.linear(x_NK, packed_values(part)) for part in parts], dim=-1)
     out = torch.empty(num_tokens, rows)
     structs = structs_of(parts)

@@ -15,7 +15,6 @@ from tafkir.engine.drafters import Drafter, ModelDrafter, NextnDrafter, NgramDra
 from tafkir.engine.engine import Engine
 from tafkir.engine.paged_engine import PagedEngine
 from tafkir.engine.speculative import Speculation, parse_speculate
-from tafkir.errors import RecipeError
 from tafkir.models.decoder import Decoder
 from tafkir.ops.native import kernels_in_use
 from tafkir.quant.served import load_served
@@ -26,8 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["WeightNumbers", "build_engine", "build_speculation", "name_of"]
 
-WeightNumbers = Literal["auto", "float32", "stored"]
-"""What weights are in memory: float32, or as the checkpoint stores them; auto: stored, where the kernels are built."""
+WeightNumbers = Literal["auto", "float32", "stored", "int8-head"]
+"""What weights are in memory: float32, or as the checkpoint stores them; auto: stored, where the kernels are built;
+int8-head: stored, and an INT8 copy of the output head for logits, which are other numbers then."""
 
 
 def build_engine(
@@ -53,21 +53,19 @@ def build_engine(
     them; auto takes the weights' dtype. `speculate` says what drafts tokens (`build_speculation`); None: nothing. With
     stored `weights` the engine cannot be given others, and a token's numbers differ from those in float32 in the order
     of sums alone. `paged` serves many people from one paged cache, with `prefix_caching` and `batch_invariant` as
-    `PagedEngine` takes them; the latter takes "auto" weights as float32.
+    `PagedEngine` takes them.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged.
         CapacityError: the sizes do not fit the model.
-        RecipeError: `batch_invariant` over stored weights, whose kernels change with the number of tokens.
+        RecipeError: `speculate` is not understood.
     """
-    if batch_invariant and weights == "stored":
-        raise RecipeError("--batch-invariant", where="--weights stored", fix="take --weights float32, or auto")
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     if served:
         decoder = load_served(checkpoint)
-    elif weights == "stored" or (weights == "auto" and kernels_in_use() == "native" and not batch_invariant):
-        decoder = load_packed(checkpoint).decoder
+    elif weights in ("stored", "int8-head") or (weights == "auto" and kernels_in_use() == "native"):
+        decoder = load_packed(checkpoint, int8_head=weights == "int8-head").decoder
     else:
         decoder = load_checkpoint(checkpoint).decoder
     options: dict[str, Any] = {

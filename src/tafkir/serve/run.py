@@ -15,6 +15,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tafkir.errors import BackendUnavailable
+from tafkir.serve.canaries import Canaries, CanaryOptions
 from tafkir.serve.options import ServerOptions
 
 if TYPE_CHECKING:
@@ -36,12 +37,13 @@ def serve(
     max_cache_bytes: int | None = None,
     kv_cache: Literal["auto", "fp8", "nvfp4"] = "auto",
     speculate: str | None = None,
-    weights: Literal["auto", "float32", "stored"] = "auto",
+    weights: Literal["auto", "float32", "stored", "int8-head"] = "auto",
     prefix_caching: bool = True,
     batch_invariant: bool = False,
     max_queue: int = 256,
     num_threads: int | None = None,
     options: ServerOptions | None = None,
+    canaries: CanaryOptions | None = None,
 ) -> None:
     """Serve a checkpoint until SIGINT or SIGTERM; then nothing more is taken, and what runs may finish.
 
@@ -51,6 +53,7 @@ def serve(
         port: 0 takes a free one, which the log names.
         model_name, max_batch, max_context, max_cache_bytes, kv_cache, speculate, weights, prefix_caching,
             batch_invariant, max_queue, num_threads, options: as in `build_app`.
+        canaries: what the server asks itself in the background; None: nothing.
 
     Raises:
         BackendUnavailable: the address cannot be used.
@@ -60,6 +63,7 @@ def serve(
     from tafkir.serve.app import build_app
 
     options = options or ServerOptions()
+    questions = canaries.read() if canaries else None
     listener = _listen(host, port)
     try:
         app = build_app(
@@ -84,9 +88,14 @@ def serve(
     logger.info("%s: chat at %s, OpenAI API at %s/v1 (Ctrl-C stops)", app.state.model_name, address, address)
     if host not in ("127.0.0.1", "::1", "localhost") and not options.api_keys:
         logger.warning("%s is open to everyone who reaches it: --api-key asks for a key", address)
+    asking = Canaries(app.state.live, *questions) if questions else None
     try:
+        if asking is not None:
+            asking.start()
         HttpServer(app, options).run(sockets=[listener])
     finally:
+        if asking is not None:
+            asking.stop()
         app.state.worker.stop()
         listener.close()
 
