@@ -244,6 +244,23 @@ def test_bad_input_says_what_and_how(tmp_path: Path, name: str, content: str | N
         load_task(name.format(data), None if content is None else data).examples("test")
 
 
+def test_mmlu_pro_has_five_worked_examples_where_the_validation_split_is_there(tmp_path: Path) -> None:
+    """The text that `generate_cot_prompt` of its repository makes, put together by hand."""
+    row = {"question_id": 9, "question": "Which?", "options": ["a", "b", "c"], "answer": "B", "category": "law"}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row))
+    alone = load_task("mmlu-pro", tmp_path)
+    shown = [{**row, "question": f"Q{n}?", "cot_content": "A: Let's think step by step. It is b. The answer is (B)."}
+             for n in range(6)]  # fmt: skip
+    (tmp_path / "validation.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in shown))
+    task = load_task("mmlu-pro", tmp_path)
+    prompts = [each.prompt(each.examples("test")[0])[0].content for each in (alone, task)]
+    head, own = prompts[0].split("\n\n\n")
+    block = "Options:\nA. a\nB. b\nC. c\nAnswer: Let's think step by step."
+    assert own == f"Question:\nWhich?\n{block}"
+    told = "".join(f"Question:\nQ{n}?\n{block} It is b. The answer is (B).\n\n" for n in range(5))
+    assert prompts[1] == f"{head}\n\n\n{told}{own}" and (alone.card.version, task.card.version) == ("1", "1-5-shot")
+
+
 def test_shipped_sets_have_licences() -> None:
     folders = [folder for folder in (files("tafkir") / "datasets").iterdir() if folder.is_dir()]
     for name in ("math", "omni_math", "aime", "olymmath", "mgsm", "aqua", "ifeval", "react_docs_ar"):

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -144,14 +146,32 @@ def ask_choice(example: Example) -> str:
     return f"{how}\n\n{example.question}\n\n{lines}"
 
 
-def _ask_mmlu_pro(example: Example) -> str:
-    """MMLU-Pro's instruction and layout (arXiv 2406.01574) without its five worked examples."""
-    lines = "".join(f"{a}. {o}\n" for a, o in zip(ALPHABETS["en"], example.extra["options"], strict=False))
+def _ask_mmlu_pro(example: Example, worked: Mapping[str, str] | None = None) -> str:
+    """MMLU-Pro's instruction and layout (arXiv 2406.01574).
+
+    Args:
+        worked: subject -> its worked examples, which stand before the question.
+    """
     return (
         f"The following are multiple choice questions (with answers) about {example.subject}. Think step by step and "
         'then finish your answer with "the answer is (X)" where X is the correct letter choice.\n\n\n'
-        f"Question:\n{example.question}\nOptions:\n{lines}Answer: Let's think step by step."
+        f"{(worked or {}).get(example.subject, '')}"
+        f"{_lay_out(example.question, example.extra['options'])}Answer: Let's think step by step."
     )
+
+
+def _lay_out(question: str, options: Sequence[str]) -> str:
+    lines = "".join(f"{a}. {o}\n" for a, o in zip(ALPHABETS["en"], options, strict=False))
+    return f"Question:\n{question}\nOptions:\n{lines}"
+
+
+def _worked(path: Any) -> Mapping[str, str]:
+    """Subject -> the first five rows of the validation split as they stand before a question."""
+    found: dict[str, list[str]] = {}
+    for _, row in read_rows(path, ("question", "options", "category", "cot_content")):
+        told = str(row["cot_content"]).replace("A: Let's think step by step.", "Answer: Let's think step by step.")
+        found.setdefault(str(row["category"]), []).append(f"{_lay_out(row['question'], row['options'])}{told}\n\n")
+    return {subject: "".join(own[:5]) for subject, own in found.items()}
 
 
 # ---- sets ----------------------------------------------------------------------------------------------------------
@@ -194,14 +214,20 @@ def _task(
 
 
 def _mmlu_pro(card: TaskCard, data: Path | None) -> PublishedTask:
-    path = find_file(card, data, ["mmlu_pro_test.jsonl*", "test*.parquet", "data/test*.parquet", "*.jsonl*"])
+    """With five worked examples a subject, and a version of its own, where the folder has the validation split."""
+    path = find_file(card, data, ["*test*.jsonl*", "test*.parquet", "data/test*.parquet", "*.jsonl*"])
 
     def rows() -> Iterator[Example]:
         for place, row in read_rows(path, ("question_id", "question", "options", "answer", "category")):
             id, subject = f"{card.name}-{row['question_id']}", str(row["category"])
             yield choice_example(card, place, id, row, subject=subject)
 
-    return _task(card, rows, _ask_mmlu_pro, last_letter=True)
+    names = ("mmlu_pro_validation.jsonl*", "validation*.parquet", "data/validation*.parquet", "validation*.jsonl*")
+    shown = [file for name in names for file in data.glob(name)] if data is not None and data.is_dir() else []
+    if not shown:
+        return _task(card, rows, _ask_mmlu_pro, last_letter=True)
+    card = replace(card, version=f"{card.version}-5-shot")
+    return _task(card, rows, partial(_ask_mmlu_pro, worked=_worked(shown[0])), last_letter=True)
 
 
 _GPQA = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
@@ -271,14 +297,15 @@ _SIMPLE_EVALS = "prompt and rule: simple-evals (QUERY_TEMPLATE_MULTICHOICE)"
 TASKS: Sequence[TaskEntry] = (
     entry(
         "mmlu-pro",
-        "MMLU-Pro: up to ten options, 14 subjects, without examples",
+        "MMLU-Pro: up to ten options, 14 subjects",
         12_032,
         _mmlu_pro,
         sampling=TaskSampling(0.0, 1.0, 4096, 1),
         license="MIT",
-        source="arXiv 2406.01574; prompt and rule: evaluate_from_api.py of its repository, zero-shot",
-        how_to_get="download data/test-00000-of-00001.parquet of huggingface.co/datasets/TIGER-Lab/MMLU-Pro "
-        "and pass it (or the rows as JSONL) as --data",
+        source="arXiv 2406.01574; prompt and rule: evaluate_from_api.py of its repository",
+        how_to_get="huggingface-cli download TIGER-Lab/MMLU-Pro --repo-type dataset --local-dir mmlu-pro, then "
+        "--data mmlu-pro=mmlu-pro (with its validation split: five worked examples); a file of test rows alone, "
+        "Parquet or JSONL, is asked without examples",
     ),
     entry(
         "gpqa-diamond",
