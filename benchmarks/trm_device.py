@@ -13,12 +13,15 @@ For each checkpoint and each of float32, float16, int8 and fp4 (NVFP4):
 and for the page that holds all of them: its bytes, and CPU and wall seconds of its process from opening it to the first
 solved puzzle. CPU time does not wait for neighbours; wall time does.
 
-    python benchmarks/trm_device.py sudoku4 sudoku6 --out benchmarks/results/trm_device.json
+    python benchmarks/trm_device.py sudoku4 sudoku6 maze-small --out benchmarks/results/trm_device.json
+
+Rows that the file holds already, of the same weights and versions, are not measured again: delete it to begin anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -193,29 +196,49 @@ def main() -> None:
     torch.set_num_threads(1)
     checkpoints = [load_trm(find_solver(name, "")) for name in args.checkpoints]
     puzzles = [test_puzzles(checkpoint) for checkpoint in checkpoints]
-    rows: dict[str, dict[str, dict[str, Any]]] = {}
+    result = begin(args.out, checkpoints)
+    rows = result["formats"]
     for checkpoint, part in zip(checkpoints, puzzles, strict=True):
-        rows[checkpoint.path.name] = {}
+        own = rows.setdefault(checkpoint.path.name, {})
         for format in WEIGHT_FORMATS:
-            rows[checkpoint.path.name][format] = measure_format(checkpoint, part, format)
-            print(checkpoint.path.name, format, "done", file=sys.stderr)
-    page = None if args.no_browser else measure_page(checkpoints, puzzles, args.page_weights)
-    show(rows, page)
-    if args.out:
-        result = {
-            "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-            "load": os.getloadavg()[0],
-            "versions": {
-                "torch": torch.__version__,
-                "onnxruntime": onnxruntime.__version__,
-                "onnxruntime-web": runtime_source()["version"],
-            },
-            "parameters": {c.path.name: c.model.shape.num_parameters() for c in checkpoints},
-            "repeats": REPEATS,
-            "formats": rows,
-            "page": page,
-        }
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            if format not in own:
+                own[format] = measure_format(checkpoint, part, format)
+                keep(args.out, result)
+                print(checkpoint.path.name, format, "done", file=sys.stderr)
+    if not args.no_browser:
+        result["page"] = measure_page(checkpoints, puzzles, args.page_weights)
+        keep(args.out, result)
+    show(rows, result["page"])
+
+
+def begin(out: Path | None, checkpoints: list[TrmCheckpoint]) -> dict[str, Any]:
+    """What is measured, where and on which weights, with the rows that the file holds of the same."""
+    versions = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
+    result: dict[str, Any] = {
+        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "load": os.getloadavg()[0],
+        "versions": versions | {"onnxruntime-web": runtime_source()["version"]},
+        "parameters": {c.path.name: c.model.shape.num_parameters() for c in checkpoints},
+        "weights": {c.path.name: checksum(c) for c in checkpoints},
+        "repeats": REPEATS,
+        "formats": {},
+        "page": None,
+    }
+    before = json.loads(out.read_text(encoding="utf-8")) if out is not None and out.exists() else {}
+    if before.get("versions") == result["versions"]:
+        same = [name for name, found in result["weights"].items() if before.get("weights", {}).get(name) == found]
+        result["formats"] = {name: before["formats"][name] for name in same if name in before["formats"]}
+    return result
+
+
+def checksum(checkpoint: TrmCheckpoint) -> str:
+    """Of the weights' file."""
+    return hashlib.sha256((checkpoint.path / "model.safetensors").read_bytes()).hexdigest()
+
+
+def keep(out: Path | None, result: dict[str, Any]) -> None:
+    if out is not None:
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
