@@ -30,6 +30,7 @@ class Done:
     code: int
     out: str
     err: str
+    cpu_s: float
 
     @property
     def error(self) -> str:
@@ -47,12 +48,12 @@ Tafkir = Callable[..., Done]
 
 
 class Launcher:
-    """Runs `tafkir ARGS...` in a process of its own, forked from one that has imported everything."""
+    """Runs `tafkir ARGS...` in a process of its own, forked from one that has imported everything, and `modules`."""
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, place: Path, *modules: str) -> None:
         self.place = place
         env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-        command = [sys.executable, str(HERE / "launcher.py")]
+        command = [sys.executable, str(HERE / "launcher.py"), *modules]
         self.process = subprocess.Popen(command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def __call__(self, *args: object, cwd: Path | None = None, stdin: str | None = None, **job: Any) -> Done:
@@ -65,8 +66,8 @@ class Launcher:
         job |= {"args": words, "cwd": str(cwd or self.place), "stdout": str(out), "stderr": str(err)}
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
-        code = int(self.process.stdout.readline())
-        return Done(code, out.read_text(), err.read_text())
+        ended = json.loads(self.process.stdout.readline())
+        return Done(ended["code"], out.read_text(), err.read_text(), ended["cpu_s"])
 
     def close(self) -> None:
         assert self.process.stdin is not None

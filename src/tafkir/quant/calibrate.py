@@ -43,7 +43,7 @@ from tafkir.quant.policy import decide
 from tafkir.quant.sites import Site, expert_names, linear_sites
 from tafkir.recipe.model import ModelConfig
 from tafkir.recipe.quantize import CalibrationConfig, QuantizeConfig
-from tafkir.runlog.atomic import write_json
+from tafkir.runlog.atomic import remove_leftovers, write_json
 from tafkir.runlog.progress import Progress
 
 __all__ = ["calibrate_checkpoint"]
@@ -163,6 +163,7 @@ def _fingerprint(reader: LayerReader, config: QuantizeConfig, ids: list[list[int
 def _open_record(
     folder: Path, fingerprint: str, config: CalibrationConfig, ids: list[list[int]], replace: bool
 ) -> None:
+    remove_leftovers(folder)
     if (folder / RECORD_FILE).exists():
         if read_json(folder / RECORD_FILE).get("fingerprint") == fingerprint:
             return
