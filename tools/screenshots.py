@@ -30,8 +30,8 @@ ENGLISH = r"""The sum of the first $n$ odd numbers is a square:
 
 $$\sum_{k=1}^{n} (2k-1) = n^2$$
 
-| $n$ | odd numbers | sum |
-|----:|-------------|----:|
+| n | odd numbers | sum |
+|--:|-------------|----:|
 | 2 | 1 + 3 | 4 |
 | 3 | 1 + 3 + 5 | 9 |
 
@@ -117,6 +117,9 @@ SHOTS = (
     Shot("chat-phone-welcome", chat("dark", "ar"), 390, 844, True),
     Shot("chat-settings", chat("light", "en", talk("en"), "$('show-settings').click()")),
     Shot("chat-settings-arabic", chat("dark", "ar", talk("ar"), "$('show-settings').click()"), 390, 844, True),
+    Shot("chat-problem", chat("light", "en", f"ask({'word ' * 600!r})"), height=700),
+    Shot("chat-edit", chat("dark", "en", talk("en"), "document.querySelector('.user [aria-label=Edit]').click()")),
+    Shot("chat-key", chat("light", "ar", "void askKey(words.keyAsk)"), 390, 844, True),
     Shot("chat-talks", chat("light", "en", ASK, "$('show-talks').click()"), height=700),
 )
 

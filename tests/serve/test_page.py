@@ -161,29 +161,29 @@ def test_a_conversation(browser: Browser, guarded: Server) -> None:
 
 @pytest.mark.browser
 def test_parameters_reach_the_model(page: Browser, guarded: Server) -> None:
-    """The server's own answer to the same request is the oracle."""
-    page.run("for (const [id, value] of [['temperature', 1.5], ['top_p', .9], ['seed', 11], ['max_tokens', 20]]) "
-             "{ $(id).value = value; $(id).dispatchEvent(new Event('input')); }")  # fmt: skip
-    page.run(f"$('system').value = 'Be brief.'; $('system').dispatchEvent(new Event('input')); ask({QUESTION!r})")
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": QUESTION}]
-    expected = answer_to(guarded, "", messages=messages, temperature=1.5, top_p=0.9, seed=11, max_tokens=20)
-    until(page, DONE)
-    assert {name: turns(page)[1][name] for name in expected} == expected
-    page.run("$('thinking').value = 'off'; $('thinking').dispatchEvent(new Event('input')); $('fresh').click()")
+    def choose(**values: Any) -> None:
+        for id, value in values.items():
+            page.run(f"$('{id}').value = {json.dumps(value)}; $('{id}').dispatchEvent(new Event('input'))")
+
+    choose(temperature=1.5, top_p=0.9, seed=11, max_tokens=20, system="Be brief.")
     page.run(f"ask({QUESTION!r})")
-    until(page, DONE)
-    assert turns(page)[1]["reasoning"] == ""
-    page.run("$('thinking').value = 'auto'; $('thinking').dispatchEvent(new Event('input')); $('fresh').click()")
-    page.run(f"$('budget').value = 3; $('budget').dispatchEvent(new Event('input')); ask({QUESTION!r})")
-    until(page, DONE)
-    # The line break that opens a thought is one of them.
-    assert turns(page)[1]["usage"]["completion_tokens_details"]["reasoning_tokens"] <= 4
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": QUESTION}]
+    # The server's own answer to the same request is the oracle.
+    expected = answer_to(guarded, "", messages=messages, temperature=1.5, top_p=0.9, seed=11, max_tokens=20)
+    assert {name: turns(page)[1][name] for name in expected} == expected
+    choose(thinking="off", budget=3, seed="", max_tokens="")
+    page.run("$('history').click()")
+    sent = page.run("requestOf([...talk.turns, {role: 'user', content: 'more'}])")
+    assert [message["role"] for message in sent["messages"]] == ["system", "user", "assistant", "user"]
+    assert {key: sent.get(key) for key in ("enable_thinking", "max_thinking_tokens", "seed", "max_tokens")} == {
+        "enable_thinking": False, "max_thinking_tokens": 3, "seed": None, "max_tokens": None
+    }  # fmt: skip
 
 
 @contextmanager
 def crowd(server: Server) -> Iterator[None]:
     """Every place of the server is taken."""
-    body = {"prompt": "a", "n": PLACES + 1, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    body = {"prompt": "a", "n": PLACES + 1, "max_tokens": 300, "ignore_eos": True, "stream": True}
     leave = threading.Event()
 
     def stay() -> None:
@@ -244,14 +244,14 @@ def test_stopping_and_waiting(page: Browser, guarded: Server) -> None:
         page.run("document.body.innerHTML = '<b>'")
 
 
-PUT = """const put = (text, dir = 'ltr') => {
+PUT = """put = (text, dir = 'ltr') => {
   const box = document.createElement('div');
   Object.assign(box, { id: 'drawn', className: 'body', dir });
   $('drawn')?.remove();
   document.body.append(box);
   drawText(box, text, words);
   return box;
-}"""
+}; 0"""
 HOSTILE = [
     "<script>window.pwned = 1</script>",
     "<img src=x onerror='window.pwned = 1'>",
@@ -287,11 +287,11 @@ def test_what_a_model_writes_runs_nothing(page: Browser) -> None:
 
 
 @pytest.mark.browser
-def test_markdown_formulas_and_both_directions(page: Browser) -> None:
-    page.run(PUT)
+def test_markdown_formulas_and_both_directions(browser: Browser) -> None:
+    browser.run(PUT)
 
     def drawn(text: str, expression: str, dir: str = "ltr") -> Any:
-        return page.run(f"(() => {{ const box = put({json.dumps(text)}, '{dir}'); return {expression}; }})()")
+        return browser.run(f"(() => {{ const box = put({json.dumps(text)}, '{dir}'); return {expression}; }})()")
 
     formulas = "[...box.querySelectorAll('.katex annotation')].map(n => n.textContent)"
     all_forms = "so $x^2$, \\(y\\) and\n\n$$\na\n\n= b\n$$\n\n\\[c_1\\]"
@@ -314,7 +314,7 @@ def test_markdown_formulas_and_both_directions(page: Browser) -> None:
     found = drawn(arabic, lefts, "rtl")
     assert len(found) == 4 and all(left for _, left in found)
     # What the eye sees: the left end of the sum stands left of its right end.
-    page.run(
+    browser.run(
         "const at = (box, i) => { const range = document.createRange(), text = box.querySelector('bdi').firstChild; "
         "range.setStart(text, i); range.setEnd(text, i + 1); return range.getBoundingClientRect().x; }"
     )

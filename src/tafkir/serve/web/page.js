@@ -203,11 +203,12 @@ class Answer {
     foot.append(facts);
     this.node.append(foot);
   }
-  fail(text, retry) {
-    const problem = element("div", "problem");
+  /* What went wrong in the server's words, what helps in the reader's language. */
+  fail(text, hint, retry) {
+    const problem = element("div", "problem"), said = element("div");
     problem.setAttribute("role", "alert");
-    problem.append(element("span", "", text), button("plain", words.retry, retry));
-    problem.firstChild.dir = "auto";
+    for (const part of [text, hint]) if (part) said.append(Object.assign(element("p", "", part), { dir: "auto" }));
+    problem.append(said, button("plain", words.retry, retry));
     this.node.append(problem);
   }
 }
@@ -364,8 +365,8 @@ async function answer() {
   const follow = nearEnd();
   view.finish();
   if (problem) {
-    const hint = problem.code === "context_length_exceeded" ? ` ${words.problems.context}` : "";
-    view.fail(problem.message + hint, () => { if (!running && talk === mine) answer(); });
+    const hint = problem.code === "context_length_exceeded" ? words.problems.context : "";
+    view.fail(problem.message, hint, () => { if (!running && talk === mine) answer(); });
     say(""); // the alert speaks
   } else {
     if (turn.content || turn.reasoning) mine.turns.push(turn);
