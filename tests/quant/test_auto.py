@@ -76,6 +76,10 @@ def test_a_loss_is_that_of_the_checkpoint_on_disk(
         assert measured.losses[index][format] == pytest.approx(found["kl_mean"], rel=1e-3)  # type: ignore[index]
     assert all(torch.equal(before[name], tensor) for name, tensor in measured.decoder.state_dict().items())
     assert not any(module._forward_pre_hooks for module in measured.decoder.modules())
+    # Beside the model no more than one group in each format is in memory.
+    largest = max(group.numel for group in measured.groups)
+    for made in measured.weights.values():
+        assert 0 < sum(tensor.numel() for tensor in made.made.values()) <= largest  # type: ignore[attr-defined]
 
 
 def test_the_rules_reproduce_the_mixture(measured: Sensitivities, texts: list[Passage], tmp_path: Path) -> None:
@@ -119,7 +123,8 @@ def test_gradients_estimate_what_is_measured(measured: Sensitivities, texts: lis
     """Where errors are small and no router comes behind them, the estimate is that of a second-order expansion."""
     formats = [dict(losses) for losses in measured.losses]
     decoder, groups = measured.decoder, measured.groups
-    fisher = fisher_losses(decoder, groups, formats, measured.weights, texts, measured.amax, draws=12)
+    weights = {format: dict(made) for format, made in measured.weights.items()}
+    fisher = fisher_losses(decoder, groups, formats, weights, texts, measured.amax, draws=12)
     last = [i for i, group in enumerate(groups) if group.layer == 3 and "q/k/v" not in group.kind and group.kind != "o"]
     assert len(last) == 3
     for i in last:

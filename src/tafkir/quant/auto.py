@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -186,7 +186,7 @@ def measure_sensitivities(
     """Measure what each group of a checkpoint loses in each format.
 
     Args:
-        source: checkpoint of a family that Tafkir runs; it is held in memory, and once more for each format.
+        source: checkpoint of a family that Tafkir runs; it is held in memory, for `fisher` once more for each format.
         config: choice of scales, layout, and what becomes of tensors that are in no group.
         auto: formats, and how to measure.
         passages: the text.
@@ -212,7 +212,7 @@ def measure_sensitivities(
             if fits:
                 option[format] = True
         if any(fitting):
-            weights[format] = FakeQuantizer(decoder, uniform, dtype)(decoder.state_dict())
+            weights[format] = _OnDemand(FakeQuantizer(decoder, uniform, dtype), decoder, groups)
     if not weights:
         raise RecipeError("no matrix can be any of these", where=f"auto.formats = {list(auto.formats)}")
     reference = read_predictions(decoder, passages)
@@ -220,6 +220,8 @@ def measure_sensitivities(
     if config.calibration is not None:
         amax = read_input_amax(decoder, groups, passages)
     if auto.sensitivity == "fisher":
+        # Every backward pass asks for all of them.
+        weights = {format: dict(made) for format, made in weights.items()}
         losses = fisher_losses(decoder, groups, options, weights, passages, amax)
     else:
         losses = kl_losses(decoder, groups, options, weights, passages, reference, amax)
@@ -235,6 +237,26 @@ def measure_sensitivities(
     # Beside the codes, engines want at most two numbers a matrix.
     other += 8 * len(own)
     return Sensitivities(decoder, groups, losses, amax, sizes, weights, passages, reference, other, list(shapes))
+
+
+class _OnDemand(Mapping[str, Tensor]):
+    """What the parameters of groups become in a format, made for one group at a time, while they are what they were."""
+
+    def __init__(self, quantizer: FakeQuantizer, decoder: Decoder, groups: Sequence[Group]) -> None:
+        self._quantizer, self._decoder = quantizer, decoder
+        self._together = {name: g.parameters for g in groups for name in g.parameters if name in quantizer.formats}
+        self.made: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.made:
+            self.made = self._quantizer(self._decoder.state_dict(), self._together[name])
+        return self.made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._together)
+
+    def __len__(self) -> int:
+        return len(self._together)
 
 
 def read_auto_text(source: Path, auto: AutoConfig) -> list[Passage]:

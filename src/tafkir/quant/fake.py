@@ -6,7 +6,7 @@ trained to compute is, bit for bit, what its quantized checkpoint computes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,11 +88,12 @@ class FakeQuantizer:
         return True
 
     @torch.no_grad()
-    def __call__(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def __call__(self, weights: Mapping[str, Tensor], only: Collection[str] | None = None) -> dict[str, Tensor]:
         """The parameters that the written checkpoint changes, float32, by name.
 
         Args:
             weights: the decoder's parameters, or its state.
+            only: these alone; with all that share a global scale.
 
         Raises:
             CheckpointError: weights are not finite.
@@ -100,6 +101,8 @@ class FakeQuantizer:
         self.inside = {}
         out: dict[str, Tensor] = {}
         for name, names in self._names.items():
+            if only is not None and name not in only:
+                continue
             tensor = weights[name].detach()
             if name in self._whole:
                 stacked = tensor if names.stacked else tensor.unsqueeze(0)
@@ -108,14 +111,15 @@ class FakeQuantizer:
                 out[name] = rounded.view(tensor.shape)
             elif name in self.formats or (self.dtype != torch.float32 and not names.float32):
                 out[name] = tensor.to(self.dtype, copy=True).float()
-        given, made = (self._pieces(tensors) for tensors in (weights, out))
-        for group in self._groups:
+        groups = [group for group in self._groups if group[0].parameter in out]
+        given, made = (self._pieces(groups, tensors) for tensors in (weights, out))
+        for group in groups:
             self._encode(group, given, made)
         return out
 
-    def _pieces(self, tensors: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+    def _pieces(self, groups: Sequence[Sequence[_Place]], tensors: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
         """The matrices of the parameters that are not done at once: views, in the order of their places."""
-        names = {place.parameter for group in self._groups for place in group}
+        names = {place.parameter for group in groups for place in group}
         return {name: [piece for _, piece in split_pieces(tensors[name].detach(), self._names[name])] for name in names}
 
     def _encode(
