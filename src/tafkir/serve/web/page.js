@@ -53,9 +53,20 @@ const scroller = $("scroll");
 const nearEnd = () => scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 80;
 const toEnd = () => { scroller.scrollTop = scroller.scrollHeight; };
 
+/* Whether the text is on the clipboard; a page that came over plain HTTP from another machine has but the old way. */
+async function copied(text) {
+  if (navigator.clipboard) return navigator.clipboard.writeText(text).then(() => true, () => false);
+  const area = element("textarea", "sr");
+  area.value = text;
+  document.body.append(area);
+  area.select();
+  const done = document.execCommand("copy");
+  area.remove();
+  return done;
+}
 function copyButton(text) {
   const node = button("icon", words.copy, async () => {
-    await navigator.clipboard?.writeText(text());
+    if (!(await copied(text()))) return;
     label(node, words.copied);
     say(words.copied);
     setTimeout(() => label(node, words.copy), 1500);
@@ -505,14 +516,16 @@ for (const [id, property] of Object.entries(INPUTS)) {
 $("composer").addEventListener("submit", (event) => { event.preventDefault(); if (running) leave(); else submit(); showState(); });
 $("question").addEventListener("input", fit);
 $("question").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); submit(); }
+  // A keyboard on a screen has no Shift+Enter; there the button sends.
+  const typed = !matchMedia("(pointer: coarse)").matches;
+  if (event.key === "Enter" && typed && !event.shiftKey && !event.isComposing) { event.preventDefault(); submit(); }
 });
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && running && !document.querySelector("dialog[open]")) { leave(); showState(); $("question").focus(); }
 });
 document.addEventListener("click", async (event) => {
   if (event.target.dataset?.copies !== "code") return;
-  await navigator.clipboard?.writeText(event.target.closest("figure").querySelector("code").textContent);
+  if (!(await copied(event.target.closest("figure").querySelector("code").textContent))) return;
   event.target.textContent = words.copied;
   say(words.copied);
 });

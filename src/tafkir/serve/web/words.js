@@ -32,8 +32,8 @@ const WORDS = {
     page: "Page", digits: "Arabic-Indic digits", themes: { auto: "As the system", light: "Light", dark: "Dark" }, reset: "Back to the defaults",
     examples: [
       "Sara sold 48 clips in April, and half as many in May. How many clips did she sell altogether?",
-      "A baker has 12 trays with 9 rolls each and sells 75 rolls. How many rolls are left?",
-      "Omar reads 15 pages a day. How many days does he need for a book of 240 pages?",
+      "Tom has 3 boxes with 8 pencils each. He gives away 5 pencils. How many pencils does he have left?",
+      "A ticket costs 12 dollars. How much do 4 tickets cost?",
     ],
   },
   ar: {
