@@ -101,8 +101,13 @@ def test_plain_numbers_are_read(text: str, value: Fraction) -> None:
     assert parse_number(text) == value
 
 
+@pytest.mark.parametrize("text", ["-١٬٢٣٤٫٥", "-۱٬۲۳۴٫۵"])
+def test_digits_of_arabic_and_persian_are_digits(text: str) -> None:
+    assert parse_number(text) == Fraction(-12345, 10)
+
+
 @pytest.mark.parametrize(
-    "text", ["", "-", ".", "1,23", "1/0", "1/2/3", "nan", "inf", "1e5", "12 apples", "٣", "9" * 500]
+    "text", ["", "-", ".", "1,23", "1/0", "1/2/3", "nan", "inf", "1e5", "12 apples", "三", "9" * 500]
 )
 def test_other_texts_are_no_plain_numbers(text: str) -> None:
     assert parse_number(text) is None

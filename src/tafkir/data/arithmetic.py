@@ -24,6 +24,8 @@ MAX_DECIMALS = 6
 
 _TOKEN = re.compile(r"\s*(?:(\d[\d,]*(?:\.\d+)?|\.\d+)(%?)|(//|[-+*/()\u00d7\u00f7x]))")
 _NUMBER = re.compile(r"[-+]?(?:\d+|\d{1,3}(?:,\d{3})+)?(?:\.\d+)?")
+# Arabic-Indic and Persian digits, decimal comma, thousands separator.
+_ARABIC = {0x0660 + i: str(i) for i in range(10)} | {0x06F0 + i: str(i) for i in range(10)} | {0x066B: ".", 0x066C: ","}
 _RANK = {"+": 1, "-": 1, "*": 2, "/": 2}
 _ALIASES = {"\u00d7": "*", "x": "*", "\u00f7": "/", "//": "/"}
 
@@ -45,8 +47,8 @@ Expression = Fraction | Operation
 
 
 def parse_number(text: str) -> Fraction | None:
-    """The value of "72", "-0.5", ".25", "1,234" or "3/4"; None when the text is anything else."""
-    text = text.strip()
+    """The value of "72", "-0.5", ".25", "1,234", "3/4" or "٤٢"; None when the text is anything else."""
+    text = text.strip().translate(_ARABIC)
     if len(text) > MAX_EXPRESSION_LENGTH:
         return None
     numerator, slash, denominator = text.partition("/")
