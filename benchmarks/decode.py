@@ -123,7 +123,8 @@ def sides_of(args: argparse.Namespace, kind: str, dtype: str) -> dict[str, dict[
     found = {"tafkir": {**shared, "side": "tafkir"}}
     for text in args.also:
         name, _, folder = text.partition("=")
-        found[f"tafkir {name}"] = {**shared, "side": "tafkir", "model": folder}
+        folder, plus, _ = folder.partition("+int8-head")
+        found[f"tafkir {name}"] = {**shared, "side": "tafkir", "model": folder, "options": {"int8_head": bool(plus)}}
     for peer in args.peers:
         spec = {**shared, "side": peer, "eager": args.eager, "unified": False}
         spec["gguf"] = str(args.models / f"{kind}-{dtype}.gguf")
@@ -187,9 +188,9 @@ def run_group(
             started.append(Side(name, spec, python, args.logs / f"{name.replace(' ', '-')}-{kind}-{dtype}.log"))
             print(f"{kind} {dtype}: {name} ready in {started[-1].ready_s:.1f} s", file=sys.stderr, flush=True)
         for count in counts:
-            job = {"sequences": int(count), "prompt": args.prompt, "output": args.output}
-            if count == "ttft":
-                job = {"sequences": 1, "prompt": args.ttft, "output": 1}
+            job = {"sequences": 1, "prompt": args.ttft, "output": 1}
+            if count != "ttft":
+                job = {"sequences": int(count), "prompt": args.prompt, "output": args.output}
             if args.prepare:
                 continue
             found = measure(started, job, args.repeats, "cpu" if args.cpu else "wall")
@@ -207,7 +208,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--script", type=Path, default=Path("../shared/bench/make_models.py"), help="what makes them")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=["transformers", "vllm", "llama.cpp"])
     parser.add_argument("--python", nargs="*", default=[], metavar="PEER=PYTHON", help="of each engine's environment")
-    parser.add_argument("--also", nargs="*", default=[], metavar="NAME=FOLDER", help="more checkpoints for our engine")
+    parser.add_argument(
+        "--also", nargs="*", default=[], metavar="NAME=FOLDER", help="our engine, too, on these; FOLDER+int8-head"
+    )
     parser.add_argument("--cells", nargs="+", default=cells, metavar="MODEL:DTYPE:N", help="N sequences, or ttft")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--output", type=int, default=FULL["output"])

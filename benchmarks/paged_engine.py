@@ -1,6 +1,11 @@
 """What the paged engine costs beside the one with rows, and how far a request's numbers move with its company.
 
     PYTHONPATH=src python benchmarks/paged_engine.py
+    PYTHONPATH=src python benchmarks/paged_engine.py --served base-tiny MODEL --out benchmarks/results/company.json
+
+The second form takes checkpoints as the server has them, weights as they are stored: how far log-probabilities of a
+request among 8 and 32 others are from those of the same request alone, how many texts are others, and what the
+batch-invariant mode, where nothing differs, costs.
 
 Sides take turns within every repeat: contiguous rows (the engine of rollouts), blocks with the compiled kernel, blocks
 that are gathered by torch before each step's attention, and the batch-invariant mode. Prefill of prompts of 128 tokens
@@ -20,11 +25,14 @@ from unittest import mock
 
 import torch
 
+from tafkir.checkpoint.packed import load_packed
 from tafkir.engine.engine import Engine
 from tafkir.engine.paged_engine import PagedEngine
+from tafkir.engine.shaping import Shaper, Shaping
 from tafkir.models.build import build_decoder
 from tafkir.models.decoder import Decoder
 from tafkir.ops import native
+from tafkir.recipe.bundled import find_checkpoint
 from tafkir.recipe.model import ModelConfig
 from tafkir.records import Request, SamplingParams
 
@@ -59,17 +67,19 @@ def engine_of(decoder: Decoder, side: str, batch: int) -> Engine:
         return PagedEngine(decoder, eos_ids=(), max_batch=batch, **options)
 
 
-def requests(batch: int, tokens: int, seed: int) -> list[Request]:
+def requests(batch: int, tokens: int, seed: int, vocab: int = 8192, temperature: float = 1.0) -> list[Request]:
     generator = torch.Generator().manual_seed(seed)
-    prompts = torch.randint(0, 8192, (batch, PROMPT), generator=generator).tolist()
-    return [Request(str(i), tuple(p), SamplingParams(max_tokens=tokens, seed=i)) for i, p in enumerate(prompts)]
+    prompts = torch.randint(0, vocab, (batch, PROMPT), generator=generator).tolist()
+    wanted = {"max_tokens": tokens, "temperature": temperature}
+    return [Request(str(i), tuple(p), SamplingParams(seed=i, **wanted)) for i, p in enumerate(prompts)]
 
 
-def seconds_per_token(decoder: Decoder, side: str, batch: int, tokens: int, seed: int) -> float:
+def seconds_per_token(decoder: Decoder, side: str, batch: int, tokens: int, seed: int, shaped: bool = False) -> float:
     """CPU-seconds of a sampled token once all prompts are in the cache."""
     engine = engine_of(decoder, side, batch)
-    for request in requests(batch, tokens, seed):
-        engine.add_request(request)
+    for request in requests(batch, tokens, seed, decoder.config.vocab_size):
+        penalties = Shaping(frequency_penalty=0.1, repetition_penalty=1.1)
+        engine.add_request(request, shaper=Shaper(penalties, request.prompt_ids, 1.0) if shaped else None)
     while engine._batch.num_alive < batch:
         engine.step()
     began, sampled = time.process_time(), 0
@@ -78,9 +88,9 @@ def seconds_per_token(decoder: Decoder, side: str, batch: int, tokens: int, seed
     return (time.process_time() - began) / sampled
 
 
-def company(decoder: Decoder, side: str, count: int, tokens: int) -> dict[str, Any]:
+def company(decoder: Decoder, side: str, count: int, tokens: int, temperature: float = 1.0) -> dict[str, Any]:
     """The same requests alone and all at once: where log-probabilities differ, before the first token that does."""
-    asked = requests(count, tokens, 7)
+    asked = requests(count, tokens, 7, decoder.config.vocab_size, temperature)
     together = {done.request_id: done for done in engine_of(decoder, side, count).complete(asked)}
     gaps, changed = [], 0
     for request in asked:
@@ -94,6 +104,29 @@ def company(decoder: Decoder, side: str, count: int, tokens: int) -> dict[str, A
     return {"max": max(gaps), "mean": statistics.mean(gaps), "tokens": len(gaps), "changed_requests": changed}
 
 
+def served(name: str, tokens: int, repeats: int) -> dict[str, Any]:
+    """A checkpoint in the server's engine: what company does to a request, and what it costs that it does nothing."""
+    decoder = load_packed(find_checkpoint(name)).decoder
+    found: dict[str, Any] = {"checkpoint": Path(name).name}
+    for count in (8, 32):
+        for temperature, kind in ((0.0, "greedy"), (1.0, "sampled")):
+            found[f"among_{count}_{kind}"] = company(decoder, "paged", count, tokens, temperature)
+    found["invariant_among_8"] = company(decoder, "invariant", 8, tokens)
+    for batch in (1, 8):
+        pairs = []
+        for repeat in range(repeats + 1):  # the first warms up
+            sides = ("paged", "invariant") if repeat % 2 else ("invariant", "paged")
+            spent = {side: seconds_per_token(decoder, side, batch, tokens, repeat) for side in sides}
+            pairs += [spent["paged"] / spent["invariant"]] if repeat else []
+        found[f"invariant_over_paged_{batch}"] = statistics.median(pairs)
+    pairs = []
+    for repeat in range(repeats):
+        plain, shaped = (seconds_per_token(decoder, "paged", 32, tokens, repeat, shaped) for shaped in (False, True))
+        pairs.append(shaped / plain)
+    found["penalties_over_plain_32"] = statistics.median(pairs)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
@@ -101,9 +134,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--served", nargs="+", metavar="CHECKPOINT", help="these, as they are stored, and nothing else")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/paged_engine.json"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.served:
+        results = []
+        for name in args.served:
+            results.append(served(name, args.tokens, args.repeats))
+            print(json.dumps(results[-1]), flush=True)
+            args.out.write_text(
+                json.dumps({"tokens": args.tokens, "served": results}, indent=1) + "\n", encoding="utf-8"
+            )
+        return
     found: dict[str, Any] = {"kernels": native.kernels_in_use(), "prompt": PROMPT, "tokens": args.tokens, "speed": []}
     for dtype in args.dtypes:
         decoder = build(getattr(torch, dtype))

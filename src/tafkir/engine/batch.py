@@ -5,7 +5,6 @@ Shapes: B running sequences, W most stop ids of one sequence, T sampled tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from enum import IntEnum
 
@@ -82,12 +81,12 @@ class RunningBatch:
         self.num_alive += len(sequences)
 
     def record(
-        self, first: int, logits_BV: Tensor, shaped: Mapping[int, Tensor] | None = None
+        self, first: int, logits_BV: Tensor, shaped: tuple[SequenceOf[int], Tensor] | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Sample the next token of the rows from `first` on, and note it.
 
-        `shaped` holds other logits [V] that some of the rows (counted from `first`) are drawn from; log-probabilities
-        are those of `logits_BV` all the same.
+        `shaped` names some of the rows (counted from `first`) and other logits [R, V] that these are drawn from;
+        log-probabilities are those of `logits_BV` all the same.
 
         Returns:
             token_B, logprob_B, and two bool masks: which rows end with this token, and which of them by a stop
@@ -98,17 +97,17 @@ class RunningBatch:
         count_B, alive_B = ints[Column.COUNT], ints[Column.ALIVE]
         temperature_B, top_p_B = self._floats[:, rows]
         drawn_BV = logits_BV
-        if shaped:
-            drawn_BV = logits_BV.float().clone()
-            for row, logits_V in shaped.items():
-                drawn_BV[row] = logits_V
+        changed = torch.empty(0, dtype=torch.int64)
+        if shaped is not None:
+            changed = torch.tensor(shaped[0], device=self._device)
+            whole = len(shaped[0]) == len(logits_BV)
+            drawn_BV = shaped[1] if whole else logits_BV.float().index_copy(0, changed, shaped[1])
         if not bool(temperature_B.any()):
             token_B, logprob_B = greedy(drawn_BV)
         else:
             u_B = uniform(ints[Column.KEY], count_B)
             token_B, logprob_B = sample(drawn_BV, temperature_B, ints[Column.TOP_K], top_p_B, u_B)
-        if shaped:
-            changed = torch.tensor(list(shaped), device=self._device)
+        if shaped is not None:
             scale_R1 = torch.where(temperature_B == 0, 1.0, temperature_B)[changed].unsqueeze(1)
             own_RV = torch.log_softmax(logits_BV[changed].float() / scale_R1, dim=-1)
             logprob_B[changed] = own_RV.gather(1, token_B[changed].unsqueeze(1)).squeeze(1)

@@ -22,7 +22,7 @@ from tafkir.engine.requests import check_request
 from tafkir.engine.runner import Runner
 from tafkir.engine.scheduler import PromptTable, Scheduler
 from tafkir.engine.sequence import Sequence, StopWatch, TokenEvent
-from tafkir.engine.shaping import Shaper
+from tafkir.engine.shaping import Shaper, shape_rows
 from tafkir.engine.speculative import Speculation
 from tafkir.engine.text import TextStream
 from tafkir.engine.views import Grouping
@@ -443,18 +443,19 @@ class Engine:
     def _sample(self, first: int, logits_BV: Tensor) -> Step:
         batch = self._batch
         shapers = {row: s.shaper for row, s in enumerate(batch.sequences[first:]) if s is not None and s.shaper}
-        shaped = {row: shaper.shape(logits_BV[row]) for row, shaper in shapers.items()}
+        rows = list(shapers)
+        shaped = (rows, shape_rows(list(shapers.values()), logits_BV[rows])) if rows else None
         tokens, logprobs, ended_B, stopped_B = batch.record(first, logits_BV, shaped)
         step = Step(first, batch.sequences[first:], tokens, logprobs)
         reasons: dict[int, FinishReason] = {}
-        rows = ended_B.nonzero().squeeze(1).tolist()
-        if rows:
-            for row, stopped in zip(rows, stopped_B[rows].tolist(), strict=True):
+        ended = ended_B.nonzero().squeeze(1).tolist()
+        if ended:
+            for row, stopped in zip(ended, stopped_B[ended].tolist(), strict=True):
                 reasons[first + row] = "stop" if stopped else "length"
         if any(seq is not None and (seq.watch or seq.top_logprobs) for seq in step.sequences):
             self._watch(step, logits_BV, reasons)
-        for row, shaper in shapers.items():
-            shaper.push(int(tokens[row]))
+        for (row, shaper), token in zip(shapers.items(), tokens[rows].tolist() if rows else (), strict=True):
+            shaper.push(token)
             if shaper.error is not None:
                 reasons[first + row] = "cancelled"
         if reasons:

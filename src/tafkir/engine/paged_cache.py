@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -124,6 +125,7 @@ class PagedCache:
         self.max_bytes = num_blocks * self.block_bytes
         self.blocks = BlockManager(num_blocks, BLOCK_SIZE, caching=caching)
         self.tables = torch.zeros(max_rows, widest, dtype=torch.int64, device=self.device)
+        self.row_numbers = torch.arange(max_rows, device=self.device)
         self.native = not self.latent and format == "auto" and native.takes(like, dtypes=_NATIVE_DTYPES)
         if self.native:
             size = (num_blocks, heads, dim, BLOCK_SIZE)
@@ -191,7 +193,6 @@ class PagedView:
 
     Attributes:
         positions_N: of all tokens.
-        slot_N: where they land.
     """
 
     def __init__(
@@ -199,6 +200,13 @@ class PagedView:
     ) -> None:
         self.cache, self._chunks, self._width, self._batch = cache, chunks, width, len(first_B)
         device = cache.device
+        self._decoding = self._batch * width
+        self._fresh: VarlenCausal | None = None
+        if not chunks and width == 1:
+            # The most common step, and one in which every small operation is felt.
+            self._tables, self.positions_N = tables_BT.contiguous(), first_B
+            self._rows_N = cache.row_numbers[: self._batch]
+            return
         longest = max((len(chunk.blocks) for chunk in chunks), default=0)
         tables = tables_BT.new_zeros(self._batch + len(chunks), max(tables_BT.shape[1] if self._batch else 0, longest))
         if not chunks:
@@ -212,14 +220,16 @@ class PagedView:
             positions.append(torch.arange(chunk.start, chunk.start + chunk.count, device=device))
             rows.append(torch.full((chunk.count,), row, device=device))
         self._tables, self.positions_N, self._rows_N = tables, torch.cat(positions), torch.cat(rows)
-        self.slot_N = cache.slots(tables, self._rows_N, self.positions_N)
-        self._decoding = self._batch * width
-        self._fresh: VarlenCausal | None = None
         if chunks and not cache.invariant and not cache.latent and all(not chunk.start for chunk in chunks):
             bounds = [0]
             for chunk in chunks:
                 bounds.append(bounds[-1] + chunk.count)
             self._fresh = VarlenCausal(bounds, device=device)
+
+    @cached_property
+    def slot_N(self) -> Tensor:  # noqa: N802
+        """Where the tokens land."""
+        return self.cache.slots(self._tables, self._rows_N, self.positions_N)
 
     @property
     def pages(self) -> Pages | None:

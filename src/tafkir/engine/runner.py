@@ -67,8 +67,11 @@ class Runner:
         width = ids_BW.shape[1]
         cached_B = batch.column(Column.COUNT) - 1
         view = self.cache.decode_view(grouping, cached_B, batch.longest + width - 1, width)
-        place_N = (cached_B.unsqueeze(1) + torch.arange(width, device=self.device)).flatten()
-        positions_N = batch.column(Column.PROMPT_LENGTH).repeat_interleave(width) + place_N
+        place_N, lengths_N = cached_B, batch.column(Column.PROMPT_LENGTH)
+        if width > 1:
+            place_N = (cached_B.unsqueeze(1) + torch.arange(width, device=self.device)).flatten()
+            lengths_N = lengths_N.repeat_interleave(width)
+        positions_N = lengths_N + place_N
         output: DecoderOutput = self.decoder(ids_BW.flatten(), positions_N, view)
         if self.expert_log is not None:
             rows = [seq for seq in batch.sequences for _ in range(width)]

@@ -1,6 +1,6 @@
 """What a request may ask of the next token beyond temperature, top-k and top-p: penalties, biases, budgets, grammars.
 
-Shape: V vocabulary.
+Shapes: R rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Shaper", "Shaping", "Thinking", "TokenConstraint"]
+__all__ = ["Shaper", "Shaping", "Thinking", "TokenConstraint", "shape_rows"]
 
 
 class TokenConstraint(Protocol):
@@ -109,12 +109,10 @@ class Shaper:
 
     def shape(self, logits_V: Tensor) -> Tensor:
         """float32 [V], a new tensor with at least one finite entry wherever the logits have one."""
-        out_V = logits_V.float().clone()
-        if self._forced:
-            keep = out_V[self._forced[0]].item()
-            out_V.fill_(-torch.inf)[self._forced[0]] = keep
-            return out_V
-        self._penalize(out_V)
+        return shape_rows([self], logits_V.unsqueeze(0))[0]
+
+    def _narrow(self, out_V: Tensor) -> None:
+        """Everything but penalties, in place."""
         wishes = self._shaping
         for token, bias in wishes.logit_bias.items():
             out_V[token] += bias
@@ -126,22 +124,6 @@ class Shaper:
             out_V.masked_fill_(~allowed_V.to(out_V.device), -torch.inf)
         if wishes.min_p > 0 and self._temperature > 0:
             out_V.masked_fill_(out_V < out_V.max() + self._temperature * math.log(wishes.min_p), -torch.inf)
-        if bool(out_V.isneginf().all()):
-            self.error = self.error or "nothing that the model can say satisfies the request"
-        # A sequence that has to end still takes part in this step's draw.
-        return logits_V.float() if self.error else out_V
-
-    def _penalize(self, out_V: Tensor) -> None:
-        wishes = self._shaping
-        if wishes.repetition_penalty != 1 and (seen := self._prompt | self._counts.keys()):
-            ids = torch.tensor(sorted(seen), device=out_V.device)
-            values = out_V[ids]
-            penalty = wishes.repetition_penalty
-            out_V[ids] = torch.where(values > 0, values / penalty, values * penalty)
-        if self._counts and (wishes.presence_penalty or wishes.frequency_penalty):
-            ids = torch.tensor(list(self._counts), device=out_V.device)
-            counts = torch.tensor(list(self._counts.values()), device=out_V.device, dtype=out_V.dtype)
-            out_V[ids] -= wishes.presence_penalty + wishes.frequency_penalty * counts
 
     def push(self, token_id: int) -> None:
         """Note the token that was drawn."""
@@ -163,3 +145,45 @@ class Shaper:
             self._thought += 1
         if self._thought is not None and thinking.max_tokens is not None and self._thought >= thinking.max_tokens:
             self._forced = deque([thinking.end_id])
+
+
+def shape_rows(shapers: Sequence[Shaper], logits_RV: Tensor) -> Tensor:
+    """`Shaper.shape` of one row each, float32 [R, V]; penalties are taken off all rows at once."""
+    out_RV = logits_RV.float().clone()
+    free = [row for row, shaper in enumerate(shapers) if not shaper._forced]
+    _penalize([(row, shapers[row]) for row in free], out_RV)
+    for row, shaper in enumerate(shapers):
+        if shaper._forced:
+            token, out_V = shaper._forced[0], out_RV[row]
+            keep = out_V[token].item()
+            out_V.fill_(-torch.inf)[token] = keep
+        else:
+            shaper._narrow(out_RV[row])
+    for row, closed in enumerate(out_RV.amax(1).isneginf().tolist()):
+        if closed and not shapers[row]._forced:
+            shapers[row].error = shapers[row].error or "nothing that the model can say satisfies the request"
+        if shapers[row].error:
+            # A sequence that has to end still takes part in this step's draw.
+            out_RV[row] = logits_RV[row]
+    return out_RV
+
+
+def _penalize(rows: Sequence[tuple[int, Shaper]], out_RV: Tensor) -> None:
+    device = out_RV.device
+    seen, factors, counted, losses = [], [], [], []
+    for row, shaper in rows:
+        wishes, counts, start = shaper._shaping, shaper._counts, row * out_RV.shape[1]
+        if wishes.repetition_penalty != 1:
+            ids = shaper._prompt | counts.keys()
+            seen += [start + token for token in ids]
+            factors += [wishes.repetition_penalty] * len(ids)
+        if wishes.presence_penalty or wishes.frequency_penalty:
+            counted += [start + token for token in counts]
+            losses += [wishes.presence_penalty + wishes.frequency_penalty * count for count in counts.values()]
+    flat = out_RV.view(-1)
+    if seen:
+        places, penalty = torch.tensor(seen, device=device), torch.tensor(factors, device=device)
+        values = flat[places]
+        flat[places] = torch.where(values > 0, values / penalty, values * penalty)
+    if counted:
+        flat[torch.tensor(counted, device=device)] -= torch.tensor(losses, device=device)

@@ -75,6 +75,7 @@ class FewTokens:
     def __init__(self, decoder: Decoder) -> None:
         self._decoder, self._config = decoder, decoder.config
         self._kept: list[object] = []
+        self._norm = decoder.norm.weight.detach().float().contiguous()
         self._formats: set[str] = set()
         self._layers = (_LayerStruct * len(decoder.layers))(*(self._layer(layer) for layer in decoder.layers))
         self._num_sparse = sum(layer.experts > 0 for layer in self._layers)
@@ -120,7 +121,7 @@ class FewTokens:
                 expert_ids_NA = torch.empty(num_tokens, layer.active, dtype=torch.int64)
                 routings.append(Routing(expert_ids_NA, nothing, nothing, nothing))
             native.call("tafkir_decode_mlp", address, attended_NHK.contiguous(), num_tokens, x_ND, expert_ids_NA)
-        return DecoderOutput(self._decoder.norm(x_ND), x_ND, routings, [])
+        return DecoderOutput(self._normed(x_ND), x_ND, routings, [])
 
     def _run_whole(self, x_ND: Tensor, cos_NJ: Tensor, sin_NJ: Tensor, pages: Pages) -> DecoderOutput:
         """All layers in one call."""
@@ -134,7 +135,13 @@ class FewTokens:
             pages.positions_N, pages.tables_RT.shape[1], ids_LNA,
         )  # fmt: skip
         routings = [Routing(ids_NA, nothing, nothing, nothing) for ids_NA in (() if ids_LNA is None else ids_LNA)]
-        return DecoderOutput(self._decoder.norm(x_ND), x_ND, routings, [])
+        return DecoderOutput(self._normed(x_ND), x_ND, routings, [])
+
+    def _normed(self, x_ND: Tensor) -> Tensor:
+        """The last norm, as `ops.norm` has it, past autograd."""
+        out_ND, rstd_N = torch.empty_like(x_ND), x_ND.new_empty(len(x_ND))
+        native.call("tafkir_rms_norm", x_ND, self._norm, self._config.rms_norm_eps, *x_ND.shape, out_ND, rstd_N)
+        return out_ND
 
     def _rope_table(self, positions_N: Tensor) -> tuple[Tensor, Tensor]:
         return rope_table(positions_N, self._config.rotary_size, self._config.rope_theta, self._config.rope_scaling)

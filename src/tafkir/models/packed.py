@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ from tafkir.models.experts import Experts
 from tafkir.models.few_tokens import FewTokens
 from tafkir.models.layers import Embedding, Linear
 from tafkir.models.packed_layers import PackedEmbedding, PackedExperts, PackedLinear
-from tafkir.ops.packed import PackedMatrix, packed_linear, packed_values
+from tafkir.ops.packed import MatrixStruct, PackedMatrix, packed_linear, packed_values, structs_of
 
 __all__ = ["PackedDecoder"]
 
@@ -30,6 +31,7 @@ class PackedDecoder(Decoder):
 
     few: FewTokens | None = None
     own_head: PackedMatrix | None = None
+    _head: tuple[tuple[PackedMatrix, ...], ctypes.Array[MatrixStruct]] | None = None
 
     def place(self, name: str, tensor: Tensor | list[tuple[PackedMatrix, ...]]) -> None:
         """Args:
@@ -88,4 +90,7 @@ class PackedDecoder(Decoder):
         return torch.cat([packed_values(part) for part in self.head_parts])
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        return packed_linear(hidden_ND, self.head_parts)
+        if self._head is None:
+            parts = self.head_parts
+            self._head = parts, structs_of(parts)
+        return packed_linear(hidden_ND, *self._head)

@@ -1,9 +1,10 @@
 // A few tokens at a time through a decoder whose weights stay as they are stored: float32, bfloat16, INT8, FP8 or four
 // bits. Activations and sums are float32. See tafkir.ops.packed and tafkir.models.decode_step.
 //
-// With `tafkir_rows_alone`, every output is summed in one order, whatever the number of tokens and threads: sixteen lanes
-// over the columns, then halves to halves, and a token's numbers do not depend on who else is in the batch. Without it,
-// one token of NVFP4 and many tokens of all but float32 have ways of their own, which differ in the order of sums alone.
+// With `tafkir_rows_alone`, every output is summed in one order, whatever the number of tokens and threads: sixteen
+// lanes over the columns, then halves to halves, and a token's numbers do not depend on who else is in the batch.
+// Without it, one token of NVFP4 and several tokens of all but float32 have ways of their own, which differ in the
+// order of sums alone.
 
 #include "shared.h"
 #include "tiles.h"
@@ -95,12 +96,12 @@ struct E2m1Row {
   }
 };
 
-// kRows x kTokens = 16 inner products; lane t * kRows + r is that of row r and token t. With kAhead, the codes of the
-// next panel are asked for: the processor's own guess fails with so many rows at once.
-template <int kRows, int kTokens, bool kAhead, class Row>
+// kRows x kTokens = 16 inner products; lane t * kRows + r is that of row r and token t. The codes that stand kAhead
+// rows further on are asked for (0: none): the processor's own guess fails with so many rows at once.
+template <int kRows, int kTokens, int kAhead, class Row>
 inline Floats products(const Row* rows, const float* const* x, int64_t columns) {
   Floats sums[16] = {};
-  const int64_t ahead = kPanel * columns * 64 / Row::kPerLine;
+  const int64_t ahead = kAhead * columns * 64 / Row::kPerLine;
   for (int64_t c = 0; c < columns; c += kLanes) {
     Floats w[kRows];
     if (kAhead && c % Row::kPerLine == 0)
@@ -135,9 +136,9 @@ struct Output {
 template <class Row>
 inline void panel(const Row* rows, int64_t first, const float* const* x, int64_t n, int64_t columns, const Output& to,
                   float* decoded) {
-  if (n == 1) return to.put<16, 1>(products<16, 1, true>(rows, x, columns), first, 0, n);
+  if (n == 1) return to.put<16, 1>(products<16, 1, kPanel>(rows, x, columns), first, 0, n);
   if (n < kMany) {
-    for (int64_t r = 0; r < kPanel; r += 8) to.put<8, 2>(products<8, 2, true>(rows + r, x, columns), first + r, 0, n);
+    for (int64_t r = 0; r < kPanel; r += 8) to.put<8, 2>(products<8, 2, kPanel>(rows + r, x, columns), first + r, 0, n);
     return;
   }
   for (int64_t r = 0; r < kPanel && first + r < to.rows; r += 4) {
@@ -146,6 +147,8 @@ inline void panel(const Row* rows, int64_t first, const float* const* x, int64_t
       for (int i = 0; i < 4; i++) {
         float* place = decoded + i * columns;
         for (int64_t c = 0; c < columns; c += kLanes) {
+          const char* codes = reinterpret_cast<const char*>(rows[r + i].codes);
+          if (c % Row::kPerLine == 0) __builtin_prefetch(codes + (4 * columns + c) * 64 / Row::kPerLine);
           const Floats w = rows[r + i].at(c);
           std::memcpy(place + c, &w, sizeof w);
         }
@@ -154,7 +157,9 @@ inline void panel(const Row* rows, int64_t first, const float* const* x, int64_t
     for (int64_t t = 0; t < n; t += 4) {
       const float* const four[4] = {x[t], x[std::min(t + 1, n - 1)], x[std::min(t + 2, n - 1)],
                                     x[std::min(t + 3, n - 1)]};
-      const Floats sums = Row::kCoded ? products<4, 4, false>(plain, four, columns) : products<4, 4, false>(rows + r, four, columns);
+      const Floats sums = Row::kCoded ? products<4, 4, 0>(plain, four, columns)
+                          : t         ? products<4, 4, 0>(rows + r, four, columns)
+                                      : products<4, 4, 4>(rows + r, four, columns);
       to.put<4, 4>(sums, first + r, t, n);
     }
   }
@@ -301,7 +306,8 @@ void tile_panel(const Matrix& m, int64_t first, const uint16_t* packed, int64_t 
   float *sums = memory, *scales = memory + 1024 + steps * 512 * pieces;
   const Panel panel = panel_of(m, first, reinterpret_cast<char*>(memory + 1024), scales);
   const bool tiled = m.format == kInt8 || m.format == kFp8;
-  const int64_t width = tiled ? std::min(m.tile_columns, m.columns) : m.columns, parts = (m.columns + width - 1) / width;
+  const int64_t width = tiled ? std::min(m.tile_columns, m.columns) : m.columns;
+  const int64_t parts = (m.columns + width - 1) / width;
   for (int64_t t = 0; t < n; t += 2 * kTileTokens) {
     const int64_t some = std::min(kTileTokens, n - t), more = std::min(kTileTokens, n - t - some);
     const uint16_t *x = packed + packed_size(t, m.columns), *y = packed + packed_size(t + some, m.columns);
@@ -317,7 +323,8 @@ void tile_panel(const Matrix& m, int64_t first, const uint16_t* packed, int64_t 
         const Floats factors = tile_factors(m, row, p, parts);
         put_tile(sums + 256 * half, factors, m.rows - row, some, p > 0, out + t * stride + row, stride);
         if (more)
-          put_tile(sums + 512 + 256 * half, factors, m.rows - row, more, p > 0, out + (t + some) * stride + row, stride);
+          put_tile(sums + 512 + 256 * half, factors, m.rows - row, more, p > 0, out + (t + some) * stride + row,
+                   stride);
       }
     }
   }
@@ -397,7 +404,8 @@ inline bool& rows_alone() {
 // What a call knows on the thread that began it: which ways are open, and memory for packed tokens.
 class Packed {
  public:
-  Packed(int64_t n, int64_t columns) : alone_(rows_alone()), tiles_(tiles_usable()), memory_(packed_size(n, columns) / 2) {}
+  Packed(int64_t n, int64_t columns)
+      : alone_(rows_alone()), tiles_(tiles_usable()), memory_(packed_size(n, columns) / 2) {}
   uint16_t* at(int64_t n, int64_t columns) const {
     return reinterpret_cast<uint16_t*>(memory_.get()) + packed_size(n, columns);
   }
@@ -409,7 +417,7 @@ class Packed {
     for (int64_t p = 0; p < count; p++) {
       const Matrix& m = parts[p];
       nvfp4 &= m.format >= kNvfp4 && m.columns % kTurn == 0;
-      tiles &= m.format != kF32 && fits_tiles(m) && n >= (m.format == kBf16 ? 3 : 8);
+      tiles &= m.format != kF32 && fits_tiles(m) && n > kTileTokens / 2;
     }
     return tiles ? kTiles : nvfp4 && n == 1 ? kTurned : kPlain;
   }

@@ -1,6 +1,7 @@
-// Products by the processor's matrix unit (AMX), to float32's precision: its numbers are bfloat16, so an activation goes
-// in as the sum of three of them (8 + 8 + 8 bits), a stored weight as one that is exact, a float32 weight as three. What
-// scales a row of weights, or a part of it, comes after the sums. See Henry, Tang and Heinecke, arXiv 1904.06376.
+// Products by the processor's matrix unit (AMX), to float32's precision: its numbers are bfloat16, so an activation
+// goes in as the sum of three of them (8 + 8 + 8 bits), a stored weight as one that is exact, a float32 weight as
+// three. What scales a row of weights, or a part of it, comes after the sums. See Henry, Tang and Heinecke,
+// arXiv 1904.06376.
 
 #pragma once
 
@@ -70,7 +71,8 @@ inline void pack_tokens(const float* const* x, int64_t count, int64_t columns, u
     }
 }
 
-// Where the two tiles of a panel lie, in bytes: `start` + piece * `piece` + step * `step` + tile * `tile`, rows `row` apart.
+// Where the two tiles of a panel lie, in bytes: `start` + piece * `piece` + step * `step` + tile * `tile`, rows `row`
+// apart.
 struct Panel {
   const char* start;
   int64_t pieces, piece, step, tile, row;

@@ -153,7 +153,9 @@ def takes_rows(num_tokens: int, parts: Sequence[PackedMatrix]) -> bool:
     return all(part.format != "float32" for part in parts) and native.has_tiles()
 
 
-def packed_linear(x_NK: Tensor, parts: Sequence[PackedMatrix]) -> Tensor:
+def packed_linear(
+    x_NK: Tensor, parts: Sequence[PackedMatrix], structs: ctypes.Array[MatrixStruct] | None = None
+) -> Tensor:
     """The same as `packed_linear_reference`, but for the order of summation.
 
     Where `native.rows_alone` holds, a token's numbers do not depend on how many there are.
@@ -161,6 +163,7 @@ def packed_linear(x_NK: Tensor, parts: Sequence[PackedMatrix]) -> Tensor:
     Args:
         x_NK: float32.
         parts: matrices of K columns.
+        structs: `structs_of(parts)`, from one who keeps it.
 
     Returns:
         float32 [N, rows of all parts].
@@ -169,6 +172,6 @@ def packed_linear(x_NK: Tensor, parts: Sequence[PackedMatrix]) -> Tensor:
     if not (takes_rows(num_tokens, parts) and native.takes(x_NK) and parts[0].codes.device.type == "cpu"):
         return torch.cat([F.linear(x_NK, packed_values(part)) for part in parts], dim=-1)
     out = torch.empty(num_tokens, rows)
-    structs = structs_of(parts)
+    structs = structs_of(parts) if structs is None else structs
     native.call("tafkir_packed_linear", ctypes.addressof(structs), len(parts), x_NK.contiguous(), num_tokens, rows, out)
     return out
