@@ -62,8 +62,8 @@ def pieces_of(name: str, shape: Sequence[int], format: FormatName, layout: Layou
         return [Piece(name, dtype, tuple(shape))]
     if layout == "gpt-oss":
         experts, width, rows = shape
-        blocks = (experts, rows, width // MX_BLOCK_SIZE)
-        return [Piece(f"{name}_blocks", "U8", (*blocks, MX_BLOCK_SIZE // 2)), Piece(f"{name}_scales", "U8", blocks)]
+        stack = (experts, rows, width // MX_BLOCK_SIZE)
+        return [Piece(f"{name}_blocks", "U8", (*stack, MX_BLOCK_SIZE // 2)), Piece(f"{name}_scales", "U8", stack)]
     rows, width = shape
     blocks = fp8_scale_shape((rows, width))
     plain: Mapping[FormatName, list[_Spec]]
