@@ -63,12 +63,25 @@ def give_key(browser: Browser, key: str) -> None:
     browser.run(f"$('key-value').value = {key!r}; $('key-form').requestSubmit($('key-form').querySelector('.strong'))")
 
 
+RESET = """(() => {
+  leave();
+  for (const dialog of document.querySelectorAll('dialog[open]')) dialog.close();
+  localStorage.clear();
+  Object.assign(settings, DEFAULTS);
+  showTheme();
+  open(talks.fresh());
+  speak();
+})()"""
+
+
 @pytest.fixture
 def page(browser: Browser, guarded: Server) -> Browser:
     """The page as somebody finds it who comes for the first time, with a key."""
-    browser.run(f"localStorage.clear(); sessionStorage.setItem('tafkir-key', {KEY!r})")
-    visit(browser, guarded.url)
-    until(browser, "model !== null")
+    if browser.run("model === null"):
+        browser.run(f"sessionStorage.setItem('tafkir-key', {KEY!r})")
+        visit(browser, guarded.url)
+        until(browser, "model !== null")
+    browser.run(RESET)
     browser.console.clear()
     return browser
 
@@ -258,6 +271,9 @@ HOSTILE = [
     "a <svg onload=window.pwned=1><style>*{display:none}</style><iframe srcdoc='<script>top.pwned=1</script>'>",
     "[a](javascript:window.pwned=1) [b](data:text/html,x) ![c](http://127.0.0.1:1/leak?secret)",
     "<a href='javascript:1'>d</a>",
+    '<math><mtext><table><mglyph><style><!--</style><img title="--&gt;&lt;img src=1 onerror=window.pwned=1&gt;">',
+    '<svg></p><style><a id="</style><img src=1 onerror=window.pwned=1>">',
+    "[a][b] <http://127.0.0.1/\"onmouseover=\"window.pwned=1>\n\n[b]: javascript:window.pwned=1 \"t'onclick=1\"",
     "[x](java&#115;cript:window.pwned=1) <javascript:window.pwned=1>",
     '```"onmouseover="window.pwned=1\n</code></pre><img src=x onerror=window.pwned=1>\n```',
     '$"><img src=x onerror=window.pwned=1>$ \\boxed{<img src=x onerror=window.pwned=1>}',
