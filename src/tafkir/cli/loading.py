@@ -29,6 +29,7 @@ _PLACES = {
     "chat": "serve.chat",
     "generate": "generate.generate",
     "bench": "bench.app",
+    "canary": "canary.app",
     "eval": "evaluate.evaluate",
     "compare": "compare.compare",
     "regrade": "regrade.regrade",

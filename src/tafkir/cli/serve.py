@@ -144,7 +144,8 @@ def serve(
     body_bytes, origins = round(max_body_mb * (1 << 20)), tuple(cors_origin or ())
     admin = {"admin_key": admin_key, "admin_remote": admin_remote}
     options = ServerOptions(keys, rate_limit, max_body_bytes=body_bytes, cors_origins=origins, **times, **admin)  # type: ignore[arg-type]
-    asked = CanaryOptions(None if canaries == "default" else Path(canaries), baseline, canary_share) if canaries else None
+    questions = None if canaries in (None, "default") else Path(canaries)
+    asked = CanaryOptions(questions, baseline, canary_share) if canaries else None
     serve_checkpoint(
         checkpoint_of(checkpoint),
         host,

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from tafkir.engine.engine import Engine
     from tafkir.engine.speculative import Acceptance
 
-__all__ = ["Counter", "Histogram", "ServerMetrics"]
+__all__ = ["Counter", "Gauge", "Histogram", "ServerMetrics"]
 
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
@@ -41,6 +41,18 @@ class Counter:
             own = [(self._label, value)] if self._label else []
             out.append(f"{name}{_labels([*common, *own])} {number:.15g}")
         return out
+
+
+class Gauge(Counter):
+    """A number a label that goes up and down; none until it is set."""
+
+    def __init__(self, name: str, meaning: str, label: str = "") -> None:
+        super().__init__(name, meaning, label, ())
+
+    def lines(self, common: Sequence[tuple[str, str]]) -> list[str]:
+        first, second, *samples = super().lines(common)
+        samples = [line.replace("_total{", "{", 1) for line in samples]
+        return [first.replace("_total ", " ", 1), second.replace("_total counter", " gauge"), *samples]
 
 
 class Histogram:
@@ -103,6 +115,17 @@ class ServerMetrics:
         self.accepted_per_pos = Counter(
             f"{drafts}_accepted_tokens_per_pos", "Drafted tokens that were kept, by their place.", "position", ()
         )
+
+        self.canary_rounds = Counter("tafkir:canary_rounds", "Times that all canaries were asked.")
+        self.canary_round_time = Gauge("tafkir:canary_last_round_timestamp_seconds", "When the last round ended.")
+        self.canary_light = Gauge("tafkir:canary_light", "0 green, 1 amber, 2 red, by signal.", "signal")
+        self.canary_drift = Gauge("tafkir:canary_drift", "How far canaries are from the baseline.", "signal")
+        self.canary_mean = Gauge("tafkir:canary_mean", "Means of the newest readings of all canaries.", "reading")
+
+    def forget_canaries(self) -> None:
+        """Other weights are served: what was read says nothing of them."""
+        for gauge in (self.canary_light, self.canary_drift, self.canary_mean):
+            gauge.values.clear()
 
     def note_drafts(self, seen: Acceptance) -> None:
         """Take over what speculative decoding has counted."""

@@ -92,10 +92,11 @@ class Served:
         size = sum(len(message.content) + len(message.reasoning or "") for message in messages)
         if size > _LONG_TEXT:
             self._check_length(size)
-            return await run_in_threadpool(self._encode_chat, messages, body.thinking)
-        return self._encode_chat(messages, body.thinking)
+            return await run_in_threadpool(self.chat_ids, messages, body.thinking)
+        return self.chat_ids(messages, body.thinking)
 
-    def _encode_chat(self, messages: Sequence[Message], thinking: bool | None) -> list[int]:
+    def chat_ids(self, messages: Sequence[Message], thinking: bool | None) -> list[int]:
+        """The same of a conversation as it stands; `thinking` False: with an empty chain of thought."""
         from tafkir.data.chat import encode_chat
         from tafkir.data.published_tokenizer import PublishedTokenizer
 

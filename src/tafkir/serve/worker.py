@@ -58,6 +58,7 @@ class _Job:
     subscriber: Subscriber
     shaper: Shaper | None
     engine: Engine
+    metrics: ServerMetrics
     queued_at: float
     first_at: float = 0.0
     last_at: float = 0.0
@@ -175,27 +176,29 @@ class EngineWorker:
         top_logprobs: int = 0,
         shapers: Sequence[Shaper | None] = (),
         engine: Engine | None = None,
+        metrics: ServerMetrics | None = None,
     ) -> None:
         """Queue requests whose ids are fresh, all or none; `shapers` are theirs, one each where any are given.
 
-        `engine` is the one that they were made for; None takes the present one.
+        `engine` is the one that they were made for; None takes the present one. `metrics` counts them; None: the
+        server's own.
 
         Raises:
             RequestError, CapacityError: one of them could never run.
             Overloaded: the queue is full.
             Stopped: nobody will serve them.
         """
-        engine = engine or self.engine
+        engine, metrics = engine or self.engine, metrics or self.metrics
         for request in requests:
             engine.check(request, top_logprobs=top_logprobs)
         now = time.monotonic()
         with self._wake:
             self.check_open(len(requests))
             for request, shaper in zip(requests, shapers or [None] * len(requests), strict=True):
-                job = _Job(request, top_logprobs, subscriber, shaper, engine, now)
+                job = _Job(request, top_logprobs, subscriber, shaper, engine, metrics, now)
                 self._jobs[request.id] = job
                 self._inbox.append(job)
-            self.metrics.accepted.add(amount=len(requests))
+            metrics.accepted.add(amount=len(requests))
             self._wake.notify()
 
     def score(
@@ -344,10 +347,10 @@ class EngineWorker:
             job.num_tokens += 1
             if job.num_tokens == 1:
                 job.first_at = now
-                self.metrics.prompt_tokens.add(amount=len(job.request.prompt_ids))
-                self.metrics.ttft.observe(now - job.queued_at)
+                job.metrics.prompt_tokens.add(amount=len(job.request.prompt_ids))
+                job.metrics.ttft.observe(now - job.queued_at)
             else:
-                self.metrics.inter_token.observe(now - job.last_at)
+                job.metrics.inter_token.observe(now - job.last_at)
             job.last_at = now
             batches.setdefault(id(job.subscriber), (job.subscriber, []))[1].append(event)
             if event.finish_reason:
@@ -358,7 +361,7 @@ class EngineWorker:
     def _forget(self, job: _Job, reason: str) -> None:
         with self._wake:
             del self._jobs[job.request.id]
-        metrics = self.metrics
+        metrics = job.metrics
         metrics.finished.add(reason)
         metrics.request_prompt.observe(len(job.request.prompt_ids))
         metrics.request_generated.observe(job.num_tokens)
