@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 import shutil
 import signal
 import sys
@@ -17,6 +18,7 @@ import pytest
 
 from tafkir.errors import RecipeError
 from tafkir.plan.launch.proxy import PROXIES, render_proxy
+from tafkir.serve.admin import ADMIN_PATHS
 from tafkir.serve.run import serve
 from tests.conftest import ROOT
 
@@ -91,6 +93,13 @@ def _up(proxy: Proxy) -> int:
     with urllib.request.urlopen(f"http://127.0.0.1:{proxy.status_port}/metrics") as page:
         lines = page.read().decode().splitlines()
     return sum(line.startswith("haproxy_server_status{") and 'state="UP"} 1' in line for line in lines)
+
+
+@pytest.mark.parametrize("kind", PROXIES)
+def test_what_is_a_replica_s_own_is_not_reached_through_a_proxy(kind: str) -> None:
+    config = render_proxy(kind, ["a:1"])
+    for path in ("/metrics", *ADMIN_PATHS):
+        assert re.search(rf"location = {path} {{ return 404|return status 404 if {{ path .*{path}\b", config), path
 
 
 @pytest.mark.parametrize(

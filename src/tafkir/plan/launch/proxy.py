@@ -14,7 +14,7 @@ PROXIES = ("nginx", "haproxy")
 
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9._-]+):(\d{1,5})")
 # What changes or measures one replica is no business of those who reach the proxy.
-_OWN_PATHS = ("/metrics", "/update_weights_from_disk", "/reset_prefix_cache")
+_OWN_PATHS = ("/metrics", "/update_weights_from_disk", "/get_model_info", "/collective_rpc", "/reset_prefix_cache")
 _BUSY = json.dumps(
     {"error": {"message": "no replica answers; try again soon", "type": "server_error", "param": None, "code": "down"}}
 )
