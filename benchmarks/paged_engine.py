@@ -38,6 +38,8 @@ from tafkir.records import Request, SamplingParams
 
 SIDES = ("rows", "paged", "gathered", "invariant")
 PROMPT = 128
+ALONE = 8
+"""Requests that are also asked alone."""
 
 
 def build(dtype: torch.dtype) -> Decoder:
@@ -93,7 +95,7 @@ def company(decoder: Decoder, side: str, count: int, tokens: int, temperature: f
     asked = requests(count, tokens, 7, decoder.config.vocab_size, temperature)
     together = {done.request_id: done for done in engine_of(decoder, side, count).complete(asked)}
     gaps, changed = [], 0
-    for request in asked:
+    for request in asked[:ALONE]:
         (alone,) = engine_of(decoder, side, 1).complete([request])
         other = together[request.id]
         changed += alone.token_ids != other.token_ids
