@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -98,6 +99,13 @@ def check_page(run: RunDir) -> None:
     ]
     for page in (render_html(record), render_markdown(record)):
         assert "What quantization kept" in page and "50.0\u202f%" in page
+    # A mark without a colour is not seen: every class of a series has one.
+    page = render_html(record)
+    assert set(re.findall(r'class="[^"]*\b(c-\w+)', page)) <= set(re.findall(r"\.(c-\w+)", page))
+    for row in record.evaluation["retention"]:
+        row["high"] = None
+    said = headline(record)
+    assert said.sentence.endswith("too few right answers to say what it keeps.") and "keeps" not in said.beside[0]
 
 
 def test_the_base_is_scored_where_it_is_named(eval_context: Context, trained_run: Path) -> None:

@@ -293,12 +293,16 @@ def _kept(evaluation: Mapping[str, Any], stage: str) -> Mapping[str, Any] | None
 
 def _headline_of_kept(evaluation: Mapping[str, Any], kept: Mapping[str, Any], stages: Sequence[str]) -> Headline:
     old, new = (_score(evaluation, kept[side], "all", "average").get("value") for side in ("before", "after"))
-    sentence = (
-        f"{_title(kept['after'])}, the model keeps {percent(kept['value'])} of its score "
-        f"(95 % interval {_interval_of(kept)}): {percent(old)} before, {percent(new)} after."
-    )
+    sentence = f"{_title(kept['after'])}, the model "
+    if kept["high"] is None:
+        sentence += f"scores {percent(new)}, and {percent(old)} before: too few right answers to say what it keeps."
+    else:
+        sentence += (
+            f"keeps {percent(kept['value'])} of its score (95 % interval {_interval_of(kept)}): "
+            f"{percent(old)} before, {percent(new)} after."
+        )
     beside = [_what_was_measured(evaluation)]
-    if kept["after"] != "ptq" and (plain := _kept(evaluation, "ptq")):
+    if kept["after"] != "ptq" and (plain := _kept(evaluation, "ptq")) and plain["high"] is not None:
         beside.insert(0, f"Without training for it, it keeps {percent(plain['value'])} ({_interval_of(plain)}).")
     beside.append(_against_baselines(evaluation, stages[-1]))
     return Headline(sentence, [text for text in beside if text], "plain")
