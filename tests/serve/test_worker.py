@@ -12,7 +12,7 @@ import torch
 from tafkir.data.tokenizer import Tokenizer
 from tafkir.engine.engine import Engine
 from tafkir.engine.sequence import TokenEvent
-from tafkir.errors import CheckpointError, RequestError, SamplingError
+from tafkir.errors import CapacityError, CheckpointError, RequestError, SamplingError
 from tafkir.records import Request, SamplingParams
 from tafkir.serve.app import build_app
 from tafkir.serve.loading import build_engine, name_of
@@ -67,12 +67,15 @@ def test_a_full_queue_refuses_all_or_none(build: Engine) -> None:
     worker = EngineWorker(lambda: build, max_queue=1)
     worker.start()
     collector = Collector()
-    with pytest.raises(Overloaded):
+    with pytest.raises(CapacityError, match="4 sequences at once"):  # more than ever fit
         worker.submit([request(str(i)) for i in range(4)], collector)
-    assert (worker.num_running, worker.num_waiting, worker.metrics.refused.values[""]) == (0, 0, 4)
     with pytest.raises(RequestError):
         worker.submit([request("good"), Request("bad", (), SamplingParams())], collector)
-    assert worker.num_waiting == 0
+    assert (worker.num_running, worker.num_waiting, worker.metrics.refused.values[""]) == (0, 0, 0)
+    worker.submit([request(str(i), max_tokens=200) for i in range(2)], collector)
+    with pytest.raises(Overloaded):
+        worker.submit([request("c"), request("d")], collector)
+    assert (worker.num_running + worker.num_waiting, worker.metrics.refused.values[""]) == (2, 2)
     worker.stop()
 
 

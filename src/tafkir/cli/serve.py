@@ -73,6 +73,9 @@ AdminKey = Annotated[
     str | None,
     typer.Option(envvar="TAFKIR_ADMIN_KEY", help="Opens /update_weights_from_disk, which puts other weights in place."),
 ]
+TracesEndpoint = Annotated[
+    str | None, typer.Option(metavar="URL", help="Send OpenTelemetry traces there: http://localhost:4318/v1/traces.")
+]
 AdminRemote = Annotated[bool, typer.Option("--admin-remote", help="Open it to other machines than this one, too.")]
 CanaryFile = Annotated[
     str | None,
@@ -117,6 +120,7 @@ def serve(
     cors_origin: Origins = None,
     admin_key: AdminKey = None,
     admin_remote: AdminRemote = False,
+    otlp_traces_endpoint: TracesEndpoint = None,
     canaries: CanaryFile = None,
     baseline: BaselineFile = None,
     canary_share: CanaryShare = 0.01,
@@ -142,7 +146,7 @@ def serve(
     keys = (*(api_key or ()), *(read_api_keys(api_key_file) if api_key_file else ()))
     times = {"body_timeout_s": body_timeout, "request_timeout_s": request_timeout, "drain_s": drain}
     body_bytes, origins = round(max_body_mb * (1 << 20)), tuple(cors_origin or ())
-    admin = {"admin_key": admin_key, "admin_remote": admin_remote}
+    admin = {"admin_key": admin_key, "admin_remote": admin_remote, "otlp_traces_endpoint": otlp_traces_endpoint}
     options = ServerOptions(keys, rate_limit, max_body_bytes=body_bytes, cors_origins=origins, **times, **admin)  # type: ignore[arg-type]
     questions = None if canaries in (None, "default") else Path(canaries)
     asked = CanaryOptions(questions, baseline, canary_share) if canaries else None

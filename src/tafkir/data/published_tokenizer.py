@@ -47,6 +47,7 @@ class PublishedTokenizer(Tokenizer):
         added = plain["added_tokens"]
         plain["added_tokens"] = []
         self._backend, self._plain = backend, Backend.from_str(json.dumps(plain))
+        self._texts = {}
         self._special = {token["content"]: token["id"] for token in added}
         self._added = {id: token for token, id in self._special.items()}
         self._control_ids = {token["id"] for token in added if token["special"]}

@@ -88,6 +88,7 @@ class Tokenizer:
         self._plain = Backend.from_str(json.dumps(plain))
         self._pieces = _Pieces(self._encode_slowly)
         self._special: dict[str, int] = {}
+        self._texts: dict[int, str] = {}  # of single tokens, as streams ask for them
         for token in (*_CONTROL, *_VISIBLE):
             id = backend.token_to_id(token)
             if id is None:
@@ -170,8 +171,13 @@ class Tokenizer:
         Args:
             skip_special: leave out `<|endoftext|>`, `<|im_start|>` and `<|im_end|>`.
         """
+        if skip_special and len(ids) == 1 and (known := self._texts.get(ids[0])) is not None:
+            return known
         kept = [id for id in ids if id not in self._control_ids] if skip_special else list(ids)
-        return str(self._backend.decode(kept, skip_special_tokens=False))
+        text = str(self._backend.decode(kept, skip_special_tokens=False))
+        if skip_special and len(ids) == 1:
+            self._texts[ids[0]] = text
+        return text
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -247,6 +247,11 @@ class Engine:
         return self._batch.num_alive
 
     @property
+    def waiting_ids(self) -> set[str]:
+        """Requests that have not begun, or had to give their room back."""
+        return {seq.request.id for seq in self._scheduler.waiting}
+
+    @property
     def num_waiting(self) -> int:
         return len(self._scheduler.waiting)
 

@@ -81,7 +81,13 @@ def build_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         live.worker.stop()
+        if live.worker.tracer is not None:
+            live.worker.tracer.close()
 
+    if options.otlp_traces_endpoint is not None:
+        from tafkir.serve.tracing import Tracer
+
+        live.worker.tracer = Tracer(options.otlp_traces_endpoint)
     app = FastAPI(title="Tafkir", version=tafkir.__version__, lifespan=lifespan)
     app.state.live, app.state.worker, app.state.model_name = live, live.worker, live.served.name
     install_error_handlers(app)

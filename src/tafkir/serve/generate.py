@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -13,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import Request as HttpRequest
 
-from tafkir.engine.sequence import TokenEvent
 from tafkir.recipe.seeds import derive_seed
 from tafkir.records import Request, SamplingParams
 from tafkir.serve.errors import ApiError, error_body, error_of
+from tafkir.serve.inbox import Inbox
+from tafkir.serve.jobs import Job
 from tafkir.serve.responses import ResponseFormat, server_sent_event, usage_of
 from tafkir.serve.responses_api import ResponseEvents
 from tafkir.serve.stream import ChoiceStream, Delta
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from tafkir.engine.engine import Engine
     from tafkir.engine.shaping import Shaper
 
-__all__ = ["ClientLeft", "Generation", "Inbox", "Prompt", "choice_seed"]
+__all__ = ["ClientLeft", "Generation", "Prompt", "choice_seed"]
 
 Prompt = tuple[tuple[int, ...], Sequence[SamplingParams]]
 """Token ids, and how to sample each of the choices that continue them."""
@@ -43,26 +45,6 @@ def choice_seed(seed: int | None, choice: int) -> int | None:
     return seed if seed is None or choice == 0 else derive_seed(seed, "choice", choice)
 
 
-class Inbox:
-    """Carries events from the worker's thread to the event loop."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[list[TokenEvent] | Exception] = asyncio.Queue()
-
-    def deliver(self, events: list[TokenEvent] | Exception) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, events)
-        except RuntimeError:  # the loop has closed: nobody is left to read
-            return
-
-    async def get(self) -> list[TokenEvent]:
-        events = await self._queue.get()
-        if isinstance(events, Exception):
-            raise events
-        return events
-
-
 async def _until_disconnect(http: HttpRequest) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
@@ -77,6 +59,8 @@ class Generation:
         choices: one per prompt and sample, in the order of their indices.
         shapers: what bends each choice's logits.
         timeout_s: seconds until what still runs is cancelled; None sets no limit.
+        jobs: the worker's record of each choice.
+        model: its name.
         began, first_at, last_at: when it was queued, and when its first and its newest token came, in seconds.
     """
 
@@ -88,6 +72,8 @@ class Generation:
     prompt_tokens: int
     shapers: list[Shaper | None]
     timeout_s: float | None
+    jobs: list[Job]
+    model: str
     began: float = field(default_factory=time.monotonic)
     first_at: float = 0.0
     last_at: float = 0.0
@@ -123,6 +109,7 @@ class Generation:
         timeout_s: float | None = None,
         priority: int = 0,
         engine: Engine | None = None,
+        model: str = "",
     ) -> Generation:
         """Queue every sample of every prompt, for the engine that they were made for.
 
@@ -136,10 +123,10 @@ class Generation:
             first = len(requests)
             requests += [Request(f"{name}-{first + j}", ids, s, priority=priority) for j, s in enumerate(samples)]
         inbox = Inbox()
-        worker.submit(requests, inbox, top_logprobs=top_logprobs, shapers=shapers, engine=engine)
+        jobs = worker.submit(requests, inbox, top_logprobs=top_logprobs, shapers=shapers, engine=engine)
         prompt_tokens = sum(len(ids) for ids, _ in prompts)
         names = [request.id for request in requests]
-        return cls(worker, http, inbox, names, list(choices), prompt_tokens, list(shapers), timeout_s)
+        return cls(worker, http, inbox, names, list(choices), prompt_tokens, list(shapers), timeout_s, jobs, model)
 
     async def begin(self) -> Generation:
         """Wait for the first tokens, before a byte of a stream is sent: what fails until then has a status of its
@@ -152,7 +139,7 @@ class Generation:
         return self
 
     async def deltas(self) -> AsyncIterator[list[tuple[int, Delta]]]:
-        """Per engine step, (choice index, what its token added). Whatever ends the loop, nothing keeps running.
+        """Per engine step or several, (choice index, what a token added). Whatever ends it, nothing keeps running.
 
         Raises:
             ClientLeft: the connection is closed.
@@ -174,21 +161,19 @@ class Generation:
         index_of = {request_id: index for index, request_id in enumerate(self.ids)}
         unfinished = set(self.ids)
         left = asyncio.create_task(_until_disconnect(self.http))
+        left.add_done_callback(lambda _: self.inbox.take(ClientLeft()))
         try:
             while unfinished:
-                got = asyncio.create_task(self.inbox.get())
-                wait_s = None if deadline is None else max(0.0, deadline - loop.time())
-                await asyncio.wait({got, left}, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
-                if not got.done():
-                    got.cancel()
-                    if left.done():
-                        raise ClientLeft
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        events = await self.inbox.get()
+                except TimeoutError:
                     message = f"the answer took longer than {self.timeout_s:g} s"
-                    raise ApiError(504, message, code="deadline_exceeded")
+                    raise ApiError(504, message, code="deadline_exceeded") from None
                 step = []
                 self.last_at = time.monotonic()
                 self.first_at = self.first_at or self.last_at
-                for event in got.result():
+                for event in events:
                     index = index_of[event.request_id]
                     if event.finish_reason == "cancelled":
                         unfinished.discard(event.request_id)
@@ -201,6 +186,17 @@ class Generation:
             left.cancel()
             if unfinished:
                 self.worker.cancel(list(unfinished))
+            self._trace()
+
+    def _trace(self) -> None:
+        if (tracer := self.worker.tracer) is None:
+            return
+        error = sys.exception()
+        # A reader that stops in the middle closes the generator: then the client has left.
+        failure = "the client left" if isinstance(error, ClientLeft | GeneratorExit) else error and str(error)
+        operation = "text_completion" if self.http.url.path == "/v1/completions" else "chat"
+        request_id = self.http.state.request_id
+        tracer.record(operation, self.model, self.jobs, self.http.headers, request_id, self.prompt_tokens, failure)
 
     def _unsatisfiable(self, index: int) -> ApiError:
         shaper = self.shapers[index]
@@ -252,12 +248,16 @@ class Generation:
                 if (opening := format.opening(index)) is not None:
                     yield server_sent_event(format.chunk([opening]))
             async for step in self.deltas():
+                chunks = []
                 for index, delta in step:
                     if delta.empty:
                         continue
-                    shown = self.choices[index].shown
-                    yield server_sent_event(format.chunk([format.delta(index, delta, shown[reported[index] :])]))
-                    reported[index] = len(shown)
+                    until = delta.num_shown
+                    shown = self.choices[index].shown[reported[index] : until]
+                    chunks.append(format.event(format.delta(index, delta, shown)))
+                    reported[index] = until
+                if chunks:
+                    yield "".join(chunks)
             if include_usage:
                 usage = usage_of(self.prompt_tokens, self.choices)
                 yield server_sent_event(format.chunk([], usage, timings=self.timings))

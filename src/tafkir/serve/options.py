@@ -24,6 +24,7 @@ class ServerOptions:
         cors_origins: origins whose pages may call the server; none by default.
         admin_key: opens the endpoints that change the server (`serve.admin`), which without one do not exist.
         admin_remote: open them to other machines than this one, too.
+        otlp_traces_endpoint: where OpenTelemetry traces are sent; None sends none.
     """
 
     api_keys: tuple[str, ...] = ()
@@ -35,6 +36,7 @@ class ServerOptions:
     cors_origins: tuple[str, ...] = ()
     admin_key: str | None = None
     admin_remote: bool = False
+    otlp_traces_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         for key in (*self.api_keys, *((self.admin_key,) if self.admin_key is not None else ())):

@@ -14,10 +14,12 @@ from tafkir.serve.stream import ChoiceStream, Delta, TokenText, chat_logprobs, c
 __all__ = ["ChatFormat", "CompletionFormat", "ResponseFormat", "server_sent_event", "usage_of"]
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def server_sent_event(data: dict[str, Any] | str) -> str:
     """One event of a stream; text stays readable (no ASCII escapes)."""
-    body = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return f"data: {body}\n\n"
+    return f"data: {data if isinstance(data, str) else _encode(data)}\n\n"
 
 
 def usage_of(prompt_tokens: int, choices: Sequence[ChoiceStream]) -> dict[str, Any]:
@@ -47,6 +49,7 @@ class ResponseFormat(ABC):
     def __init__(self, request_id: str, model: str, tokenizer: TokenText, *, logprobs: bool) -> None:
         self._head = {"id": request_id, "created": int(time.time()), "model": model}
         self._tokenizer, self._logprobs = tokenizer, logprobs
+        self._event_head: str | None = None
         self.prompt_logprobs: list[Any] | None = None
         """Those of each choice's prompt, where they were asked for."""
 
@@ -62,6 +65,13 @@ class ResponseFormat(ABC):
     ) -> dict[str, Any]:
         """A part of the answer, with the same."""
         return {**self._head, "object": self.chunk_name, "choices": list(choices), "usage": usage, **more}
+
+    def event(self, choice: dict[str, Any]) -> str:
+        """The event of a chunk with one choice: what is the same in all of them is written once."""
+        if self._event_head is None:
+            head = _encode({**self._head, "object": self.chunk_name})
+            self._event_head = f'data: {head[:-1]},"choices":['
+        return f'{self._event_head}{_encode(choice)}],"usage":null}}\n\n'
 
     def stamp(self, fingerprint: str | None) -> None:
         """Say which weights answer: the first half of the checkpoint's hash, as OpenAI's `system_fingerprint`."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from tafkir.records import SamplingParams
 from tafkir.serve.errors import ApiError
@@ -170,7 +171,8 @@ async def _submit(
         for _ in samples
     ]
     timeout_s = served.options.request_timeout_s or None
-    limits: dict[str, Any] = {"timeout_s": timeout_s, "priority": body.priority, "engine": served.engine}
+    limits: dict[str, Any] = {"timeout_s": timeout_s, "priority": body.priority}
+    limits |= {"engine": served.engine, "model": served.name}
     return Generation.submit(
         served.worker, http, prompts, choices, top_logprobs=top_logprobs, shapers=shapers, **limits
     )
@@ -186,7 +188,18 @@ async def _answer(generation: Generation, format: ResponseFormat, body: Generati
 
 
 def _stream(events: AsyncIterator[str]) -> Response:
-    return StreamingResponse(events, media_type="text/event-stream", headers=_STREAM_HEADERS)
+    return _EventStream(events, media_type="text/event-stream", headers=_STREAM_HEADERS)
+
+
+class _EventStream(StreamingResponse):
+    """A stream whose source itself notices that the client has left."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for chunk in self.body_iterator:
+            assert isinstance(chunk, str)
+            await send({"type": "http.response.body", "body": chunk.encode(), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _samples(body: GenerationRequest, max_tokens: int) -> list[SamplingParams]:

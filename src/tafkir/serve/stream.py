@@ -104,13 +104,14 @@ class ReasoningSplitter:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one or several tokens add to a choice."""
+    """What one or several tokens add to a choice, which has shown so many tokens with them."""
 
     text: str = ""
     reasoning: str = ""
     content: str = ""
     finish_reason: FinishReason | None = None
     tool_calls: tuple[ToolCall, ...] = ()
+    num_shown: int = 0
 
     @property
     def empty(self) -> bool:
@@ -163,19 +164,19 @@ class ChoiceStream:
         if event.finish_reason:
             text += self._buffer.flush()
         if self._splitter is None:
-            return Delta(text, content=text, finish_reason=event.finish_reason)
+            return Delta(text, content=text, finish_reason=event.finish_reason, num_shown=len(self.shown))
         reasoning, content = self._splitter.push(text)
         self.num_reasoning_tokens += self._splitter.reasoning
         if event.finish_reason:
             last_reasoning, last_content = self._splitter.flush()
             reasoning, content = reasoning + last_reasoning, content + last_content
         if self._tools is None:
-            return Delta(text, reasoning, content, event.finish_reason)
+            return Delta(text, reasoning, content, event.finish_reason, num_shown=len(self.shown))
         content, calls = self._tools.push(content)
         self.num_tool_calls += len(calls)
         if event.finish_reason:
             content += self._tools.flush()
-        return Delta(text, reasoning, content, event.finish_reason, tuple(calls))
+        return Delta(text, reasoning, content, event.finish_reason, tuple(calls), len(self.shown))
 
 
 def _token_entry(tokenizer: TokenText, token_id: int, logprob: float) -> dict[str, Any]:

@@ -13,10 +13,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from tafkir.errors import CapacityError, TafkirError
 from tafkir.records import Request
+from tafkir.serve.jobs import Job, Subscriber
 from tafkir.serve.metrics import ServerMetrics
 
 if TYPE_CHECKING:
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
     from tafkir.engine.prompt_scores import PromptScores
     from tafkir.engine.sequence import TokenEvent
     from tafkir.engine.shaping import Shaper
+    from tafkir.serve.tracing import Tracer
 
-__all__ = ["EngineWorker", "Overloaded", "Stopped", "Subscriber"]
+__all__ = ["EngineWorker", "Overloaded", "Stopped"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,26 +45,6 @@ class Overloaded(Exception):
 
 class Stopped(Exception):
     """The worker has ended or is about to, or its engine has failed."""
-
-
-class Subscriber(Protocol):
-    """Who asked: gets the events of its requests, or the error that ended them. Called on the worker's thread."""
-
-    def deliver(self, events: list[TokenEvent] | Exception) -> None: ...
-
-
-@dataclass(slots=True)
-class _Job:
-    request: Request
-    top_logprobs: int
-    subscriber: Subscriber
-    shaper: Shaper | None
-    engine: Engine
-    metrics: ServerMetrics
-    queued_at: float
-    first_at: float = 0.0
-    last_at: float = 0.0
-    num_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -84,10 +66,11 @@ class EngineWorker:
     def __init__(self, build: Callable[[], Engine], *, max_queue: int) -> None:
         self._build, self._max_queue = build, max_queue
         self._wake = threading.Condition()
-        self._inbox: list[_Job] = []
+        self._inbox: list[Job] = []
         self._scorings: deque[_Scoring] = deque()
         self._cancelled: list[str] = []
-        self._jobs: dict[str, _Job] = {}
+        self._jobs: dict[str, Job] = {}
+        self._queued: dict[str, Job] = {}  # with an engine that has not begun with them
         self._stopping = self._draining = False
         self._beat = time.monotonic()
         self.failure: Exception | None = None
@@ -99,6 +82,8 @@ class EngineWorker:
         self._orders: list[tuple[Callable[[], None], Future[None]]] = []
         self._thread = threading.Thread(target=self._main, name="tafkir-engine", daemon=True)
         self.metrics = ServerMetrics()
+        self.tracer: Tracer | None = None
+        """Where requests that have ended are told of."""
 
     def start(self) -> None:
         """Build the engine and start to serve; raises what building it raises."""
@@ -177,7 +162,7 @@ class EngineWorker:
         shapers: Sequence[Shaper | None] = (),
         engine: Engine | None = None,
         metrics: ServerMetrics | None = None,
-    ) -> None:
+    ) -> list[Job]:
         """Queue requests whose ids are fresh, all or none; `shapers` are theirs, one each where any are given.
 
         `engine` is the one that they were made for; None takes the present one. `metrics` counts them; None: the
@@ -195,11 +180,12 @@ class EngineWorker:
         with self._wake:
             self.check_open(len(requests))
             for request, shaper in zip(requests, shapers or [None] * len(requests), strict=True):
-                job = _Job(request, top_logprobs, subscriber, shaper, engine, metrics, now)
+                job = Job(request, top_logprobs, subscriber, shaper, engine, metrics, now)
                 self._jobs[request.id] = job
                 self._inbox.append(job)
             metrics.accepted.add(amount=len(requests))
             self._wake.notify()
+            return [self._jobs[request.id] for request in requests]
 
     def score(
         self, token_ids: Sequence[tuple[int, ...]], count: int, engine: Engine | None = None
@@ -262,7 +248,9 @@ class EngineWorker:
                     self._score_some()
                 for engine in self._engines:
                     if engine.has_work:
-                        self._deliver(engine.step())
+                        events = engine.step()
+                        self._note_started()
+                        self._deliver(events)
             self._end_all(Stopped("the server is shutting down"))
         except Exception as error:  # the server's edge: recorded, told to every client, and shown by /health
             logger.exception("the engine failed")
@@ -286,6 +274,7 @@ class EngineWorker:
             if job.engine is not self._engine:  # made for it just before it was replaced
                 self._leaving.setdefault(job.engine, math.inf)
             job.engine.add_request(job.request, top_logprobs=job.top_logprobs, shaper=job.shaper)
+            self._queued[job.request.id] = job
         for request_id in cancelled:
             if (found := self._jobs.get(request_id)) and found.engine.cancel(request_id) is not None:
                 self._forget(found, "abort")
@@ -294,6 +283,13 @@ class EngineWorker:
             future.set_result(None)
         self._let_go()
         return True
+
+    def _note_started(self) -> None:
+        """Remember of requests that have left the queue that they did so in this step."""
+        if self._queued:
+            waiting = {request_id for engine in self._engines for request_id in engine.waiting_ids}
+            for request_id in self._queued.keys() - waiting:
+                self._queued.pop(request_id).started_at = self._beat
 
     def _let_go(self) -> None:
         """Forget engines that were replaced and have nothing more to do, or no more time to do it in."""
@@ -358,9 +354,10 @@ class EngineWorker:
         for subscriber, batch in batches.values():
             subscriber.deliver(batch)
 
-    def _forget(self, job: _Job, reason: str) -> None:
+    def _forget(self, job: Job, reason: str) -> None:
         with self._wake:
             del self._jobs[job.request.id]
+        job.finish_reason = reason
         metrics = job.metrics
         metrics.finished.add(reason)
         metrics.request_prompt.observe(len(job.request.prompt_ids))
