@@ -5,7 +5,7 @@
 - start: CPU-seconds and wall time from the command to its first request at an endpoint.
 - offline: whether the command runs on a checkpoint with networking cut off (`unshare -rn`).
 - kills: ten `kill -9` at random moments, then a run to the end, against an unbroken run: equal files, but for
-  latencies, and no request whose answer was in the file sent again.
+  latencies, and no request sent again whose answer had come.
 
     OMP_NUM_THREADS=1 python benchmarks/eval_overhead.py base-tiny --out benchmarks/results/eval_overhead.json
 """
@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from tafkir.eval.harness import EvalSettings, evaluate_models
 from tafkir.eval.samples import load_samples
 from tafkir.recipe.bundled import find_checkpoint
 from tafkir.records import Request, SamplingParams
-from tafkir.runlog.atomic import write_json
+from tafkir.runlog.atomic import read_json, write_json
 from tafkir.runlog.rundir import describe_environment
 from tafkir.tasks.catalog import load_task
 from tests.eval.chat_server import ChatServer
@@ -184,15 +184,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--limit", type=int, default=64, help="items of the overhead part, four samples each")
     parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--parts", default="kills,client,offline,overhead", help="of --out, the others stay")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    result = {
-        "kills": _kills(options.kills, 0),
-        "client": _client(options.repeats),
-        "offline": _offline(options.checkpoint),
-        "overhead": _overhead(find_checkpoint(options.checkpoint), options.repeats, options.limit),
-        "environment": describe_environment(),
+    parts: dict[str, Callable[[], Any]] = {
+        "kills": lambda: _kills(options.kills, 0),
+        "client": lambda: _client(options.repeats),
+        "offline": lambda: _offline(options.checkpoint),
+        "overhead": lambda: _overhead(find_checkpoint(options.checkpoint), options.repeats, options.limit),
     }
+    result: dict[str, Any] = read_json(options.out) if options.out and options.out.exists() else {}
+    result |= {name: parts[name]() for name in options.parts.split(",")}
+    result["environment"] = describe_environment()
     print(json.dumps({name: value for name, value in result.items() if name != "environment"}, indent=2))
     if options.out:
         write_json(options.out, result)

@@ -22,7 +22,7 @@ MakeRun = Callable[..., RunDir]
 ContextOf = Callable[[RunDir], StageContext]
 
 VOID = {"meta", "link", "br", "img"}
-SVG_EMPTY = {"line", "rect", "circle", "path"}
+SVG_EMPTY = {"line", "rect", "circle", "path", "polyline"}
 
 
 class _Checker(HTMLParser):

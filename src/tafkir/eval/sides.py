@@ -14,7 +14,7 @@ from tafkir.eval.records import GREEDY, EvalRecord, load_records
 from tafkir.eval.samples import Sample, load_samples, samples_file
 from tafkir.runlog.rundir import RunDir
 
-__all__ = ["EvaluatedRun", "Side", "load_foreign", "load_run", "load_sides"]
+__all__ = ["EvaluatedRun", "Side", "load_foreign", "load_run", "load_sides", "load_stages"]
 
 _SETTINGS = ("task", "split", "samples", "temperature", "max_tokens")
 
@@ -55,6 +55,24 @@ def load_run(path: Path) -> EvaluatedRun:
         )
     answers = {stage: load_records(run.path / name) for stage, name in files.items()}
     return EvaluatedRun(run.path.resolve().name, run.path, result, answers)
+
+
+def load_stages(path: Path) -> tuple[list[Side], Mapping[str, Any]]:
+    """The scored stages of one run as models of their own, greedy and sampled answers apart; and the eval's result.
+
+    Raises:
+        RunDirError: see `load_run`.
+    """
+    run = load_run(path)
+    name = str(run.result.get("task"))
+    sides = []
+    for stage, records in run.answers.items():
+        answers: dict[str, list[Sample]] = {}
+        for record in records:
+            task = f"{name}, {'greedy' if record.repeat == GREEDY else 'sampled'}"
+            answers.setdefault(task, []).append(_sample_of(record, stage, task))
+        sides.append(Side(stage, answers))
+    return sides, run.result
 
 
 def load_sides(places: Sequence[Path]) -> list[Side]:

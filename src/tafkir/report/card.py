@@ -270,11 +270,14 @@ def scatter(
     def x(flops: float) -> float:
         return _LEFT + (math.log10(flops) - low) / (high - low) * (_WIDTH - _LEFT - _RIGHT)
 
+    reached = [row["accuracy"]["high"] for row in drawn] + [row["score"] for row in others] + [y for _, y in curves]
+    top = next((top for top in (0.2, 0.4, 0.6, 0.8) if max(reached) <= top), 1.0)
+
     def y(share: float) -> float:
-        return _HEIGHT - _BOTTOM - share * (_HEIGHT - _BOTTOM - _TOP)
+        return _HEIGHT - _BOTTOM - share / top * (_HEIGHT - _BOTTOM - _TOP)
 
     colors = row_colors(drawn)
-    parts = [_axes([10.0**power for power in range(low, high + 1)], x, y, title), _front(drawn, cost, x, y)]
+    parts = [_axes([10.0**power for power in range(low, high + 1)], x, y, title, top), _front(drawn, cost, x, y)]
     parts += [_square(x(row[cost]), y(row["score"]), f"{row['name']}: {percent(row['score'])}") for row in others]
     for row in drawn:
         color = colors[row["name"]]
@@ -320,10 +323,10 @@ def _square(x: float, y: float, title: str) -> str:
     )
 
 
-def _axes(powers: Sequence[float], x: Any, y: Any, title: str) -> str:
+def _axes(powers: Sequence[float], x: Any, y: Any, title: str, top: float) -> str:
     right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
     parts = []
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+    for share in (0.0, top / 4, top / 2, 3 * top / 4, top):
         place = y(share)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{place:.1f}" y2="{place:.1f}"/>')
         parts.append(

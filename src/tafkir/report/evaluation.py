@@ -11,7 +11,7 @@ from tafkir.report.charts import Bar, interval_plot, number, percent, signed_poi
 from tafkir.report.page import frame_page, plain_table
 from tafkir.report.words import EVALUATION_WORDS
 
-__all__ = ["render_evaluation"]
+__all__ = ["card_body", "render_evaluation"]
 
 _TONES = {"better": "c-good", "worse": "c-bad", "equivalent": "c-sft", "undecided": "c-baseline"}
 
@@ -31,7 +31,7 @@ def render_evaluation(data: Row, language: str = "en") -> str:
     parts = [("evaluation", _scores(data["scores"], words))]
     if data["comparison"]:
         parts.append(("retention", _kept(data["comparison"], words)))
-    parts.append(("card", _card(data["card"], words)))
+    parts.append(("card", card_body(data["card"], language)))
     links = "".join(f'<a href="#{anchor}">{escape(words[anchor])}</a>' for anchor, _ in parts)
     sections = "".join(f'<section id="{a}"><h2>{escape(words[a])}</h2>{body}</section>' for a, body in parts)
     name, models = str(data["name"]), list(dict.fromkeys(row["model"] for row in data["scores"]))
@@ -148,8 +148,9 @@ def _kept_cells(row: Row, words: Words) -> list[str]:
     ]
 
 
-def _card(card: Row, words: Words) -> str:
-    parts = []
+def card_body(card: Row, language: str = "en") -> str:
+    """The card's plots and tables, task by task, without a heading of their own."""
+    words, parts = EVALUATION_WORDS[language], []
     for each in card["cards"]:
         rows = each["rows"]
         cost = "flops" if any(row["flops"] for row in rows) else "tokens"
@@ -162,7 +163,7 @@ def _card(card: Row, words: Words) -> str:
         table = plain_table(head, [_card_cells(row, words) for row in rows])
         parts.append(
             f'<h3 class="group"><bdi>{escape(each["task"])}</bdi></h3><figure class="card">{plot}'
-            f'<div class="legend">{keys}</div></figure>{table}'
+            f'<div class="legend">{keys}</div><figcaption>{escape(words["look_card"])}</figcaption></figure>{table}'
         )
     return f'<p class="lead">{escape(words["lead_card"])}</p>{"".join(parts)}'
 

@@ -11,6 +11,7 @@ from tafkir.report.chains import OUTCOME_WORDS, read_chain
 from tafkir.report.charts import Line, heat_strip, interval_plot, light_strip
 from tafkir.report.collect import Chain, RunRecord, StageRecord
 from tafkir.report.curves import CURVES, SPEED_CURVES, Curve, curve_lines, draw_lines, final_loads, speed_lines
+from tafkir.report.evaluation import card_body
 from tafkir.report.lab import LAB_HEAD, LabFigure, lab_figures, lab_rows
 from tafkir.report.lights import LIGHT_NAMES, TOKEN_HEAD, light_cells, light_sentences, token_rows
 from tafkir.report.mismatch_lab import MISMATCH_HEAD, mismatch_groups, mismatch_matrix, mismatch_rows
@@ -23,8 +24,10 @@ from tafkir.report.preference import (
     quality_rows,
     reliability_rows,
 )
+from tafkir.report.run_card import run_card
 from tafkir.report.trm import TRM_HEAD, trm_figures, trm_rows
 from tafkir.report.words import ACCURACY_HEAD, COST_HEAD, DIFFERENCE_HEAD, RETENTION_HEAD, WORDS
+from tafkir.runlog.rundir import RunDir
 
 __all__ = ["render_html"]
 
@@ -168,6 +171,20 @@ def _retention(record: RunRecord) -> str:
         "seeds; the interval holds every share that a paired test at 95 % would not refuse."
     )
     return _lead(lead) + _table(RETENTION_HEAD, rows, words=3)
+
+
+def _card(record: RunRecord) -> str:
+    card = run_card(RunDir(record.path), record.evaluation, record.recipe)
+    if card is None:
+        return ""
+    shown = [{**row, "name": findings.STAGE_TITLES.get(row["name"], row["name"])} for row in card["cards"][0]["rows"]]
+    spent, tokens = record.evaluation.get("wall_s"), record.evaluation.get("tokens")
+    memory = record.evaluation.get("peak_rss_bytes")
+    told = "FLOPs are of an answer's own tokens, without its prompt. "
+    if spent and tokens:
+        told += f"All stages were asked at {tokens / spent:,.0f} tokens a second on this machine"
+        told += f", with at most {findings.format_bytes(memory)} of memory." if memory else "."
+    return card_body({"cards": [{**card["cards"][0], "rows": shown}]}) + f"<p><small>{escape(told)}</small></p>"
 
 
 def _training(kind: StageName, lead: str) -> Callable[[RunRecord], str]:
@@ -439,6 +456,7 @@ _SECTIONS: Sequence[tuple[str, str, Callable[[RunRecord], str]]] = (
     ("accuracy", "Accuracy by stage", _accuracy),
     ("differences", "Did a stage help?", _differences),
     ("retention", "What quantization kept", _retention),
+    ("card", "What answers cost", _card),
     ("chains", "Sample answers", _chains),
     ("pretrain", "Pre-training", _training("pretrain", "The model reads text and predicts each next token.")),
     (

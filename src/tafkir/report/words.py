@@ -84,6 +84,7 @@ _ENGLISH: Mapping[str, str] = {
         "Accuracy against what an answer takes. The dashed line is Pareto's front, a star stands on it: no other model "
         "here is as right for less."
     ),
+    "look_card": "Look for the upper left corner: right answers for little. Bars are 95 % intervals.",
     "parameters": "Parameters",
     "active": "active",
     "bytes": "Bytes",
@@ -135,6 +136,7 @@ _ARABIC: Mapping[str, str] = {
     "lead_card": (
         "الدقة مقابل ما تتطلبه الإجابة. الخط المتقطع جبهة باريتو، وعليها النجمة: لا نموذج آخر هنا بهذه الدقة بكلفة أقل."
     ),
+    "look_card": "انظر إلى الزاوية العليا اليسرى: إجابات صحيحة بكلفة قليلة. الأشرطة مجالات ثقة 95 %.",
     "parameters": "المعاملات",
     "active": "نشطة",
     "bytes": "بايت",

@@ -28,6 +28,8 @@ __all__ = [
     "agreement",
     "creative_games",
     "creative_pair_prompt",
+    "mt_pair_prompt",
+    "read_pair_template",
 ]
 
 _MAX_JUDGEMENT: Final = 2048
@@ -171,6 +173,36 @@ def _read_rating(judgement: str) -> float:
     if not 1 <= rating <= 10:
         raise MalformedJudgementError(f"no [[rating]] from 1 to 10 in {judgement[-80:]!r}")
     return rating
+
+
+@cache
+def _mt_examples() -> Mapping[str, Example]:
+    card = next(entry.card for entry in TASKS if entry.card.name == "mt-bench")
+    return {example.id: example for example in _read_mt_bench(card, None)}
+
+
+def mt_pair_prompt(question: int, first: Sequence[str], second: Sequence[str], *, turn: int) -> list[dict[str, str]]:
+    """What the judge is asked of two conversations up to the first or second turn, by FastChat's prompts of pairs.
+
+    Args:
+        question: its number, 81 to 160, by which the reference answers are found.
+        first, second: what was said in turn, by the user first.
+
+    Raises:
+        DataError: MT-Bench has no such question, or a conversation is shorter than its turn.
+    """
+    example = _mt_examples().get(f"mt/{question}")
+    if example is None or turn not in (1, 2) or min(len(first), len(second)) < 2 * turn:
+        raise DataError(f"turn {turn} of question {question}", where="mt-bench", expected="a conversation of 81 to 160")
+    kind = "pair-math-v1" if example.subject in _REFERENCED and example.extra["references"] else "pair-v2"
+    values = {"question": first[0], "answer_a": first[1], "answer_b": second[1]}
+    for number in range(turn):
+        said = {"question": first, "answer_a": first[1:], "answer_b": second[1:]}
+        values |= {f"{name}_{number + 1}": words[2 * number] for name, words in said.items()}
+    values |= {f"ref_answer_{n}": text for n, text in enumerate(example.extra["references"], start=1)}
+    prompt = _mt_prompts()[f"{kind}-multi-turn" if turn == 2 else kind]
+    asked = _fill(prompt["prompt_template"], values)
+    return [{"role": "system", "content": prompt["system_prompt"]}, {"role": "user", "content": asked}]
 
 
 def _mt_bench(card: TaskCard, data: Path | None) -> JudgedTask:
@@ -342,6 +374,12 @@ def _score_creative(
     return fmean(scores.values()) / _MAX_CREATIVE_SCORE, ", ".join(
         f"{name} {score:g}" for name, score in scores.items()
     )
+
+
+def read_pair_template(data: Path) -> str:
+    """The judge's prompt for two texts, from a checkout. Raises DataError where it is none."""
+    card = next(entry.card for entry in TASKS if entry.card.name == "creative-writing-v3")
+    return _creative_files(card, data)[_CREATIVE_FILES[-1]]
 
 
 def creative_pair_prompt(template: str, prompt: str, first: str, second: str) -> str:
