@@ -192,7 +192,7 @@ def _once(kind: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     replicas = [_start(args.checkpoint, port, folder / f"{kind}-{port}.log") for port in ports]
     try:
         for port in ports:
-            wait_until(lambda port=port: is_ready(port), "a replica's start")  # type: ignore[misc]
+            wait_until(lambda port=port: is_ready(port), "a replica's start")
         expected = {prompt: ask(ports[0], prompt, args.tokens, False)[1] for prompt in _PROMPTS}
         with proxy_before(kind, ports, folder / kind) as proxy:
             marks = [time.monotonic()]
@@ -239,9 +239,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--proxies", nargs="+", choices=PROXIES, default=[p for p in PROXIES if shutil.which(p)])
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64, help="of an answer")
-    parser.add_argument(
-        "--seconds", type=float, default=20.0, help="of load before the kill, and at the end"
-    )
+    parser.add_argument("--seconds", type=float, default=20.0, help="of load before the kill, and at the end")
     parser.add_argument("--dead", type=float, default=2.0, help="seconds that a replica stays away")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
@@ -261,7 +259,10 @@ def main() -> None:
                 print(f"{repeat + 1}/{args.repeats} {kind}: {json.dumps(found)}", file=sys.stderr, flush=True)
     table = {kind: _summary(found) for kind, found in rounds.items()}
     chosen = {name: value for name, value in vars(args).items() if name != "out"}
-    result = {"benchmark": "high_availability", "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    result: dict[str, Any] = {
+        "benchmark": "high_availability",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
     result |= {"options": chosen, "summary": table, "rounds": rounds}
     for kind, phases in table.items():
         for name, row in phases.items():

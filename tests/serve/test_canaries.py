@@ -37,7 +37,7 @@ def noisy(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         for parameter in decoder.parameters():
             if parameter.dim() > 1:
-                parameter += torch.randn(parameter.shape, generator=generator) * parameter.std() / 2
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * parameter.std() / 2)
     path = tmp_path_factory.mktemp("canaries") / "noisy"
     save_checkpoint(path, decoder, tokenizer=Tokenizer.load(checkpoint))
     return path

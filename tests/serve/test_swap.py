@@ -71,7 +71,7 @@ def ids_of(server: Server, max_tokens: int = 24) -> list[int]:
     body = {"prompt": PROMPT, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
     answer = post(server, "/v1/completions", body, "user")
     assert answer.status_code == 200, answer.text
-    return answer.json()["choices"][0]["token_ids"]
+    return list(answer.json()["choices"][0]["token_ids"])
 
 
 def by_engine(checkpoint: Path, max_tokens: int = 24) -> list[int]:
@@ -86,7 +86,7 @@ def by_engine(checkpoint: Path, max_tokens: int = 24) -> list[int]:
 
 def card(server: Server) -> dict[str, Any]:
     (found,) = httpx.get(f"{server.url}/v1/models", headers={"authorization": "Bearer user"}).json()["data"]
-    return found
+    return dict(found)
 
 
 def test_old_requests_end_on_the_old_weights_and_new_ones_see_the_new(
@@ -195,5 +195,5 @@ def _status_of(server: Server, scope: dict[str, Any]) -> int:
         return {"type": "http.request", "body": b"", "more_body": False}
 
     scope |= {"query_string": b"", "raw_path": scope["path"].encode(), "http_version": "1.1", "scheme": "http"}
-    asyncio.run(server.app({**scope, "server": ("a", 1), "root_path": "", "asgi": {}}, receive, send))  # type: ignore[arg-type]
+    asyncio.run(server.app({**scope, "server": ("a", 1), "root_path": "", "asgi": {}}, receive, send))
     return int(sent[0]["status"])

@@ -44,7 +44,7 @@ def record(
     from tafkir.serve.canaries import read_canaries, summary_of
 
     questions = read_canaries(canaries)
-    found = _ask(checkpoint, questions, None, max_tokens, kv_cache.value, weights.value)
+    found = _ask(checkpoint, questions, None, max_tokens, kv_cache, weights)
     found.save(out)
     print(f"{out}: {len(found.readings)} canaries, {json.dumps(summary_of(found.readings))}")
 
@@ -63,7 +63,7 @@ def check(
 
     questions = read_canaries(canaries)
     before = Baseline.load(baseline, questions)
-    now = _ask(checkpoint, questions, before, before.max_tokens, kv_cache.value, weights.value)
+    now = _ask(checkpoint, questions, before, before.max_tokens, kv_cache, weights)
     drift = drift_of(now.readings, before.readings)
     lights = {signal: light_of(signal, value, before.limits) for signal, value in drift.items()}
     words = {signal: ("green", "amber", "red")[light] for signal, light in lights.items()}
@@ -78,14 +78,19 @@ def check(
 
 
 def _ask(
-    checkpoint: str, questions: list[Canary], baseline: Baseline | None, max_tokens: int, kv_cache: str, weights: str
+    checkpoint: str,
+    questions: list[Canary],
+    baseline: Baseline | None,
+    max_tokens: int,
+    kv_cache: CacheNumbers,
+    weights: WeightNumbers,
 ) -> Baseline:
     from tafkir.cli.completer import checkpoint_of
     from tafkir.runlog.progress import Progress
     from tafkir.serve.app import build_app
     from tafkir.serve.canaries import Canaries
 
-    app = build_app(checkpoint_of(checkpoint), kv_cache=kv_cache, weights=weights)
+    app = build_app(checkpoint_of(checkpoint), kv_cache=kv_cache.value, weights=weights.value)
     try:
         asking = Canaries(app.state.live, questions, baseline, max_tokens=max_tokens)
         readings = {}
