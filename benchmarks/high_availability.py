@@ -33,6 +33,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,7 @@ def _once(kind: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     replicas = [_start(args.checkpoint, port, folder / f"{kind}-{port}.log") for port in ports]
     try:
         for port in ports:
-            wait_until(lambda port=port: is_ready(port), "a replica's start")
+            wait_until(partial(is_ready, port), "a replica's start")
         expected = {prompt: ask(ports[0], prompt, args.tokens, False)[1] for prompt in _PROMPTS}
         with proxy_before(kind, ports, folder / kind) as proxy:
             marks = [time.monotonic()]
@@ -204,7 +205,7 @@ def _once(kind: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                     replicas[index].wait()
                     time.sleep(args.dead)
                     replicas[index] = _start(args.checkpoint, ports[index], folder / f"{kind}-{ports[index]}.log")
-                    wait_until(lambda index=index: is_ready(ports[index]), "a replica's return")  # type: ignore[misc]
+                    wait_until(partial(is_ready, ports[index]), "a replica's return")
                 marks.append(time.monotonic())
                 time.sleep(args.seconds)
             return {"phases": _phases(load.answers, marks), "retried": proxy.retried}
@@ -254,7 +255,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(args.repeats):
             for kind in args.proxies:
-                found = _once(kind, args, Path(folder) / str(repeat))
+                place = Path(folder) / str(repeat)
+                place.mkdir(exist_ok=True)
+                found = _once(kind, args, place)
                 rounds[kind].append(found)
                 print(f"{repeat + 1}/{args.repeats} {kind}: {json.dumps(found)}", file=sys.stderr, flush=True)
     table = {kind: _summary(found) for kind, found in rounds.items()}

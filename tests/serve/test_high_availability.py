@@ -11,6 +11,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def test_a_kill_loses_nothing_that_a_retry_could_save(start: Start, tmp_path: Pa
     ports = free_ports(2)
     replicas = [start(port) for port in ports]
     for port in ports:
-        wait_until(lambda port=port: is_ready(port), "the start")
+        wait_until(partial(is_ready, port), "the start")
     prompts = [f"Ali has {n} apples and buys {n + 3} more. How many" for n in range(2, 10)]
     expected = {prompt: ask(ports[0], prompt, TOKENS, False)[1] for prompt in prompts}
     with ExitStack() as stack:
