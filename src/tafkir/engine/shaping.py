@@ -6,10 +6,11 @@ Shapes: R rows, V vocabulary.
 from __future__ import annotations
 
 import math
+from array import array
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -95,8 +96,12 @@ class Shaper:
         think_first: bool = False,
     ) -> None:
         self._shaping, self._temperature, self._constraint = shaping, temperature, constraint
-        self._counts: dict[int, int] = {}
-        self._prompt = frozenset(prompt_ids) if shaping.repetition_penalty != 1 else frozenset()
+        self._seen_ids = dict.fromkeys(prompt_ids) if shaping.repetition_penalty != 1 else {}
+        self._seen = array("q", self._seen_ids)
+        """What the repetition penalty is for."""
+        self._place: dict[int, int] = {}
+        self._drawn, self._times = array("q"), array("f")
+        """Sampled tokens and how often each one was, at the `_place` of the token."""
         self._num_tokens = 0
         self._thought: int | None = None
         """Tokens of the chain of thought so far; None outside of it."""
@@ -128,7 +133,14 @@ class Shaper:
     def push(self, token_id: int) -> None:
         """Note the token that was drawn."""
         self._num_tokens += 1
-        self._counts[token_id] = self._counts.get(token_id, 0) + 1
+        place = self._place.setdefault(token_id, len(self._drawn))
+        if place == len(self._drawn):
+            self._drawn.append(token_id)
+            self._times.append(0.0)
+        self._times[place] += 1
+        if self._shaping.repetition_penalty != 1 and token_id not in self._seen_ids:
+            self._seen_ids[token_id] = None
+            self._seen.append(token_id)
         if self._constraint is not None and not self._free and self.error is None:
             self._constraint.push(token_id)
             self.error = self._constraint.error
@@ -169,21 +181,31 @@ def shape_rows(shapers: Sequence[Shaper], logits_RV: Tensor) -> Tensor:
 
 
 def _penalize(rows: Sequence[tuple[int, Shaper]], out_RV: Tensor) -> None:
+    repeating = [(row, shaper) for row, shaper in rows if shaper._shaping.repetition_penalty != 1]
+    if repeating:
+        places, of_N = _places(repeating, [shaper._seen for _, shaper in repeating], out_RV)
+        penalty_N = torch.tensor([s._shaping.repetition_penalty for _, s in repeating], device=out_RV.device)[of_N]
+        values_N = out_RV.view(-1)[places]
+        out_RV.view(-1)[places] = torch.where(values_N > 0, values_N / penalty_N, values_N * penalty_N)
+    counting = [
+        (row, s) for row, s in rows if s._drawn and (s._shaping.presence_penalty or s._shaping.frequency_penalty)
+    ]
+    if counting:
+        places, of_N = _places(counting, [shaper._drawn for _, shaper in counting], out_RV)
+        wishes = [(s._shaping.presence_penalty, s._shaping.frequency_penalty) for _, s in counting]
+        presence_N, frequency_N = torch.tensor(wishes, device=out_RV.device)[of_N].unbind(1)
+        times_N = _joined([shaper._times for _, shaper in counting], torch.float32).to(out_RV.device)
+        out_RV.view(-1)[places] -= presence_N + frequency_N * times_N
+
+
+def _places(rows: Sequence[tuple[int, Shaper]], ids: Sequence[array[int]], out_RV: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the rows' tokens stand in the flattened logits, and whose of `rows` each one is."""
     device = out_RV.device
-    seen, factors, counted, losses = [], [], [], []
-    for row, shaper in rows:
-        wishes, counts, start = shaper._shaping, shaper._counts, row * out_RV.shape[1]
-        if wishes.repetition_penalty != 1:
-            ids = shaper._prompt | counts.keys()
-            seen += [start + token for token in ids]
-            factors += [wishes.repetition_penalty] * len(ids)
-        if wishes.presence_penalty or wishes.frequency_penalty:
-            counted += [start + token for token in counts]
-            losses += [wishes.presence_penalty + wishes.frequency_penalty * count for count in counts.values()]
-    flat = out_RV.view(-1)
-    if seen:
-        places, penalty = torch.tensor(seen, device=device), torch.tensor(factors, device=device)
-        values = flat[places]
-        flat[places] = torch.where(values > 0, values / penalty, values * penalty)
-    if counted:
-        flat[torch.tensor(counted, device=device)] -= torch.tensor(losses, device=device)
+    of_N = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(part) for part in ids]))
+    starts_N = torch.tensor([row * out_RV.shape[1] for row, _ in rows])[of_N]
+    return (_joined(ids, torch.int64) + starts_N).to(device), of_N.to(device)
+
+
+def _joined(parts: Sequence[array[Any]], dtype: torch.dtype) -> Tensor:
+    content = bytearray().join(parts)
+    return torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)

@@ -3,8 +3,8 @@
 //
 // With `tafkir_rows_alone`, every output is summed in one order, whatever the number of tokens and threads: sixteen
 // lanes over the columns, then halves to halves, and a token's numbers do not depend on who else is in the batch.
-// Without it, one token of NVFP4 and several tokens of all but float32 have ways of their own, which differ in the
-// order of sums alone.
+// Without it, one token of NVFP4 or INT8, and several tokens of all but float32, have ways of their own, which differ
+// in the order of sums alone.
 
 #include "shared.h"
 #include "tiles.h"
@@ -393,8 +393,27 @@ void turned_panel(const Matrix& m, int64_t first, const float* x, float* out) {
   }
 }
 
+// INT8 with one scale a row, which is applied to the sum.
+struct UnscaledRow {
+  static constexpr bool kCoded = true;
+  static constexpr int64_t kPerLine = 64;
+  const int8_t* codes;
+  Floats at(int64_t c) const { return __builtin_convertvector(wide_signed_bytes(codes + c), Floats); }
+};
+
+void unscaled_panel(const Matrix& m, int64_t first, const float* x, float* out) {
+  for (int64_t row = first; row < std::min(first + kTileRows, m.rows); row += kPanel) {
+    UnscaledRow rows[kPanel];
+    for (int64_t r = 0; r < kPanel; r++)
+      rows[r] = {static_cast<const int8_t*>(m.codes) + std::min(row + r, m.rows - 1) * m.columns};
+    const Floats sums = products<16, 1, kPanel>(rows, &x, m.columns);
+    for (int64_t r = 0; r < std::min(kPanel, m.rows - row); r++)
+      out[row + r] = sums[r] * static_cast<const float*>(m.scales)[(row + r) / m.tile_rows];
+  }
+}
+
 // How matrices meet so many tokens.
-enum Way { kPlain, kTurned, kTiles };
+enum Way { kPlain, kTurned, kUnscaled, kTiles };
 
 inline bool& rows_alone() {
   thread_local bool alone = false;
@@ -413,13 +432,14 @@ class Packed {
 
   Way way(const Matrix* parts, int64_t count, int64_t n) const {
     if (alone_) return kPlain;
-    bool nvfp4 = true, tiles = tiles_;
+    bool nvfp4 = true, int8 = true, tiles = tiles_;
     for (int64_t p = 0; p < count; p++) {
       const Matrix& m = parts[p];
       nvfp4 &= m.format >= kNvfp4 && m.columns % kTurn == 0;
+      int8 &= m.format == kInt8 && m.tile_columns >= m.columns;
       tiles &= m.format != kF32 && fits_tiles(m) && n > kTileTokens / 2;
     }
-    return tiles ? kTiles : nvfp4 && n == 1 ? kTurned : kPlain;
+    return tiles ? kTiles : n > 1 ? kPlain : nvfp4 ? kTurned : int8 ? kUnscaled : kPlain;
   }
 
  private:
@@ -437,6 +457,7 @@ void double_panel(Way way, const Matrix& m, int64_t first, const float* const* x
                   float* out, int64_t stride) {
   if (way == kTiles) return tile_panel(m, first, packed, n, out, stride);
   if (way == kTurned) return turned_panel(m, first, reinterpret_cast<const float*>(packed), out);
+  if (way == kUnscaled) return unscaled_panel(m, first, x[0], out);
   for (int64_t row = first; row < std::min(first + kTileRows, m.rows); row += kPanel)
     any_panel(m, row, x, n, out, stride);
 }
@@ -447,7 +468,7 @@ void linear(const Matrix* parts, int64_t count, const float* const* x, int64_t n
             const Packed& packed) {
   const int64_t columns = parts[0].columns;
   const Way way = packed.way(parts, count, n);
-  if (way != kPlain) {
+  if (way == kTurned || way == kTiles) {
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < n; t += kTileTokens)
       pack(way, x + t, std::min(kTileTokens, n - t), columns, packed.at(t, columns));
