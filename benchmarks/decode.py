@@ -196,6 +196,10 @@ def run_group(
             found = measure(started, job, args.repeats, "cpu" if args.cpu else "wall")
             results.append({"cell": f"{kind}:{dtype}:{count}", **job, "engines": found})
             print(table(results[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+            if args.out:
+                keys = ("prompt", "output", "repeats", "threads", "eager", "cpu")
+                head = {"command": " ".join(["python", *sys.argv]), **{key: getattr(args, key) for key in keys}}
+                args.out.write_text(json.dumps({**head, "results": results}, indent=1) + "\n")
     finally:
         for side in started:
             side.end()
@@ -241,10 +245,6 @@ def main() -> None:
         args.logs = Path(logs)
         for (kind, dtype), counts in groups.items():
             run_group(args, kind, dtype, counts, results)
-            if args.out and results:
-                keys = ("prompt", "output", "repeats", "threads", "eager", "cpu")
-                head = {"command": " ".join(["python", *sys.argv]), **{key: getattr(args, key) for key in keys}}
-                args.out.write_text(json.dumps({**head, "results": results}, indent=1) + "\n")
     if results:
         print(table(results))
 

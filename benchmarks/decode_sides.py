@@ -89,7 +89,7 @@ def llama_cpp(spec: dict[str, Any]) -> Batch:
     types = xllamacpp.ggml_type
     params = xllamacpp.CommonParams()
     params.model.path, params.warmup = spec["gguf"], False
-    params.n_parallel, params.n_ctx, params.n_batch = 32, 32 * 320, 4096
+    params.n_parallel, params.n_ctx, params.n_batch = 32, 32 * 1100, 4096  # a slot has its share
     params.kv_unified = spec["unified"]
     kind = types.GGML_TYPE_F32 if spec["dtype"] == "float32" else types.GGML_TYPE_BF16
     params.cache_type_k = params.cache_type_v = kind
