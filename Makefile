@@ -26,7 +26,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$(( n > 4 ? 4 : n )))
 PYTEST_ARGS ?=
 
-.PHONY: help demo demo-fast test check install install-dev clean
+.PHONY: help demo demo-fast test crash fuzz check docs install install-dev clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -40,11 +40,20 @@ demo-fast: install ## The same with each stage shortened (4 minutes): how it goe
 test: install-dev ## Install, run the whole test suite
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
+crash: install-dev ## Kill every command at random moments, fill its disk, turn its clock: what it leaves is the same
+	@OMP_NUM_THREADS=1 TAFKIR_KERNELS=torch PYTHONPATH=src:. $(BIN)/python -m tests.crash.driver --out benchmarks/results/crash.json
+
+fuzz: install-dev ## A hundred thousand broken inputs to every reader, grader and request parser
+	@OMP_NUM_THREADS=1 PYTHONPATH=src:. $(BIN)/python -m tests.fuzz.driver --out benchmarks/results/fuzz.json
+
 check: install-dev ## Lint, formatting, types, import contracts
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+docs: install-dev ## Build the docs site into site/: offline, links checked
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet && echo "site/index.html"
 
 install: $(STAMPS)/native ## Create .venv with what Tafkir needs to run; compile its kernels if there is a compiler
 

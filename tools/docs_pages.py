@@ -13,6 +13,8 @@ from typing import Any
 import typer.main
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+from mkdocs.utils import get_relative_url
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
@@ -39,6 +41,8 @@ MODULES = (
     "tafkir.train.acceptance",
     "tafkir.train.advantages",
 )
+_REMOTE_SHIM = "https://unpkg.com/iframe-worker/shim"
+_SHIM = "assets/iframe-worker.js"
 _OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./((?:src|tests|benchmarks|tools|recipes)/[^)]+)\)")
 
 
@@ -62,10 +66,24 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     return _OUTSIDE.sub(lambda found: f"{found[1]} (`{found[2]}`)", markdown)
 
 
+def on_post_page(output: str, page: Page, **_: Any) -> str:
+    """The one script that the theme's search takes from the network, where it is read from a disk, comes along."""
+    return output.replace(_REMOTE_SHIM, get_relative_url(_SHIM, page.url))
+
+
+def on_post_template(output_content: str, **_: Any) -> str:
+    """The same for the page that says that there is none."""
+    return output_content.replace(_REMOTE_SHIM, _SHIM)
+
+
 def _home(name: str) -> str:
     """A README as the site's page: links into docs/ become links beside it, others the file's name."""
     text = (ROOT / name).read_text(encoding="utf-8")
-    text = text.replace("](docs/", "](").replace("](README.ar.md)", "](index.ar.md)").replace("](README.md)", "](index.md)")
+    text = (
+        text.replace("](docs/", "](")
+        .replace("](README.ar.md)", "](index.ar.md)")
+        .replace("](README.md)", "](index.md)")
+    )
     text = text.replace('<div dir="rtl">', '<div dir="rtl" markdown>')
     there = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*") if path.is_file()}
     kept = there | {"index.md", "index.ar.md"}
@@ -79,21 +97,23 @@ def _home(name: str) -> str:
 
 def _recipe() -> Iterator[str]:
     """Every key with its default, grouped by table."""
-    yield "# Recipe keys\n\nA recipe is TOML. What is not set has the default here; `tafkir recipe show NAME --explain` says the"
-    yield "same of a recipe of yours. Keys of tables that come in kinds are those of the first kind.\n"
-    table = None
+    yield "# Recipe keys\n\nA recipe is TOML. What is not set has the default here; `tafkir recipe show NAME --explain`"
+    yield "says the same of a recipe of yours. Keys of tables that come in kinds are those of the first kind.\n"
+    tables: dict[str, dict[str, str]] = {}
     for path, words in describe_keys().items():
         head, _, key = path.rpartition(".")
-        if head != table:
-            table = head
-            yield f"\n## {f'`[{head}]`' if head else 'At the top'}\n\n| key | default | what it is |\n|---|---|---|"
-        yield f"| `{key}` | {_default(head, key)} | {_cell(words)} |"
+        tables.setdefault(head, {})[key] = words
+    for head, keys in tables.items():
+        yield f"\n## {f'`[{head}]`' if head else 'At the top'}\n\n| key | default | what it is |\n|---|---|---|"
+        for key, words in keys.items():
+            yield f"| `{key}` | {_default(head, key)} | {_cell(words)} |"
 
 
 def _default(table: str, key: str) -> str:
     fields = getattr(table_of(table) if table else Recipe, "model_fields", {})
     value = fields[key].default if key in fields else None
-    return "" if value is None or value is PydanticUndefined or isinstance(value, BaseModel) else f"`{value}`"
+    shown = None if value is PydanticUndefined or isinstance(value, BaseModel) or value == "" else value
+    return "" if shown is None else f"`{list(shown) if isinstance(shown, tuple) else shown}`"
 
 
 def _commands() -> Iterator[str]:
@@ -112,7 +132,9 @@ def _describe(command: Any, name: str, level: int) -> Iterator[str]:
             yield "| | |\n|---|---|"
             for option in options:
                 told = getattr(option, "help", "") or ""
-                shown = ", ".join(option.opts) if option.opts[0].startswith("-") else option.metavar or option.name.upper()
+                shown = (
+                    ", ".join(option.opts) if option.opts[0].startswith("-") else option.metavar or option.name.upper()
+                )
                 yield f"| `{shown}` | {_cell(told)} |"
     if hasattr(command, "list_commands"):
         for child in command.list_commands(context):
@@ -135,14 +157,14 @@ def _cell(text: str) -> str:
 
 
 def _python() -> Iterator[str]:
-    yield "# Python\n\nWhat people import. The rest of the package is listed, a line a file, under [the house](../structure.md).\n"
+    yield "# Python\n\nWhat people import; [the house](../structure.md) has the rest, a line a file.\n"
     for module in MODULES:
         yield f"\n::: {module}\n"
 
 
 def _claims() -> Iterator[str]:
     """What the five systems say, recomputed."""
-    yield "# Claims, recomputed\n\n`tafkir plan claims` computes this page. What was measured here stands in [status](../status.md).\n"
+    yield "# Claims, recomputed\n\n`tafkir plan claims` computes this page. Measured: [status](../status.md).\n"
     system = ""
     for claim in check_claims():
         if claim.system != system:

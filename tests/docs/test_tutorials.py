@@ -1,6 +1,6 @@
 """Every tutorial is run as a reader would run it: its `sh` blocks, in order, in an empty folder.
 
-A line that begins with `!` shows a mistake: it must fail. Blocks of another kind (`console`) are long, or need machines.
+A line that begins with `!` shows a mistake and must fail. Blocks of another kind (`console`) take long.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ LIMIT_S = 400
 def script_of(page: str) -> str:
     """The blocks as one script that ends at the first command which does not do what the page says."""
     blocks = re.findall(r"^```sh\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
-    script = re.sub(r"^! (.*)$", r"if \1; then echo 'this should have failed: \1' >&2; exit 1; fi", "".join(blocks), flags=re.M)
+    must_fail = r"if \1; then echo 'this should have failed: \1' >&2; exit 1; fi"
+    script = re.sub(r"^! (.*)$", must_fail, "".join(blocks), flags=re.MULTILINE)
     return f"set -euo pipefail\n{script}"
 
 
