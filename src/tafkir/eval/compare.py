@@ -216,7 +216,7 @@ def _others(pair: _Pair) -> list[dict[str, Any]]:
         {
             "metric": metric,
             "scores": [estimate_of(side).to_dict() for side in sides],
-            "difference": paired_difference(*sides).to_dict(),
+            "difference": paired_difference(sides[0], sides[1]).to_dict(),
         }
         for metric, sides in rows
         if metric != pair.metric
