@@ -39,6 +39,8 @@ PER_PROCESS = {
 }  # fmt: skip
 # Whole files: where and when a run took place, or pages that show it; compared by name alone.
 NOT_COMPARED = ("log.jsonl", "env.json", "timings.jsonl", ".lock", "report.html", "report.md", "card.html")
+# A kill between the new folder's name and the removal of these two leaves them in it, where nobody reads them.
+LEFT_BEHIND = ("out/.lock", "out/.progress.json")
 # Answers come in the order in which they end, and this is another one when some were there already.
 UNORDERED = ("out.jsonl", "samples.jsonl")
 
@@ -129,6 +131,7 @@ def left_in(place: Path) -> Files:
     return {
         path.relative_to(place).as_posix(): b"" if path.name in NOT_COMPARED or path.is_dir() else read_result(path)
         for path in sorted(place.rglob("*"))
+        if path.relative_to(place).as_posix() not in LEFT_BEHIND
     }
 
 

@@ -53,6 +53,8 @@ def read_json(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
         raise CheckpointError("not valid JSON", where=f"{path}:{line}", fix="take the file anew") from error
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+        raise CheckpointError(f"not valid JSON ({error})", where=str(path), fix="take the file anew") from error
     if not isinstance(value, dict):
         raise CheckpointError("not a JSON object", where=str(path))
     return value

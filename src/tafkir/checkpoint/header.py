@@ -79,7 +79,7 @@ def read_header(file: Path, descriptor: int) -> dict[str, StoredTensor]:
         header.pop("__metadata__", None)
         tensors = {name: _stored(file, name, entry, 8 + length) for name, entry in header.items()}
         _check_extent(tensors, 8 + length, size)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
             f"the file is truncated or damaged ({error})", where=str(file), fix="download or save it again"
         ) from error

@@ -61,6 +61,8 @@ def parse_row(line: str) -> dict[str, Any]:
         raise BadRowError(f"valid JSON ({error.msg} at column {error.colno})") from None
     except RecursionError:
         raise BadRowError("JSON that is not nested so deeply") from None
+    except ValueError as error:
+        raise BadRowError(f"valid JSON ({error})") from None
     if not isinstance(row, dict):
         raise BadRowError("a JSON object")
     return row

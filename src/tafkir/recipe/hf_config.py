@@ -38,13 +38,18 @@ _UNUSED_WITHOUT_EXPERTS = frozenset(
 )
 
 
+def _architectures(hf_config: Mapping[str, Any]) -> list[str]:
+    named = hf_config.get("architectures")
+    return [str(name) for name in named] if isinstance(named, list) else [] if named is None else [str(named)]
+
+
 def family_of(hf_config: Mapping[str, Any], where: str) -> Family:
     """The family of a config.json.
 
     Raises:
         CheckpointError: no architecture is named, or one that is not in `FAMILIES`.
     """
-    names = [str(name) for name in hf_config.get("architectures") or []]
+    names = _architectures(hf_config)
     known = [FAMILIES[plain] for name in names if (plain := name.removeprefix(OWN_PREFIX)) in FAMILIES]
     if not known:
         named = ", ".join(names) or f"none (model_type {hf_config.get('model_type')!r})"
@@ -69,7 +74,7 @@ def causal_keys(hf_config: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises:
         CheckpointError: it is no model with one score.
     """
-    names = [str(name) for name in hf_config.get("architectures") or []]
+    names = _architectures(hf_config)
     labels = hf_config.get("id2label")
     num_labels = len(labels) if isinstance(labels, dict) else hf_config.get("num_labels")
     if not names or not names[0].endswith(_CLASSIFICATION) or num_labels != 1:

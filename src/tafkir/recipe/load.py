@@ -192,6 +192,8 @@ def _read_file(path: Path) -> tuple[Tree, dict[str, str]]:
         what = found[1] if found else str(error)
         line = found[2] if found and found[2] else len(text.splitlines())
         raise RecipeError(f"not valid TOML: {what}", where=f"{path}:{line}") from error
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+        raise RecipeError(f"not valid TOML: {error}", where=str(path)) from None
     shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     return _with_tuples(tree), {key: f"{shown}:{line}" for key, line in _key_lines(text).items()}
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -68,6 +69,15 @@ class ParameterCounts:
 
 class _Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_64_bits(cls, values: Any) -> Any:
+        """No size is larger; arithmetic with floats would end in an OverflowError."""
+        for name, value in values.items() if isinstance(values, Mapping) else ():
+            if isinstance(value, int) and abs(value) >= 1 << 63:
+                raise ValueError(f"{name} does not fit into 64 bits")
+        return values
 
 
 class YarnConfig(_Table):

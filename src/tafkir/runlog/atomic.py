@@ -101,6 +101,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RunDirError("no such file", where=str(path)) from error
+    except RecursionError as error:
+        raise RunDirError("not valid JSON: nested too deeply", where=str(path)) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
         raise RunDirError(

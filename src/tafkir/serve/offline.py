@@ -104,9 +104,9 @@ def finished_ids(path: Path, known: Sequence[str]) -> set[str]:
     for number, text in enumerate(data[:whole].splitlines(), 1):
         try:
             id = json.loads(text)["custom_id"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise DataError("the line is no answer of a batch", where=f"{path}:{number}", fix="move it away") from None
-        if id not in wanted:
+        if not isinstance(id, str) or id not in wanted:
             fix = "choose another --output"
             raise DataError(f"custom_id {id!r} is not in the batch", where=f"{path}:{number}", fix=fix)
         done.add(id)

@@ -104,6 +104,8 @@ def load_state(
 ) -> int:
     """Restore weights, moments and the weights' average in place; returns the number of finished steps.
 
+    Older states, which a kill has kept from being removed, go.
+
     Raises:
         CheckpointError: the file is damaged, or an average is wanted that it does not hold.
     """
@@ -132,6 +134,7 @@ def load_state(
         for name, value in average.tensors.items():
             value.copy_(tensors[f"average.{name}"])
         average.num_updates = int(metadata["average_updates"])
+    remove_older_states(path)
     return int(metadata["step"])
 
 

@@ -90,7 +90,7 @@ def _load(path: Path) -> Any:
         raise DataError("no such file", where=str(path), fix=_ELSEWHERE) from None
     except json.JSONDecodeError as error:
         raise DataError("not valid JSON", where=f"{path}:{error.lineno}", expected=_TASK) from error
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot be read as JSON ({error})", where=str(path)) from error
 
 

@@ -71,6 +71,8 @@ def _from_json(text: str, where: str) -> Iterator[RawPuzzle]:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError("not valid JSON", where=f"{where}:{error.lineno}") from error
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+        raise DataError(f"not valid JSON ({error})", where=where) from error
     if not isinstance(rows, list):
         raise DataError("not a list of puzzles", where=where, expected='[{"input": [...], "output": [...]}, ...]')
     for number, row in enumerate(rows, start=1):
