@@ -4,7 +4,7 @@
 
 Real replicas (`tafkir serve`), real nginx and HAProxy under the files of `tafkir plan proxy`. Clients ask in a closed
 loop, every second one for a stream; each answer is compared with that of a quiet server. A replica gets kill -9, comes
-back after `--dead` seconds, and once it is ready the other one gets SIGTERM and comes back, too.
+back after `--dead` seconds, and a second after it is ready the other one gets SIGTERM and comes back, too.
 
 `lost`: no byte of an answer came, which a retry could have saved. `cut`: a stream that had begun was broken off, which
 no retry can mend. `refused`: 503 or 429. `retried` is what the proxy's log says it sent again. Times are the whole
@@ -85,7 +85,7 @@ class Proxy:
     def retried(self) -> int:
         """Requests that went to more than one replica, by its log."""
         lines = self.log.read_text(encoding="utf-8").splitlines()
-        return sum(bool(re.search(r" up=[^ ]+, | rc=\+?[1-9]", line)) for line in lines)
+        return sum(bool(re.search(r" up=[^=]+[,:] | rc=\+?[1-9]", line)) for line in lines)
 
 
 @contextmanager
@@ -206,6 +206,7 @@ def _once(kind: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                     time.sleep(args.dead)
                     replicas[index] = _start(args.checkpoint, ports[index], folder / f"{kind}-{ports[index]}.log")
                     wait_until(partial(is_ready, ports[index]), "a replica's return")
+                    time.sleep(1)  # as in a rolling restart: for the proxy to see it
                 marks.append(time.monotonic())
                 time.sleep(args.seconds)
             return {"phases": _phases(load.answers, marks), "retried": proxy.retried}

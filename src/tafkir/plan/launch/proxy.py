@@ -41,6 +41,10 @@ http {{
 {servers}
         keepalive 64;
     }}
+    # The same without memory, for when all of them are left alone: one may be back already.
+    upstream anyway {{
+{anyway}
+    }}
     server {{
         listen {listen};
         client_max_body_size 64m;
@@ -61,8 +65,16 @@ http {{
         # An answer that has not begun is asked for elsewhere, POST or not; one that has begun never is.
         proxy_next_upstream error timeout invalid_header http_503 non_idempotent;
         proxy_next_upstream_tries 3;
-        error_page 502 504 = @down;
-        location / {{ proxy_pass http://replicas; }}
+        recursive_error_pages on;
+        error_page 504 = @down;
+        location / {{
+            error_page 502 = @anyway;
+            proxy_pass http://replicas;
+        }}
+        location @anyway {{
+            error_page 502 = @down;
+            proxy_pass http://anyway;
+        }}
 {own}
         location @down {{
             internal;
@@ -113,7 +125,7 @@ backend replicas
     retries 2
     option redispatch 1
 {errors}
-    default-server check inter 1s fastinter 200ms fall 2 rise 1
+    default-server check inter 1s fastinter 200ms downinter 200ms fall 2 rise 1
 {servers}
 
 # Which replicas are up, and how often requests were sent again: a page, and /metrics for Prometheus.
@@ -155,7 +167,8 @@ def render_proxy(
     if kind == "nginx":
         servers = "\n".join(f"        server {address} max_fails=3 fail_timeout=2s;" for address in replicas)
         own = "\n".join(f"        location = {path} {{ return 404; }}" for path in _OWN_PATHS)
-        return _NGINX.format(servers=servers, listen=listen, answer_s=answer_s, own=own, busy=_BUSY)
+        anyway = "\n".join(f"        server {address} max_fails=0;" for address in replicas)
+        return _NGINX.format(servers=servers, anyway=anyway, listen=listen, answer_s=answer_s, own=own, busy=_BUSY)
     servers = "\n".join(f"    server r{number} {address}" for number, address in enumerate(replicas, 1))
     errors = "\n".join(
         f"    http-error status {status} content-type application/json string '{_BUSY}' hdr Retry-After 2"
