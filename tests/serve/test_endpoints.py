@@ -307,7 +307,12 @@ def test_responses(client: openai.OpenAI, roomy: openai.OpenAI) -> None:
     )  # fmt: skip
     call = next(item for item in called.output if item.type == "function_call")
     assert call.name == "add" and "a" in json.loads(call.arguments)
-    for change in ({"previous_response_id": "resp_1"}, {"input": [{"type": "computer"}]}, {"input": []}):
+    odd_part = {"role": "user", "content": [{"type": {}, "text": "hi"}]}
+    schema_of_none = {"format": {"type": "text", "schema": {}}}
+    for change in (
+        {"previous_response_id": "resp_1"}, {"input": [{"type": "computer"}]}, {"input": []}, {"input": [odd_part]},
+        {"text": schema_of_none}, {"tool_choice": {}},
+    ):  # fmt: skip
         with pytest.raises(openai.BadRequestError):
             client.responses.create(**{**options, **change})
 

@@ -193,7 +193,9 @@ class Generation:
             return
         error = sys.exception()
         # A reader that stops in the middle closes the generator: then the client has left.
-        failure = "the client left" if isinstance(error, ClientLeft | GeneratorExit) else error and str(error)
+        failure = None if error is None else str(error)
+        if isinstance(error, ClientLeft | GeneratorExit):
+            failure = "the client left"
         operation = "text_completion" if self.http.url.path == "/v1/completions" else "chat"
         request_id = self.http.state.request_id
         tracer.record(operation, self.model, self.jobs, self.http.headers, request_id, self.prompt_tokens, failure)
