@@ -102,27 +102,6 @@ def test_every_stage_of_the_reference_learns_something(reference: Path) -> None:
     assert before.read_bytes() != after.read_bytes()
 
 
-@pytest.mark.slow
-def test_a_run_killed_at_ever_later_file_operations_ends_like_an_unbroken_one(
-    tafkir: Tafkir, tiny: tuple[str, ...], reference: Path, tmp_path: Path
-) -> None:
-    """No chosen moments: each process gets a few file operations further than the one before."""
-    run = tmp_path / "runs" / "tiny"
-    kills = 0
-    for count in range(3, 200, 9):
-        path = re.escape(str(tmp_path))
-        done = tafkir(*tiny, cwd=tmp_path, kill={"event": ".*", "path": path, "count": count, "after_s": 0.0})
-        if done.code == 0:
-            break
-        assert done.code == -9, done.err
-        kills += 1
-        whole(run)
-    assert done.code == 0 and kills > 5
-    assert differing(outcome(run), outcome(reference)) == []
-    assert results(run) == results(reference)
-    assert listing(run) == listing(reference)
-
-
 def test_a_finished_run_is_left_alone_and_a_setting_redoes_what_depends_on_it(
     tafkir: Tafkir, tiny: tuple[str, ...], reference: Path, tmp_path: Path
 ) -> None:
