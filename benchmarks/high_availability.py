@@ -224,7 +224,7 @@ def _phases(answers: Sequence[Answer], marks: Sequence[float]) -> dict[str, Any]
         if name in ("kill", "drain"):
             own += [a for a in answers if a.began < begin <= a.ended and a not in own]
         times = sorted(a.ended - a.began for a in own if a.outcome in ("ok", "other"))
-        cuts = statistics.quantiles(times, n=100) if len(times) > 1 else [float("nan")] * 99
+        cuts = statistics.quantiles(times, n=100, method="inclusive") if len(times) > 1 else [float("nan")] * 99
         phases[name] = {
             "requests": len(own),
             "outcomes": dict(Counter(a.outcome for a in own)),
