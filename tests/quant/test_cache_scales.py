@@ -49,7 +49,7 @@ def answer(engine: Engine) -> tuple[float, ...]:
 def test_the_engine_reads_them(folder: Path, format: Any) -> None:
     stored = read_cache_scales(folder / "made", 2)
     assert stored is not None and max(map(max, stored)) < 0.1 and read_cache_scales(folder / "cast", 2) is None
-    tokenizer: Any = SimpleNamespace(turn_end_id=0, document_end_id=0)
+    tokenizer: Any = SimpleNamespace(end_ids=(0,))
     for paged in (False, True):
         made, cast = (
             answer(build_engine(folder / name, tokenizer, None, max_context=64, kv_cache=format, paged=paged))
