@@ -32,7 +32,7 @@ from tafkir.data.puzzles.leakage import clean_tests, known_pairs, shared_tasks
 from tafkir.data.puzzles.sets import build_puzzles
 from tafkir.data.puzzles.votes import ATTEMPTS, Ranking, pass_at
 from tafkir.engine.arc import answer_tasks
-from tafkir.intervals import mean_interval
+from tafkir.intervals import Estimate, mean_interval, wilson
 from tafkir.recipe.load import load_recipe
 from tafkir.recipe.seeds import derive_seed
 from tafkir.runlog.atomic import write_json, write_text
@@ -132,7 +132,7 @@ def measure(solver: TrmCheckpoint, unseen: Unseen, steps: int, weights_rate: flo
     """A row for the rules, for mean vectors, and for each way of learning."""
     tasks = [task for task, _ in unseen]
     ruled = shares(unseen, [answer_by_rules(task) for task in tasks])
-    rows = [{"who": "simple rules", "cpu_s": 0.0, "pass_at_2": mean_interval(ruled).to_dict()}]
+    rows = [{"who": "simple rules", "cpu_s": 0.0, "pass_at_2": estimate(ruled).to_dict()}]
     before: list[float] = []
     ways = (("mean vectors", 0, None), ("vectors learned", steps, None), ("weights, too", steps, weights_rate))
     for who, count, rate in ways:
@@ -144,9 +144,16 @@ def measure(solver: TrmCheckpoint, unseen: Unseen, steps: int, weights_rate: flo
         before = before or found
         gained = mean_interval([after - first for after, first in zip(found, before, strict=True)])
         row = {"who": who, "steps": count, "learning_rate": rate, "cpu_s": cpu_s}
-        rows.append(row | {"pass_at_2": mean_interval(found).to_dict(), "over_mean_vectors": gained.to_dict()})
+        rows.append(row | {"pass_at_2": estimate(found).to_dict(), "over_mean_vectors": gained.to_dict()})
         print(f"{who}: {100 * row_value(rows[-1]):.1f} %, {cpu_s:.0f} CPU-s", file=sys.stderr, flush=True)
     return rows
+
+
+def estimate(shares: Sequence[float]) -> Estimate:
+    """Wilson's interval where every task is solved or not; Student's where there are parts."""
+    if all(share in (0.0, 1.0) for share in shares):
+        return wilson(round(sum(shares)), len(shares))
+    return mean_interval(shares)
 
 
 def row_value(row: dict[str, Any]) -> float:
@@ -163,8 +170,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _percent(estimate: dict[str, Any]) -> str:
-    return f"{100 * estimate['value']:.1f} % ({100 * estimate['low']:.1f} to {100 * estimate['high']:.1f})"
+def _percent(found: dict[str, Any]) -> str:
+    return f"{100 * found['value']:.1f} % ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
