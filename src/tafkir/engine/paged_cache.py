@@ -131,9 +131,7 @@ class PagedCache:
             size = (num_blocks, heads, dim, BLOCK_SIZE)
             self.keys = [like.new_empty(size) for _ in range(layers)]
             self.values = [like.new_empty(num_blocks, heads, BLOCK_SIZE, dim) for _ in range(layers)]
-            self.addresses = tuple(
-                (ctypes.c_void_p * layers)(*(layer.data_ptr() for layer in part)) for part in (self.keys, self.values)
-            )
+            self.addresses = _addresses(self.keys), _addresses(self.values)
         else:
             slots = num_blocks * BLOCK_SIZE
             self.pools = [_Pool(heads, dim, layers, slots, like, codec) for codec in codecs]
@@ -179,6 +177,10 @@ class PagedCache:
         """Attention for a flat batch: `width` tokens of each row from position `first_B` on, then the chunks."""
         kind = LatentPagedView if self.latent else PagedView
         return kind(self, rows.tables_BT, first_B, width, chunks)
+
+
+def _addresses(layers: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(layers))(*(layer.data_ptr() for layer in layers))
 
 
 class PagedView:
@@ -237,7 +239,8 @@ class PagedView:
         cache = self.cache
         if not cache.native or cache.keys[0].dtype != torch.float32 or (self._chunks and not cache.invariant):
             return None
-        return Pages(*cache.addresses, self._tables, self._rows_N, self.positions_N)
+        keys, values = cache.addresses
+        return Pages(keys, values, self._tables, self._rows_N, self.positions_N)
 
     def attend(self, layer_idx: int, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
         cache, dim = self.cache, q_NHK.shape[-1]
