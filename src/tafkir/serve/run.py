@@ -128,7 +128,7 @@ class _Connection(h11.Connection):
 
     _chunked = False
 
-    def send(self, event: h11.Event) -> bytes | None:
+    def send(self, event: h11.Event) -> bytes | None:  # type: ignore[override]  # one signature for its overloads
         if type(event) is h11.Data and self._chunked:
             return b"%x\r\n%b\r\n" % (len(event.data), event.data) if event.data else b""
         out = super().send(event)
