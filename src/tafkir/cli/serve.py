@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -150,24 +150,13 @@ def serve(
     options = ServerOptions(keys, rate_limit, max_body_bytes=body_bytes, cors_origins=origins, **times, **admin)  # type: ignore[arg-type]
     questions = None if canaries in (None, "default") else Path(canaries)
     asked = CanaryOptions(questions, baseline, canary_share) if canaries else None
-    serve_checkpoint(
-        checkpoint_of(checkpoint),
-        host,
-        port,
-        model_name=model_name,
-        max_batch=max_batch,
-        max_context=max_context,
-        max_cache_bytes=max_cache_mb << 20 if max_cache_mb else None,
-        kv_cache=kv_cache.value,
-        speculate=speculate,
-        weights=weights.value,
-        prefix_caching=prefix_cache,
-        batch_invariant=batch_invariant,
-        max_queue=max_queue,
-        num_threads=threads,
-        options=options,
-        canaries=asked,
-    )
+    cache = {"max_cache_bytes": max_cache_mb << 20 if max_cache_mb else None, "kv_cache": kv_cache.value}
+    sizes: dict[str, Any] = {
+        "max_batch": max_batch, "max_context": max_context, "max_queue": max_queue, "num_threads": threads,
+        "weights": weights.value, "speculate": speculate, "prefix_caching": prefix_cache,
+        "batch_invariant": batch_invariant, "model_name": model_name, **cache,
+    }  # fmt: skip
+    serve_checkpoint(checkpoint_of(checkpoint), host, port, options=options, canaries=asked, **sizes)
 
 
 def chat(
