@@ -132,3 +132,19 @@ def test_inspect_scores_a_task(live: Server, tmp_path: Path) -> None:
         "plain", folder=tmp_path, TAFKIR_API_KEY="x", TAFKIR_BASE_URL=f"{live.url}/v1",
     )  # fmt: skip
     assert "accuracy" in shown
+
+
+def test_evalplus_writes_programs(live: Server, tmp_path: Path) -> None:
+    problem = {
+        "task_id": "HumanEval/0", "prompt": "def add(a, b):\n    \"\"\"The sum.\"\"\"\n", "entry_point": "add",
+        "canonical_solution": "    return a + b\n", "test": "", "contract": "", "base_input": [[1, 2]],
+        "plus_input": [[3, 4]], "atol": 0,
+    }  # fmt: skip
+    (tmp_path / "problems.jsonl").write_text(json.dumps(problem) + "\n")
+    client(
+        "evalplus.codegen", "--model", "base-tiny", "--dataset", "humaneval", "--backend", "openai", "--base_url",
+        f"{live.url}/v1", "--greedy", "--root", "out", folder=tmp_path,
+        HUMANEVAL_OVERRIDE_PATH=str(tmp_path / "problems.jsonl"),
+    )  # fmt: skip
+    (found,) = (path for path in tmp_path.rglob("*.jsonl") if "base-tiny" in path.name and "raw" in path.name)
+    assert json.loads(found.read_text())["task_id"] == "HumanEval/0"
