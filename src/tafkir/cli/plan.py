@@ -274,8 +274,8 @@ def proxy(
     """
     from tafkir.plan.launch.proxy import render_proxy
 
-    addresses = {"listen": listen, "answer_s": answer_timeout, "status_port": status_port}
-    print(render_proxy(kind, replicas, **addresses), end="")
+    text = render_proxy(kind, replicas, listen=listen, answer_s=answer_timeout, status_port=status_port)
+    print(text, end="")
 
 
 def _plan_serving(
