@@ -177,14 +177,18 @@ def _card(record: RunRecord) -> str:
     card = run_card(RunDir(record.path), record.evaluation, record.recipe)
     if card is None:
         return ""
-    shown = [{**row, "name": findings.STAGE_TITLES.get(row["name"], row["name"])} for row in card["cards"][0]["rows"]]
+    titles = findings.STAGE_TITLES
+    named = [
+        {**each, "rows": [{**row, "name": titles.get(row["name"], row["name"])} for row in each["rows"]]}
+        for each in card["cards"]
+    ]
     spent, tokens = record.evaluation.get("wall_s"), record.evaluation.get("tokens")
     memory = record.evaluation.get("peak_rss_bytes")
-    told = "FLOPs are of an answer's own tokens, without its prompt. "
+    told = "FLOPs of text are of an answer's own tokens, without its prompt. " if record.evaluation else ""
     if spent and tokens:
         told += f"All stages were asked at {tokens / spent:,.0f} tokens a second on this machine"
         told += f", with at most {findings.format_bytes(memory)} of memory." if memory else "."
-    return card_body({"cards": [{**card["cards"][0], "rows": shown}]}) + f"<p><small>{escape(told)}</small></p>"
+    return card_body({"cards": named}) + f"<p><small>{escape(told)}</small></p>"
 
 
 def _training(kind: StageName, lead: str) -> Callable[[RunRecord], str]:

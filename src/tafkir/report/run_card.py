@@ -18,17 +18,17 @@ __all__ = ["run_card"]
 
 
 def run_card(run: RunDir, evaluation: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any] | None:
-    """One card of the scored stages, in the form that `tafkir card RESULTS --json` prints.
+    """Cards of the scored stages and of the recursive model, in the form that `tafkir card RESULTS --json` prints.
 
-    FLOPs are of an answer's new tokens: a run does not keep the length of its prompts. What is not in the directory,
-    such as a checkpoint that was taken away, is left out.
+    FLOPs are of an answer's new tokens: a run does not keep the length of its prompts; of a puzzle, those of all
+    supervision steps. What is not in the directory, such as a checkpoint that was taken away, is left out.
 
     Args:
         evaluation: the result of the stage `eval`.
         recipe: as it was resolved; says where the base is.
 
     Returns:
-        None where no stage was scored.
+        None where nothing was scored.
     """
     rows = []
     for name, sources in (evaluation.get("stages") or {}).items():
@@ -38,13 +38,41 @@ def run_card(run: RunDir, evaluation: Mapping[str, Any], recipe: Mapping[str, An
             known = _shape(_folder(run, name, recipe), tokens)
             rows.append({"name": name, "accuracy": accuracy, "num_items": accuracy["num_problems"], "tokens": tokens}
                         | {"samples": 1, "tokens_per_s": None, "dollars": None} | known)  # fmt: skip
-    if not rows:
-        return None
+    cards = [{"task": str(evaluation.get("task")), "rows": rows, "published": []}] if rows else []
     points = [(row["flops"], row["accuracy"]["value"]) for row in rows if row["flops"]]
     for row in rows:
         own = (row["flops"], row["accuracy"]["value"])
         row["best"] = bool(own[0]) and not any(f <= own[0] and a >= own[1] and (f, a) != own for f, a in points)
-    return {"cards": [{"task": str(evaluation.get("task")), "rows": rows, "published": []}]}
+    solver = _solver(run, recipe)
+    cards += [{"task": solver.pop("task"), "rows": [solver], "published": []}] if solver else []
+    return {"cards": cards} if cards else None
+
+
+def _solver(run: RunDir, recipe: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The recursive model on the puzzles that its stage kept aside."""
+    stage, table = run.stage("trm"), recipe.get("trm") or {}
+    result = stage.read_result() or {}
+    exact = (result.get("test") or {}).get("exact")
+    if not exact:
+        return None
+    puzzles, steps = table.get("puzzles") or {}, (table.get("model") or {}).get("max_supervision_steps")
+    side = puzzles.get("box_rows", 0) * puzzles.get("box_columns", 0)
+    a_step, parameters = result.get("flops_per_supervision_step"), result.get("parameters")
+    return {
+        "task": f"{puzzles.get('kind')} {side}x{side}" if side else str(puzzles.get("kind")),
+        "name": "trm",
+        "accuracy": exact,
+        "num_items": exact["num_problems"],
+        "samples": 1,
+        "tokens": None,
+        "tokens_per_s": None,
+        "dollars": None,
+        "parameters": parameters,
+        "active_parameters": parameters,
+        "bytes": sum(file.stat().st_size for file in stage.checkpoint_dir.glob("*.safetensors")) or None,
+        "flops": a_step * steps if a_step and steps else None,
+        "best": True,
+    }
 
 
 def _folder(run: RunDir, name: str, recipe: Mapping[str, Any]) -> Path | None:
@@ -64,7 +92,9 @@ def _shape(folder: Path | None, tokens: float | None) -> dict[str, Any]:
     if folder is None or not (folder / "config.json").is_file():
         return dict.fromkeys(names)
     try:
-        config = config_from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+        read = read_json(folder / "config.json")
+        plain = {key: value for key, value in read.items() if key != "quantization_config"}
+        config = config_from_hf(plain, str(folder / "config.json"))
     except TafkirError:
         return dict.fromkeys(names)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
