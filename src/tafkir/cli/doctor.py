@@ -12,9 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["doctor", "examine", "show"]
+__all__ = ["doctor", "examine", "fixes", "show"]
 
-_EXTRAS = ("dev", "bench")
+_DEVELOPMENT = ("dev", "bench", "docs")
 # Asked in a process of its own: a broken torch build must not take the doctor down with it.
 _ASK_TORCH = """
 import importlib.util, json, torch
@@ -32,10 +32,17 @@ print(json.dumps({
 """
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def doctor(
+    fix: Annotated[
+        bool, typer.Option("--fix", help="Print the commands that add what is missing, and no more.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
     """Say what this machine can do, and what is missing. Exit code 1 when Tafkir cannot run here."""
     found = examine(Path.cwd())
-    if as_json:
+    if fix:
+        print("\n".join(fixes(found)))
+    elif as_json:
         print(json.dumps(found, indent=2))
     else:
         show(found)
@@ -62,11 +69,42 @@ def examine(place: Path) -> dict[str, Any]:
         "disk_free_bytes": shutil.disk_usage(place).free,
         "compiler": shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"),
         "browser": next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None),
+        "sandbox": shutil.which("bwrap"),
         "torch": torch,
         "kernels": kernels_path().exists(),
-        "missing": {extra: _missing_packages(extra) for extra in _EXTRAS},
+        "missing": {extra: _missing_packages(extra) for extra in _extras()},
         "problems": problems,
     }
+
+
+def fixes(found: dict[str, Any]) -> list[str]:
+    """Shell commands that add what `examine` missed, the most needed first; remarks are comments."""
+    from tafkir.native.compiled import BUILD_COMMAND
+
+    lines = []
+    if "problem" in found["torch"] or any(line.endswith("is not installed") for line in found["problems"]):
+        lines.append("make install   # in the source tree; elsewhere: pip install tafkir")
+    if not found["compiler"]:
+        lines.append("apt-get install -y g++   # for faster kernels; brew install gcc on a Mac")
+    if not found["kernels"]:
+        lines.append(BUILD_COMMAND)
+    if not found["sandbox"] and sys.platform == "linux":
+        lines.append("apt-get install -y bubblewrap   # to run programs that a model wrote")
+    wanted = [extra for extra, missing in found["missing"].items() if missing and extra not in _DEVELOPMENT]
+    if wanted:
+        lines.append(f"pip install 'tafkir[{','.join(wanted)}]'   # only those that you need")
+    if not found["browser"]:
+        lines.append("apt-get install -y chromium   # for the browser tests alone")
+    return lines or ["# nothing is missing"]
+
+
+def _extras() -> list[str]:
+    from importlib import metadata
+
+    try:
+        return metadata.metadata("tafkir").get_all("Provides-Extra") or []
+    except metadata.PackageNotFoundError:
+        return list(_DEVELOPMENT[:2])
 
 
 def _ask_torch() -> dict[str, Any]:
@@ -120,8 +158,9 @@ def show(found: dict[str, Any]) -> None:
     print(f"accelerators  {', '.join(torch['accelerators']) or 'none; everything runs on the processor'}")
     print(f"compiler      {found['compiler'] or 'none; not needed'}")
     print(f"browser       {found['browser'] or 'none; only the browser tests need one'}")
+    print(f"sandbox       {found['sandbox'] or 'none; programs that a model wrote are not run (bubblewrap)'}")
     for extra, missing in found["missing"].items():
-        print(f"{f'extra {extra}':<13} {_extra_line(extra, missing)}")
+        print(f"{f'+ {extra}':<13} {_extra_line(extra, missing)}")
     for problem in found["problems"]:
         print(f"problem       {problem}")
     if not found["problems"]:

@@ -31,7 +31,6 @@ app = typer.Typer(
     cls=LoadOnUse,
     help="Build, train, serve and measure small reasoning models from one recipe.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
