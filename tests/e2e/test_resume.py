@@ -142,7 +142,7 @@ def test_only_does_one_stage_again_and_from_all_later_ones(
         "06-rlvr.old-1",
         "06-rlvr.old-2",
         "11-eval.old-1",
-        "13-report.old-1",
+        "14-report.old-1",
     ]
     refused = tafkir(*tiny, "--only", "rlvr", "--set", "sft.steps=9", cwd=tmp_path)
     assert refused.code == 1 and "stage sft is not finished with these settings" in refused.error

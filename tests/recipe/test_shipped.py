@@ -37,6 +37,7 @@ TWO_STEPS = {
         "rlhf.guard.tolerance=100",
         "rlhf.guard.kl_budget=0",
     ),
+    "mtp": ("mtp.steps=2", "mtp.batch_problems=2", "mtp.micro_batches=1", "mtp.validate_every=0"),
     "residual": ("lab.steps=2", "lab.depths=[1,2]", "lab.batch_sequences=2", "lab.validation_sequences=4"),
     "mismatch": (
         "lab.steps=2",
@@ -121,7 +122,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_shipped_recipe_runs_for_two_steps(name: str, base: Path, tmp_path: Path) -> None:
     own_base = load_recipe([name]).recipe.base
     recipe, run = run_two_steps(name, tmp_path, *([f"base={json.dumps(str(base))}"] if own_base else []))
-    for kind in ("pretrain", "sft", "reward", "dpo", "rlvr", "rlhf", "trm"):
+    for kind in ("pretrain", "sft", "reward", "dpo", "rlvr", "rlhf", "mtp", "trm"):
         if getattr(recipe, kind):
             result = run.stage(kind).read_result()
             assert result is not None and result["steps"] == 2

@@ -72,7 +72,7 @@ def test_word_problems_keep_their_place_in_a_mixture(tokenizer: Tokenizer) -> No
 
 def test_code_says_in_the_recipe_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(Sandbox, "__init__", lambda self, tier, limits: seen.append((tier, limits.timeout_s)))
+    monkeypatch.setattr(Sandbox, "__init__", lambda self, tier, limits, **_: seen.append((tier, limits.timeout_s)))
     TaskMixture([TaskConfig(kind="code")])
     TaskMixture([TaskConfig(kind="code", sandbox="rlimit", timeout_s=2.0)])
     assert seen == [("bwrap", 5.0), ("rlimit", 2.0)]
