@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 FinishReason = Literal["stop", "length", "cancelled"]
 _BROKEN = frozenset({"sandbox", "start"})
@@ -27,22 +27,7 @@ StageName = Literal[
     "report",
 ]
 
-STAGES: tuple[StageName, ...] = (
-    "tokenizer",
-    "pretrain",
-    "sft",
-    "reward",
-    "dpo",
-    "rlvr",
-    "rlhf",
-    "qat",
-    "mtp",
-    "quantize",
-    "eval",
-    "lab",
-    "trm",
-    "report",
-)
+STAGES: tuple[StageName, ...] = get_args(StageName)
 POLICY_STAGES: tuple[StageName, ...] = ("pretrain", "sft", "dpo", "rlvr", "rlhf", "qat", "mtp")
 """Stages that train the model which answers."""
 
