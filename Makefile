@@ -31,7 +31,7 @@ PYTEST_ARGS ?=
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
 
-demo: install ## Install, make a small reasoning model, the whole chain (15 minutes on two cores), say how to chat with it
+demo: install ## Install, make a small reasoning model, the whole chain (10 minutes on two cores), say how to chat with it
 	@$(BIN)/tafkir run recipes/wordmath-tiny.toml
 
 demo-fast: install ## The same with each stage shortened (4 minutes): how it goes, not what it can do
