@@ -394,7 +394,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    result: dict[str, Any] = {"command": " ".join(["benchmarks/graders.py", *sys.argv[1:]]), "environment": describe_environment()}
+    result: dict[str, Any] = {
+        "command": " ".join(["benchmarks/graders.py", *sys.argv[1:]]),
+        "environment": describe_environment(),
+    }
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "solutions": lambda: grade_solutions(arguments.math),
         "agreement": lambda: compare_with_references(arguments.reference, arguments.seed, arguments.answers),
