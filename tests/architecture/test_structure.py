@@ -1,14 +1,31 @@
-"""docs/structure.md lists every file with what its docstring says."""
+"""docs/structure.md lists every file with what its docstring says, and names places that exist."""
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")
 
 
 def test_the_map_of_the_code_is_up_to_date() -> None:
     done = subprocess.run([sys.executable, "tools/write_structure.py", "--check"], cwd=ROOT, check=False)
     assert done.returncode == 0, "run `python tools/write_structure.py` and commit docs/structure.md"
+
+
+def test_what_the_page_points_at_is_there() -> None:
+    places = re.findall(r"`([\w/]+\.py)::(\w+)`", PAGE)
+    assert len(places) > 30
+    for file, name in places:
+        body = ast.parse((ROOT / "src" / "tafkir" / file).read_text(encoding="utf-8")).body
+        assert name in {getattr(node, "name", None) for node in body}, f"{file} has no {name}"
+
+
+def test_a_stranger_finds_the_places_by_name_at_the_top() -> None:
+    top = PAGE.partition("## Floors")[0].lower()
+    for wanted in ("icepop", "sinkhorn step", "nvfp4 rounding", "block manager", "rl step", "retention interval"):
+        assert wanted in top
