@@ -8,13 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")
 
 
-def test_the_map_of_the_code_is_up_to_date() -> None:
-    done = subprocess.run([sys.executable, "tools/write_structure.py", "--check"], cwd=ROOT, check=False)
-    assert done.returncode == 0, "run `python tools/write_structure.py` and commit docs/structure.md"
+@pytest.mark.parametrize("tool", ["write_structure", "write_robustness"])
+def test_what_tools_write_into_pages_is_up_to_date(tool: str) -> None:
+    """The map of the code, and the tables of `make crash` and `make fuzz`."""
+    done = subprocess.run([sys.executable, f"tools/{tool}.py", "--check"], cwd=ROOT, check=False)
+    assert done.returncode == 0, f"run `python tools/{tool}.py` and commit docs/"
 
 
 def test_what_the_page_points_at_is_there() -> None:
