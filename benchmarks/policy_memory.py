@@ -9,7 +9,7 @@ moments, caches and logits are all in it. TRL computes log-probabilities in chun
 
     python benchmarks/policy_memory.py --out benchmarks/results/policy_memory.json
 
-About four minutes and 4 GB. TRL needs `pip install -e '.[bench]'`. Linux only.
+About four minutes and 4 GB. TRL needs `pip install -e '.[dev]'`. Linux only.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ checkpointing and evaluation are off. DPO is measured twice: with the reference 
 
     python benchmarks/preference_vs_trl.py --out benchmarks/results/preference_vs_trl.json
 
-About six minutes. TRL needs `pip install -e '.[bench]'`.
+About six minutes. TRL needs `pip install -e '.[dev]'`.
 """
 
 from __future__ import annotations

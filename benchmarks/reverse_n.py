@@ -12,7 +12,7 @@ completions, groups of equal rewards left out; both with the monitor on and ever
 
     python benchmarks/reverse_n.py --out benchmarks/results/reverse_n.json
 
-About seven minutes. TRL needs `pip install -e '.[bench]'`.
+About seven minutes. TRL needs `pip install -e '.[dev]'`.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ the first and in the last pass over the same problems.
 
     python benchmarks/rl_vs_trl.py --threads 1 --out benchmarks/results/rl_vs_trl.json
 
-TRL needs `pip install -e '.[bench]'`.
+TRL needs `pip install -e '.[dev]'`.
 """
 
 from __future__ import annotations

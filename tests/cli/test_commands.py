@@ -128,23 +128,32 @@ def test_doctor_says_what_the_machine_can_do(here: Cli, capsys: pytest.CaptureFi
     assert done.returncode == (1 if found["problems"] else 0)
     assert found["cores_physical"] >= 1 and found["memory_bytes"] > 0 and found["disk_free_bytes"] > 0
     assert found["torch"]["version"].startswith("2.")
-    assert {"dev", "bench"} <= set(found["missing"])
+    assert "dev" in found["missing"] and "gpu" not in found["missing"]
     doctor.show(found)
     shown = capsys.readouterr().out
     assert f"torch         {found['torch']['version']}" in shown and "\n+ dev" in shown
 
 
-def test_doctor_prints_commands_for_what_is_missing(here: Cli) -> None:
+def test_doctor_prints_commands_for_what_is_missing(here: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     found = json.loads(here("doctor", "--json").stdout)
+    monkeypatch.setattr("sys.executable", "/opt/my python")
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/apt-get" if name == "apt-get" else None)
     bare = found | {"compiler": None, "kernels": False, "browser": None, "problems": ["typer is not installed"]}
-    bare |= {"missing": {"dev": ["pytest"], "onnx": ["onnx"], "eval": [], "ray": ["ray"]}}
-    lines = [line.partition("   #")[0] for line in doctor.fixes(bare)]
-    assert lines[0] == "make install" and "pip install 'tafkir[onnx,ray]'" in lines
-    assert lines.index("apt-get install -y g++") < lines.index("python -m tafkir.native.build")
-    whole = (
-        found | dict.fromkeys(("compiler", "browser", "sandbox", "kernels"), "there") | {"missing": {}, "problems": []}
-    )
+    bare |= {"missing": {"dev": ["pytest"], "trm-web": ["onnx"], "eval": [], "ray": ["ray"]}, "sandbox": None}
+    lines = [line.partition("   #")[0].removeprefix("sudo ") for line in doctor.fixes(bare)]
+    assert lines == [
+        "'/opt/my python' -m pip install typer",
+        "apt-get install -y g++",
+        "'/opt/my python' -m tafkir.native.build",
+        *(["apt-get install -y bubblewrap"] if sys.platform == "linux" else []),
+        "'/opt/my python' -m pip install 'tafkir[trm-web,ray]'",
+        "apt-get install -y chromium",
+    ]
+    there = dict.fromkeys(("compiler", "browser", "sandbox", "kernels"), "there")
+    whole = found | there | {"missing": {}, "problems": []}
     assert doctor.fixes(whole) == ["# nothing is missing"]
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/nvidia-smi" if name == "nvidia-smi" else None)
+    assert doctor.fixes(whole) == [f"make -C {ROOT} clean install TORCH=cu130"]
 
 
 def test_the_package_is_a_command_and_completes(cli_env: dict[str, str], tmp_path: Path) -> None:

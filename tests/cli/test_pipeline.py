@@ -166,7 +166,7 @@ def test_a_tracker_that_is_not_installed_is_named_before_any_stage(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tafkir.runlog.trackers.find_spec", lambda name: None)
-    with pytest.raises(BackendUnavailable, match=r"tensorboard is not installed.*pip install 'tafkir\[tensorboard\]'"):
+    with pytest.raises(BackendUnavailable, match=r"tensorboard is not installed.*pip install 'tafkir\[rl\]'"):
         bench('track=["tensorboard"]')
     assert not bench.calls
 

@@ -123,4 +123,5 @@ def test_the_command(solver: TrmCheckpoint, tmp_path: Path, monkeypatch: pytest.
     assert runner.invoke(app, ["trm", "export", str(solver.path), str(out), "--weights", "int3"]).exit_code == 2
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     missing = runner.invoke(app, ["trm", "export", str(solver.path), str(out)])
-    assert isinstance(missing.exception, BackendUnavailable) and "pip install 'tafkir[onnx]'" in str(missing.exception)
+    assert isinstance(missing.exception, BackendUnavailable)
+    assert "pip install 'tafkir[trm-web]'" in str(missing.exception)

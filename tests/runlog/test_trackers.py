@@ -71,6 +71,6 @@ def test_wandb_is_given_scalars_with_their_own_step(tmp_path: Path, monkeypatch:
 
 def test_a_missing_package_is_named_with_its_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tafkir.runlog.trackers.find_spec", lambda name: None)
-    with pytest.raises(BackendUnavailable, match=r"pip install 'tafkir\[tensorboard\]'"):
+    with pytest.raises(BackendUnavailable, match=r"pip install 'tafkir\[rl\]'"):
         check_trackers(["tensorboard"])
     check_trackers([])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ import typer
 
 __all__ = ["doctor", "examine", "fixes", "show"]
 
-_DEVELOPMENT = ("dev", "bench", "docs")
+_DEVELOPMENT = ("dev", "docs")
+_SOURCE_TREE = Path(__file__).resolve().parents[3]
 # Asked in a process of its own: a broken torch build must not take the doctor down with it.
 _ASK_TORCH = """
 import importlib.util, json, torch
@@ -72,30 +74,60 @@ def examine(place: Path) -> dict[str, Any]:
         "sandbox": shutil.which("bwrap"),
         "torch": torch,
         "kernels": kernels_path().exists(),
-        "missing": {extra: _missing_packages(extra) for extra in _extras()},
+        # Triton comes with torch's own GPU builds, and is of no use to the others.
+        "missing": {extra: _missing_packages(extra) for extra in _extras() if extra != "gpu" or torch["accelerators"]},
         "problems": problems,
     }
 
 
 def fixes(found: dict[str, Any]) -> list[str]:
     """Shell commands that add what `examine` missed, the most needed first; remarks are comments."""
-    from tafkir.native.compiled import BUILD_COMMAND
-
+    python = _python()
     lines = []
-    if "problem" in found["torch"] or any(line.endswith("is not installed") for line in found["problems"]):
-        lines.append("make install   # in the source tree; elsewhere: pip install tafkir")
+    if not os.access(Path.cwd(), os.W_OK):
+        lines.append("cd ~   # this folder is not writable; or name another one by --runs-dir")
+    absent = [named[1] for line in found["problems"] if (named := re.fullmatch(r"(\S+) is not installed", line))]
+    if absent:
+        lines.append(f"{python} -m pip install {' '.join(absent)}")
+    lines += _torch_fixes(found["torch"], python)
     if not found["compiler"]:
-        lines.append("apt-get install -y g++   # for faster kernels; brew install gcc on a Mac")
+        lines.append(_system_package("g++", dnf="gcc-c++", brew="gcc") + "   # for faster kernels")
     if not found["kernels"]:
-        lines.append(BUILD_COMMAND)
+        lines.append(f"{python} -m tafkir.native.build")
     if not found["sandbox"] and sys.platform == "linux":
-        lines.append("apt-get install -y bubblewrap   # to run programs that a model wrote")
+        lines.append(_system_package("bubblewrap") + "   # to run programs that a model wrote")
+    if None in found["missing"].values():
+        lines.append(f"{python} -m pip install -e {shlex.quote(str(_SOURCE_TREE))}")
     wanted = [extra for extra, missing in found["missing"].items() if missing and extra not in _DEVELOPMENT]
     if wanted:
-        lines.append(f"pip install 'tafkir[{','.join(wanted)}]'   # only those that you need")
+        lines.append(f"{python} -m pip install 'tafkir[{','.join(wanted)}]'   # only those that you need")
     if not found["browser"]:
-        lines.append("apt-get install -y chromium   # for the browser tests alone")
+        lines.append(_system_package("chromium") + "   # for the browser tests alone")
     return lines or ["# nothing is missing"]
+
+
+def _torch_fixes(torch: dict[str, Any], python: str) -> list[str]:
+    """For a torch that does not start, and for one that does not see the GPU that is here."""
+    gpu = bool(shutil.which("nvidia-smi"))
+    if "problem" not in torch and not (gpu and torch["cuda"] is None and torch["hip"] is None):
+        return []
+    if (_SOURCE_TREE / "Makefile").exists():
+        return [f"make -C {shlex.quote(str(_SOURCE_TREE))} clean install" + (" TORCH=cu130" if gpu else "")]
+    index = " --index-url https://download.pytorch.org/whl/cu130" if gpu else ""
+    return [f"{python} -m pip install --force-reinstall torch{index}"]
+
+
+def _python() -> str:
+    """How a shell names this interpreter; `python` where that is the same one."""
+    return "python" if shutil.which("python") == sys.executable else shlex.quote(sys.executable)
+
+
+def _system_package(name: str, **other_names: str) -> str:
+    """The command of this system's package manager; Debian's where none is known."""
+    managers = {"apt-get": "apt-get install -y", "dnf": "dnf install -y", "brew": "brew install"}
+    manager = next(filter(shutil.which, managers), "apt-get")
+    sudo = "" if manager == "brew" or os.geteuid() == 0 else "sudo "
+    return f"{sudo}{managers[manager]} {other_names.get(manager, name)}"
 
 
 def _extras() -> list[str]:
@@ -104,7 +136,7 @@ def _extras() -> list[str]:
     try:
         return metadata.metadata("tafkir").get_all("Provides-Extra") or []
     except metadata.PackageNotFoundError:
-        return list(_DEVELOPMENT[:2])
+        return ["dev"]
 
 
 def _ask_torch() -> dict[str, Any]:
@@ -133,7 +165,7 @@ def _missing_packages(extra: str | None) -> list[str] | None:
     missing = []
     for requirement in requirements:
         named = re.search(r"extra == ['\"]([^'\"]+)['\"]", requirement)
-        if (named[1] if named else None) != extra:
+        if (named[1] if named else None) != extra or ("Linux" in requirement and sys.platform != "linux"):
             continue
         name = re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0]
         try:
@@ -176,4 +208,4 @@ def _kernels_line(built: bool) -> str:
 def _extra_line(extra: str, missing: list[str] | None) -> str:
     if missing is None:
         return "not known: Tafkir is not installed here, only found on the path (pip install -e .)"
-    return f"missing {', '.join(missing)}: pip install 'tafkir[{extra}]'" if missing else "installed"
+    return f"missing {', '.join(missing)}: {_python()} -m pip install 'tafkir[{extra}]'" if missing else "installed"

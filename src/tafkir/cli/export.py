@@ -94,7 +94,7 @@ def gguf(
     Qwen3, Qwen3-MoE, Ling and Ring 2.0, DeepSeek-V3 and R1, GLM-4.5; with tokenizer and chat template. MXFP4, and
     NVFP4 of Qwen3, stay bit for bit what they are; FP8 becomes BF16 or what --type says. Weights of multi-token
     prediction stay behind.
-    Needs `pip install 'tafkir[gguf]'`.
+    Needs `pip install 'tafkir[serve]'`.
     """
     from tafkir.cli.completer import checkpoint_of
     from tafkir.export.gguf_files import export_gguf

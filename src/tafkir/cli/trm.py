@@ -124,7 +124,7 @@ def export(
 
     step.onnx is one supervision step, solve.onnx all of them, model.json says what a host has to know. Both take any
     batch. They are checked against torch before they get their names: numbers of every step to 1e-4, and the same
-    answers. Needs `pip install 'tafkir[onnx]'`.
+    answers. Needs `pip install 'tafkir[trm-web]'`.
 
         tafkir trm export runs/trm-sudoku4 sudoku4-onnx --weights int8
     """
@@ -159,7 +159,7 @@ def page(
 
     One file for a phone or a computer that solves Sudoku and mazes by itself, offline. It holds the models and
     onnxruntime-web, opens from a disk or any static server, and asks nothing of the network. Needs
-    `pip install 'tafkir[onnx]'` to write it, and nothing to use it.
+    `pip install 'tafkir[trm-web]'` to write it, and nothing to use it.
 
         tafkir trm page my-page && xdg-open my-page/index.html
     """

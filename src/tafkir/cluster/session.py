@@ -21,7 +21,7 @@ def import_ray() -> ModuleType:
         import ray
     except ImportError as error:
         raise BackendUnavailable(
-            "Ray is not installed", where="[cluster]", fix='pip install "tafkir[cluster]", or leave [cluster] out'
+            "Ray is not installed", where="[cluster]", fix='pip install "tafkir[ray]", or leave [cluster] out'
         ) from error
     module: ModuleType = ray
     return module

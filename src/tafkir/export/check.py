@@ -67,7 +67,7 @@ def require_onnx() -> None:
         import onnxruntime  # noqa: F401
     except ImportError as error:
         raise BackendUnavailable(
-            f"{error.name} is not installed", where="tafkir trm export", fix="pip install 'tafkir[onnx]'"
+            f"{error.name} is not installed", where="tafkir trm export", fix="pip install 'tafkir[trm-web]'"
         ) from error
 
 

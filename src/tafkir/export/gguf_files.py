@@ -83,7 +83,7 @@ def _require_gguf() -> Any:
     try:
         return importlib.import_module("gguf")
     except ImportError as error:
-        raise BackendUnavailable("the package gguf is not installed", fix="pip install 'tafkir[gguf]'") from error
+        raise BackendUnavailable("the package gguf is not installed", fix="pip install 'tafkir[serve]'") from error
 
 
 @torch.no_grad()

@@ -354,9 +354,8 @@ def use_kernels(decoder: nn.Module, kernels: Literal["torch", "triton"] | Kernel
         try:
             from tafkir.ops.triton import stream_mixing as triton
         except ModuleNotFoundError as error:
-            raise BackendUnavailable(
-                "the triton package is not installed", where="use_kernels", fix="pip install triton, or use torch"
-            ) from error
+            fix = "pip install 'tafkir[gpu]', or use torch"
+            raise BackendUnavailable("the triton package is not installed", where="use_kernels", fix=fix) from error
         kernels = Kernels(triton.project_and_read, triton.write_streams, triton.sinkhorn)
     for module in decoder.modules():
         if isinstance(module, _Connection):

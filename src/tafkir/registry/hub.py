@@ -36,7 +36,7 @@ def push(registry: Registry, version: Version, repo_id: str, *, private: bool, r
         from huggingface_hub import CommitOperationAdd, HfApi
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     except ImportError as error:
-        raise BackendUnavailable("huggingface_hub is not installed", fix="pip install huggingface_hub") from error
+        raise BackendUnavailable("huggingface_hub is not installed", fix="pip install 'tafkir[serve]'") from error
     operations = []
     for name, entry in version.files.items():
         path = registry.blob(entry)

@@ -25,7 +25,7 @@ def _require_cryptography() -> None:
     try:
         import cryptography  # noqa: F401
     except ImportError as error:
-        raise BackendUnavailable("cryptography is not installed", fix="pip install 'tafkir[registry]'") from error
+        raise BackendUnavailable("cryptography is not installed", fix="pip install 'tafkir[serve]'") from error
 
 
 class PublicKey:

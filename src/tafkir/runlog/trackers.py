@@ -40,7 +40,7 @@ def check_trackers(names: Sequence[TrackerName]) -> None:
     for name in names:
         if find_spec(name) is None:
             raise BackendUnavailable(
-                f"{name} is not installed", where=f'track = ["{name}"]', fix=f"pip install 'tafkir[{name}]'"
+                f"{name} is not installed", where=f'track = ["{name}"]', fix="pip install 'tafkir[rl]'"
             )
 
 

@@ -95,7 +95,7 @@ class GrammarCompiler:
         try:
             import llguidance
         except ImportError:
-            message = 'structured output needs llguidance: pip install "tafkir[structured]"'
+            message = 'structured output needs llguidance: pip install "tafkir[serve]"'
             raise ApiError(501, message, param="response_format", code="not_installed") from None
         with self._lock:
             if self._tokenizer is None:

@@ -23,7 +23,7 @@ def draw_load(measured: Sequence[Measured], report: LoadReport, path: Path) -> N
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        fix = "pip install matplotlib, or leave --plot out"
+        fix = "pip install 'tafkir[serve]', or leave --plot out"
         raise BackendUnavailable("pictures need matplotlib", where=str(path), fix=fix) from None
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     done = [m for m in measured if m.ok]

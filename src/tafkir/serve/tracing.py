@@ -34,7 +34,7 @@ class Tracer:
             from opentelemetry.sdk.trace import TracerProvider
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
         except ImportError as error:
-            fix = 'pip install "tafkir[tracing]"'
+            fix = 'pip install "tafkir[serve]"'
             raise BackendUnavailable(f"traces need {error.name}", where="--otlp-traces-endpoint", fix=fix) from None
         self._provider = TracerProvider(resource=Resource.create({"service.name": "tafkir"}))
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint)))

@@ -309,7 +309,7 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
         import pyarrow.parquet
     except ImportError:
         raise DataError(
-            "Parquet files need pyarrow", where=str(path), fix="pip install pyarrow, or convert the file to JSON lines"
+            "Parquet files need pyarrow", where=str(path), fix="pip install 'tafkir[eval]', or convert it to JSON lines"
         ) from None
     rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
     return rows

@@ -225,9 +225,7 @@ def read_targets(path: Path, step: str, count: int) -> list[Any]:
     try:
         import h5py
     except ImportError:
-        raise DataError(
-            "the targets of SciCode need h5py", where=str(path), fix="pip install 'tafkir[science]', or h5py"
-        ) from None
+        raise DataError("the targets of SciCode need h5py", where=str(path), fix="pip install 'tafkir[eval]'") from None
     try:
         with h5py.File(path, "r") as file:
             found = []
@@ -300,7 +298,7 @@ def _entry(name: str, title: str, *, background: bool) -> TaskEntry:
         source="prompt, steps and rule: arXiv 2407.13168, scicode-bench/SciCode",
         how_to_get="git clone https://github.com/scicode-bench/SciCode; huggingface-cli download SciCode1/SciCode "
         "--repo-type dataset --local-dir SciCode/eval/data; test_data.h5 from the folder on Google Drive that its "
-        f"README names, into SciCode/eval/data; then --data {name}=SciCode/eval/data (needs tafkir[science])",
+        f"README names, into SciCode/eval/data; then --data {name}=SciCode/eval/data (needs tafkir[eval])",
     )
 
 
