@@ -325,6 +325,7 @@ def fake_quantize_nvfp4_reference(values: Tensor, *, amax: Tensor | float | None
 
 
 def check_blocks(values: Tensor, lead: int) -> None:
+    """Raises CheckpointError where the last dim does not split into blocks, or there are fewer than `lead` others."""
     if values.dim() < 1 or values.shape[-1] % BLOCK_SIZE:
         raise CheckpointError(
             f"a tensor of shape {list(values.shape)} has no blocks of {BLOCK_SIZE}",

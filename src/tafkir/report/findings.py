@@ -133,6 +133,7 @@ def _count(value: float) -> str:
 
 
 def baseline_title(name: str) -> str:
+    """What a trivial baseline is called in a report."""
     return _BASELINES.get(name, name.replace("_", " ").capitalize())
 
 
