@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
 from functools import cache
 from importlib import metadata
+from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import tafkir
+from tafkir.cli.loading import LoadOnUse
+from tafkir.cli.serve import serve
+from tafkir.recipe.bundled import bundled_checkpoints
 from tests.conftest import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -77,3 +85,63 @@ def test_every_dependency_is_pinned_to_a_version_that_it_allows() -> None:
 def test_the_citation_is_of_this_version() -> None:
     release = tafkir.__version__.partition(".dev")[0]
     assert f"version: {release}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "SECURITY.md", "docs/install.md"])
+def test_a_page_for_developers_names_what_is_there(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"^`?make ([a-z-]+)", text, re.MULTILINE)) <= targets
+    paths = re.findall(r"`((?:src|tests|docs|benchmarks|quant)/[\w./-]+)`", text)
+    for path in paths:
+        assert (ROOT / path).exists() or (ROOT / "src/tafkir" / path).exists(), path
+    assert set(re.findall(r"^`?tafkir ([a-z]+)", text, re.MULTILINE)) <= set(LoadOnUse().list_commands(None))
+
+
+# ---- the Docker files ----------------------------------------------------------------------------------------------
+
+
+def _instructions(name: str) -> list[tuple[str, str]]:
+    text = re.sub(r"\\\n\s*", "", (ROOT / name).read_text(encoding="utf-8"))
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    return [(word, rest) for word, _, rest in (line.partition(" ") for line in lines)]
+
+
+@pytest.mark.parametrize(("name", "torch"), [("Dockerfile", ""), ("Dockerfile.cuda", " TORCH=cu130")])
+def test_an_image_takes_the_steps_of_the_readme(name: str, torch: str, tmp_path: Path) -> None:
+    steps = _instructions(name)
+    assert ("RUN", f"make install{torch}") in steps
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"make install{torch}" in readme
+    assert steps.index(("USER", "tafkir")) < steps.index(("RUN", f"make install{torch}")), (
+        "as a user without privileges"
+    )
+    assert not [rest for word, rest in steps if word == "USER" and rest != "tafkir"]
+    kept = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    copied = [rest.split()[1:] for word, rest in steps if word == "COPY"]
+    assert sorted(source for *sources, _ in copied for source in sources) == sorted(kept)
+    for source in kept:
+        (tmp_path / source).symlink_to(ROOT / source)
+    planned = subprocess.run(
+        ["make", "-n", *f"install{torch}".split()], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert planned.returncode == 0, planned.stderr
+    assert ".venv/bin/python -m pip install" in planned.stdout and "tafkir.native.build" in planned.stdout
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cuda"])
+def test_an_image_serves_and_knows_whether_it_is_healthy(name: str) -> None:
+    steps = dict(_instructions(name))
+    assert json.loads(steps["ENTRYPOINT"]) == ["tafkir"]
+    command, checkpoint, *options = json.loads(steps["CMD"])
+    assert command == "serve" and checkpoint in bundled_checkpoints()
+    defaults = inspect.signature(serve).parameters
+    assert options == ["--host", "0.0.0.0"] and {"host", "port"} <= set(defaults)
+    assert f":{defaults['port'].default}/health'" in steps["HEALTHCHECK"] and steps["EXPOSE"] == "8000"
+    compile(shlex.split(steps["HEALTHCHECK"].partition("CMD ")[2])[2], name, "exec")
+
+
+def test_the_two_images_differ_in_torch_alone() -> None:
+    plain, cuda = (_instructions(name) for name in ("Dockerfile", "Dockerfile.cuda"))
+    assert [line for line in plain if line not in cuda] == [("RUN", "make install")]
+    assert {word for word, _ in (line for line in cuda if line not in plain)} == {"RUN", "ENV"}
