@@ -122,9 +122,8 @@ def test_an_image_takes_the_steps_of_the_readme(name: str, torch: str, tmp_path:
     assert sorted(source for *sources, _ in copied for source in sources) == sorted(kept)
     for source in kept:
         (tmp_path / source).symlink_to(ROOT / source)
-    planned = subprocess.run(
-        ["make", "-n", *f"install{torch}".split()], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    command = ["make", "-n", *f"install{torch}".split(), f"PYTHON={sys.executable}"]
+    planned = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert planned.returncode == 0, planned.stderr
     assert ".venv/bin/python -m pip install" in planned.stdout and "tafkir.native.build" in planned.stdout
 

@@ -26,16 +26,19 @@ def only_line(done: subprocess.CompletedProcess[str], code: int) -> str:
     return line
 
 
-def test_help_answers_at_once(cli_env: dict[str, str], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tafkir.cli.main", "--help"]
-    took = []
-    for _ in range(3):
+def test_help_costs_little_more_than_typer(cli_env: dict[str, str], tmp_path: Path) -> None:
+    sides = {"help": ["-m", "tafkir.cli.main", "--help"], "typer": ["-c", "import typer"]}
+    took: dict[str, list[float]] = {side: [] for side in sides}
+    shown = ""
+    for side, arguments in [*sides.items()] * 3:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, *arguments]
         done = subprocess.run(command, env=cli_env, cwd=tmp_path, capture_output=True, text=True, check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert all(f"\n  {name} " in done.stdout for name in ("run", "recipe", "doctor", "report"))
-    assert min(took) < 0.5  # processor time: what the wall clock shows when nothing else runs
+        took[side].append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        shown += done.stdout
+    assert all(f"\n  {name} " in shown for name in ("run", "recipe", "doctor", "report"))
+    assert min(took["help"]) < 4 * min(took["typer"])
 
 
 @pytest.mark.parametrize(
@@ -134,8 +137,9 @@ def test_doctor_says_what_the_machine_can_do(here: Cli, capsys: pytest.CaptureFi
     assert f"torch         {found['torch']['version']}" in shown and "\n+ dev" in shown
 
 
-def test_doctor_prints_commands_for_what_is_missing(here: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = json.loads(here("doctor", "--json").stdout)
+def test_doctor_prints_commands_for_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_ask_torch", lambda: {"cuda": None, "hip": None, "accelerators": []})
+    found = doctor.examine(Path.cwd())
     monkeypatch.setattr("sys.executable", "/opt/my python")
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/apt-get" if name == "apt-get" else None)
     bare = found | {"compiler": None, "kernels": False, "browser": None, "problems": ["typer is not installed"]}
