@@ -28,6 +28,7 @@ VARIANTS: dict[str, tuple[PuzzleFormat, dict[str, Any]]] = {
         {"mixer": "mlp", "position_encoding": "learned", "prefix_length": 3, "puzzle_embedding_size": 20},
     ),
     "two networks": (sudoku_format(Box(2, 2)), {"separate_networks": True, "gradient": "one_step", "prefix_length": 1}),
+    "neighbours": (maze_format(5, 7), {"mixer": "neighbours"}),
     "one latent": (maze_format(5, 5), {"latents": "z"}),
 }
 
@@ -35,7 +36,9 @@ VARIANTS: dict[str, tuple[PuzzleFormat, dict[str, Any]]] = {
 def small_checkpoint(folder: Path, name: str = "mlp", num_puzzle_ids: int = 1, **lineage: Any) -> TrmCheckpoint:
     """One of the variants, saved and loaded again."""
     format, keys = VARIANTS[name]
-    shape = TrmModelConfig(**SMALL | keys).for_puzzles(format.vocab_size, format.num_cells, num_puzzle_ids)
+    shape = TrmModelConfig(**SMALL | keys).for_puzzles(
+        format.vocab_size, format.num_cells, num_puzzle_ids, grid_columns=format.columns
+    )
     model = build_trm(shape, 1)
     with torch.no_grad():
         for parameter in model.parameters():

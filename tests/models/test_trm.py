@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -10,9 +12,11 @@ from torch import Tensor
 from tafkir.errors import CheckpointError, DataError
 from tafkir.models.trm import Trm, build_trm
 from tafkir.models.trm_names import OFFICIAL_PREFIX, official_names, shape_from_official, without_prefix
+from tafkir.ops.post_norm import post_norm_reference
 from tafkir.recipe.trm import TrmShape
 
 BATCH, CELLS = 4, 9
+NEIGHBOURS = {"mixer": "neighbours", "prefix_length": 0}
 
 
 def shape(**given: object) -> TrmShape:
@@ -221,13 +225,39 @@ def test_passes_in_bfloat16(mixer: str) -> None:
     assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in gradients(model).values())
 
 
+def test_neighbours_are_the_nine_cells_around() -> None:
+    """Against loops; what is further away than there are filters on the way is not seen, but by the halting head."""
+    model = build_trm(
+        shape(mixer="neighbours", prefix_length=0, sequence_length=12, grid_columns=4, num_recursions=1), 0
+    )
+    mixer = model.network.layers[0].get_submodule("neighbours")
+    filters = mixer.get_parameter("filters")
+    assert filters.std().item() == pytest.approx(1 / 3, rel=0.25)
+    x = torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(2))
+    mixed = torch.zeros_like(x)
+    for row, column, down, right in itertools.product(range(3), range(4), (-1, 0, 1), (-1, 0, 1)):
+        if 0 <= row + down < 3 and 0 <= column + right < 4:
+            seen = x[:, (row + down) * 4 + column + right]
+            mixed[:, row * 4 + column] += filters[:, down + 1, right + 1] * seen
+    torch.testing.assert_close(mixer(x, filters), post_norm_reference(x, mixed, 1e-5), rtol=1e-5, atol=1e-5)
+    assert model.shape.num_parameters() == sum(p.numel() for p in model.parameters())
+
+    line = build_trm(shape(mixer="neighbours", prefix_length=0, sequence_length=20, grid_columns=20), 0)
+    tokens = inputs(1, 20)
+    changed = tokens.index_add(1, torch.tensor([0]), torch.where(tokens[:, :1] < 4, 1, -1))
+    outs = [line(line.start(1), each, depth=(1, 1)) for each in (tokens, changed)]
+    differs = (outs[0].logits != outs[1].logits).any(-1)[0].nonzero().squeeze(1).tolist()
+    assert differs == [0, 1, 2, 3, 4], "two blocks, two passes"
+    torch.testing.assert_close(outs[0].q_halt, line.q_head(outs[0].state.y.amax(1))[:, 0])
+
+
 def test_attention_with_rope_takes_other_lengths() -> None:
     model = build_trm(shape(), 0).eval()
     out = next(model.steps(inputs(cells=4)))
     assert out.logits.shape == (BATCH, 4, 5)
 
 
-@pytest.mark.parametrize("given", [{"mixer": "mlp"}, {"position_encoding": "learned"}])
+@pytest.mark.parametrize("given", [{"mixer": "mlp"}, {"position_encoding": "learned"}, NEIGHBOURS])
 def test_the_mlp_variant_is_tied_to_one_length(given: dict[str, str]) -> None:
     model = build_trm(shape(**given), 0).eval()
     with pytest.raises(DataError, match=r"the grid has 16 cells; expected 9: .* tied to one length"):
@@ -241,6 +271,8 @@ def test_the_mlp_variant_is_tied_to_one_length(given: dict[str, str]) -> None:
         ({"hidden_size": 6, "num_attention_heads": 2}, "even"),
         ({"puzzle_embedding_size": 33}, "does not fit"),
         ({"latents": "z", "separate_networks": True}, "one network"),
+        ({"mixer": "neighbours"}, "set prefix_length = 0"),
+        ({**NEIGHBOURS, "grid_columns": 4}, "9 cells do not fill rows of 4"),
     ],
 )
 def test_networks_that_cannot_be(given: dict[str, object], message: str) -> None:

@@ -133,7 +133,9 @@ class _Network:
         self._matrices: dict[str, Value] = {}
         state = model.state_dict()
         for name, weight in state.items():
-            if ".layers." in name:
+            if name.endswith(".filters"):
+                self._matrices[name] = graph.constant(_array(weight.unsqueeze(1)))
+            elif ".layers." in name:
                 left = ".token_mlp." in name
                 self._matrices[name] = emit_matrix(graph, weight, format, transposed=not left)
         small = _table_format(format)
@@ -193,10 +195,13 @@ class _Network:
             start, end, axis = (graph.constant([n]) for n in (shape.prefix_length, shape.num_positions, 1))
             cells = graph.op("Slice", y, start, end, axis)
         logits = graph.op("MatMul", cells, self._lm_head)
-        first = graph.op("Gather", y, graph.constant(np.array(0)), axis=1)
+        if shape.mixer == "neighbours":
+            told = graph.op("ReduceMax", y, graph.constant([1]), keepdims=0)
+        else:
+            told = graph.op("Gather", y, graph.constant(np.array(0)), axis=1)
         bias = self.model.q_head.bias
         assert bias is not None
-        both = graph.op("Add", graph.op("MatMul", first, self._q_head), graph.constant(_array(bias)))
+        both = graph.op("Add", graph.op("MatMul", told, self._q_head), graph.constant(_array(bias)))
         return _Step(y, z, logits, graph.op("Gather", both, graph.constant(np.array(0)), axis=1))
 
     def _pass(self, graph: Graph, network: str, x: Value) -> Value:
@@ -204,6 +209,8 @@ class _Network:
             layer = f"{network}.layers.{number}"
             if self.shape.mixer == "attention":
                 x = self._norm(graph, graph.op("Add", x, self._attend(graph, f"{layer}.attention", x)), axis=2)
+            elif self.shape.mixer == "neighbours":
+                x = self._norm(graph, graph.op("Add", x, self._look_around(graph, f"{layer}.neighbours", x)), axis=2)
             else:
                 x = self._norm(graph, graph.op("Add", x, self._swiglu(graph, f"{layer}.token_mlp", x, axis=1)), axis=1)
             x = self._norm(graph, graph.op("Add", x, self._swiglu(graph, f"{layer}.mlp", x, axis=2)), axis=2)
@@ -224,6 +231,15 @@ class _Network:
         mean = graph.op("ReduceMean", graph.op("Mul", x, x), graph.constant([axis]), keepdims=1)
         root = graph.op("Sqrt", graph.op("Add", mean, graph.constant(self.shape.rms_norm_eps)))
         return graph.op("Div", x, root)
+
+    def _look_around(self, graph: Graph, name: str, x: Value) -> Value:
+        """A filter over every cell and the eight around it, for each feature."""
+        shape = self.shape
+        grid = graph.op("Reshape", x, graph.constant([0, -1, shape.columns, shape.hidden_size]))
+        grid = graph.op("Transpose", grid, perm=[0, 3, 1, 2])
+        mixed = graph.op("Conv", grid, self._matrices[f"{name}.filters"], group=shape.hidden_size, pads=[1, 1, 1, 1])
+        mixed = graph.op("Transpose", mixed, perm=[0, 2, 3, 1])
+        return graph.op("Reshape", mixed, graph.constant([0, shape.num_positions, shape.hidden_size]))
 
     def _attend(self, graph: Graph, name: str, x: Value) -> Value:
         """Every position to every other one."""

@@ -122,8 +122,8 @@ class Trm(nn.Module):
     def _check_length(self, num_cells: int) -> None:
         if num_cells == self.shape.sequence_length:
             return
-        if self.shape.mixer == "mlp" or self.embed_positions is not None:
-            bound = "mlp mixer" if self.shape.mixer == "mlp" else "learned positions"
+        if self.shape.mixer != "attention" or self.embed_positions is not None:
+            bound = "learned positions" if self.shape.mixer == "attention" else f"{self.shape.mixer} mixer"
             raise DataError(
                 f"the grid has {num_cells} cells",
                 expected=f"{self.shape.sequence_length}: the {bound} of this network is tied to one length",
@@ -165,7 +165,9 @@ class Trm(nn.Module):
         logits_BLV = F.linear(y_BSD[:, self.shape.prefix_length :], self.lm_head.weight.to(self.dtype))
         bias = self.q_head.bias
         assert bias is not None
-        q_B2 = F.linear(y_BSD[:, 0], self.q_head.weight.to(self.dtype), bias.to(self.dtype)).float()
+        # Neighbours leave the first position knowing its corner alone, so there q is told the most of every feature.
+        told_BD = y_BSD.amax(1) if self.shape.mixer == "neighbours" else y_BSD[:, 0]
+        q_B2 = F.linear(told_BD, self.q_head.weight.to(self.dtype), bias.to(self.dtype)).float()
         return TrmOutput(after, logits_BLV, q_B2[:, 0], q_B2[:, 1])
 
     def steps(
@@ -231,7 +233,7 @@ def build_trm(shape: TrmShape, seed: int) -> Trm:
         if name.startswith("q_head"):
             nn.init.constant_(parameter, 0.0 if name.endswith("weight") else _FIRST_Q_BIAS)
         else:
-            fan_in = shape.hidden_size if "embed" in name else parameter.shape[1]
+            fan_in = shape.hidden_size if "embed" in name else parameter[0].numel()
             truncated_normal_(parameter, fan_in**-0.5, generator)
     for start in (model.y_init, model.z_init):
         truncated_normal_(start, 1.0, generator)

@@ -19,7 +19,7 @@ from tafkir.recipe.trm import TrmShape
 __all__ = ["PuzzleTable", "SolverNetwork", "truncated_normal_"]
 
 Matrices = tuple[Tensor, ...]
-"""Of a block: into its mixer and back, gate_up and down of its SwiGLU; in the dtype of the passes."""
+"""Of a block: its mixer's, then gate_up and down of its SwiGLU; in the dtype of the passes."""
 
 # Standard deviation of a standard normal cut at -2 and 2.
 _CUT_STD = 0.8796256610342398
@@ -64,6 +64,26 @@ class _AttentionSublayer(nn.Module):
         return post_norm(x_BSD, F.linear(mixed_BHSK.transpose(1, 2).flatten(2), out), self.eps)
 
 
+class _NeighbourSublayer(nn.Module):
+    """rms(x + f(x)), f a filter over a cell and the eight around it, each of the D numbers by itself; 0 outside.
+
+    Not in the paper; after recurrent convolutional solvers of mazes (arXiv 2106.04537, 2202.05826).
+    """
+
+    def __init__(self, shape: TrmShape) -> None:
+        super().__init__()
+        self.columns, self.eps = shape.columns, shape.rms_norm_eps
+        self.filters = nn.Parameter(torch.empty(shape.hidden_size, 3, 3))
+
+    def matrices(self) -> tuple[Tensor]:
+        return (self.filters,)
+
+    def forward(self, x_BSD: Tensor, filters: Tensor) -> Tensor:
+        grid_BDRC = x_BSD.unflatten(1, (-1, self.columns)).permute(0, 3, 1, 2)
+        mixed_BDRC = F.conv2d(grid_BDRC, filters.unsqueeze(1), padding=1, groups=len(filters))
+        return post_norm(x_BSD, mixed_BDRC.permute(0, 2, 3, 1).flatten(1, 2), self.eps)
+
+
 class _Block(nn.Module):
     """Positions are mixed, then each one is transformed by itself. The mlp mixer has the positions first: [S, B, D]."""
 
@@ -71,19 +91,22 @@ class _Block(nn.Module):
         super().__init__()
         self.attention = _AttentionSublayer(shape) if shape.mixer == "attention" else None
         self.token_mlp = _SwigluSublayer(shape, shape.num_positions, 0) if shape.mixer == "mlp" else None
+        self.neighbours = _NeighbourSublayer(shape) if shape.mixer == "neighbours" else None
         self.mlp = _SwigluSublayer(shape, shape.hidden_size, -1)
 
     def matrices(self) -> tuple[Tensor, ...]:
-        mixer = self.attention or self.token_mlp
+        mixer = self.attention or self.token_mlp or self.neighbours
         assert mixer is not None
         return *mixer.matrices(), *self.mlp.matrices()
 
     def forward(self, x: Tensor, matrices: Matrices, angles: Angles | None) -> Tensor:
-        into, back, gate_up, down = matrices
+        *mixing, gate_up, down = matrices
         if self.attention is not None:
-            x = self.attention(x, into, back, angles)
+            x = self.attention(x, *mixing, angles)
         if self.token_mlp is not None:
-            x = self.token_mlp(x, into, back)
+            x = self.token_mlp(x, *mixing)
+        if self.neighbours is not None:
+            x = self.neighbours(x, *mixing)
         out: Tensor = self.mlp(x, gate_up, down)
         return out
 

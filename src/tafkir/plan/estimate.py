@@ -110,7 +110,7 @@ def _estimate(kind: StageName, recipe: Recipe, rates: Rates) -> StageEstimate:
 def _estimate_trm(recipe: Recipe, config: TrmConfig) -> StageEstimate:
     """Passes of the recursion, in training and in measuring; what the passes with a gradient keep decides on memory."""
     cells = config.puzzles.num_cells or _CELLS_OF_ONES_OWN
-    shape = config.model.for_puzzles(_SYMBOLS, cells)
+    shape = config.model.for_puzzles(_SYMBOLS, cells, grid_columns=getattr(config.puzzles, "columns", None))
     flops = 0.0
     for (recursions, latent_steps), steps in Counter(map(config.depth_at, range(config.steps))).items():
         depth = {"num_recursions": recursions, "num_latent_steps": latent_steps}

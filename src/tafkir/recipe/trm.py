@@ -6,12 +6,14 @@ Names here, in the paper (TRM, arXiv 2510.04871), and in the reference's config:
     num_latent_steps       n      L_cycles        updates of z in a recursion, before its one update of y
     max_supervision_steps  N_sup  halt_max_steps  supervision steps until a puzzle is given up
     mixer = "mlp"          MLP    mlp_t           positions mixed by a SwiGLU instead of attention
+    mixer = "neighbours"   -      -               each position mixed with the eight around it
     prefix_length          -      puzzle_emb_len  positions before the grid: the puzzle's vector, then zeros
     intermediate_multiple  -      256             what SwiGLU widths are rounded up to
 """
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -35,8 +37,9 @@ class TrmModelConfig(Table):
     intermediate_multiple: Positive = Field(
         256, description="SwiGLU widths are rounded up to a multiple of this; 32 suits small models."
     )
-    mixer: Literal["attention", "mlp"] = Field(
-        "attention", description="How positions exchange: attention, or a SwiGLU over one fixed length."
+    mixer: Literal["attention", "mlp", "neighbours"] = Field(
+        "attention",
+        description="How positions exchange: attention, a SwiGLU over one fixed length, or filters of 3x3 cells.",
     )
     position_encoding: Literal["rope", "learned", "none"] = Field(
         "rope", description="How attention knows positions; the mlp mixer needs none and takes none but learned."
@@ -62,15 +65,20 @@ class TrmModelConfig(Table):
             raise ValueError("num_attention_heads does not divide hidden_size")
         if self.mixer == "attention" and self.position_encoding == "rope" and self.head_dim % 2:
             raise ValueError("RoPE needs an even hidden_size / num_attention_heads")
+        if self.mixer == "neighbours" and self.prefix_length:
+            raise ValueError("neighbours are those of a grid without a prefix: set prefix_length = 0")
         if self.puzzle_embedding_size > self.prefix_length * self.hidden_size:
             raise ValueError("puzzle_embedding_size does not fit into prefix_length x hidden_size")
         if self.latents == "z" and self.separate_networks:
             raise ValueError("a single latent has one network")
         return self
 
-    def for_puzzles(self, vocab_size: int, sequence_length: int, num_puzzle_ids: int = 1) -> TrmShape:
+    def for_puzzles(
+        self, vocab_size: int, sequence_length: int, num_puzzle_ids: int = 1, *, grid_columns: int | None = None
+    ) -> TrmShape:
         """The network for puzzles of one size."""
         sizes = {"vocab_size": vocab_size, "sequence_length": sequence_length, "num_puzzle_ids": num_puzzle_ids}
+        sizes |= {"grid_columns": grid_columns} if grid_columns and self.mixer == "neighbours" else {}
         return TrmShape.model_validate(self.model_dump() | sizes)
 
     @property
@@ -90,6 +98,20 @@ class TrmShape(TrmModelConfig):
     vocab_size: Positive = Field(description="Symbols of a cell, the padding 0 among them.")
     sequence_length: Positive = Field(description="Cells L of a grid.")
     num_puzzle_ids: Positive = Field(1, description="Rows of the table of puzzle vectors.")
+    grid_columns: Positive | None = Field(
+        None, description="Columns of the grid, for the mixer of neighbours; not set, the grid is square."
+    )
+
+    @model_validator(mode="after")
+    def _check_grid(self) -> Self:
+        if self.mixer == "neighbours" and self.sequence_length % self.columns:
+            raise ValueError(f"{self.sequence_length} cells do not fill rows of {self.columns}")
+        return self
+
+    @property
+    def columns(self) -> int:
+        """Columns of the grid, as the mixer of neighbours needs them."""
+        return self.grid_columns or math.isqrt(self.sequence_length)
 
     @property
     def num_positions(self) -> int:
@@ -109,7 +131,8 @@ class TrmShape(TrmModelConfig):
         """Multiplications and additions of one pass of the network over one puzzle."""
         d, s = self.hidden_size, self.num_positions
         mixer, mlp = self._block_weights()
-        mixing = 2 * d * mixer if self.mixer == "mlp" else 2 * s * mixer + 4 * s * s * d
+        mixing = 2 * d * mixer if self.mixer == "mlp" else 2 * s * mixer
+        mixing += 4 * s * s * d if self.mixer == "attention" else 0
         return float(self.num_hidden_layers * (mixing + 2 * s * mlp))
 
     def flops_per_supervision_step(self, *, train: bool = False) -> float:
@@ -122,7 +145,7 @@ class TrmShape(TrmModelConfig):
     def _block_weights(self) -> tuple[int, int]:
         """Weights of a block's mixer and of its SwiGLU."""
         d, s = self.hidden_size, self.num_positions
-        mixer = 3 * s * self.intermediate_size(s) if self.mixer == "mlp" else 4 * d * d
+        mixer = {"mlp": 3 * s * self.intermediate_size(s), "attention": 4 * d * d, "neighbours": 9 * d}[self.mixer]
         return mixer, 3 * d * self.intermediate_size(d)
 
 

@@ -50,6 +50,8 @@ class Carry(nn.Module):
         batch_size: rows of all processes together.
         replicas: the processes that share them.
         teacher: what it says of each puzzle stays with the puzzle, float32 [B, L, V].
+        stagger: the first puzzles have some of their steps behind them. Where none halts early, rows that begin
+            together would stay together, and each optimiser step would train one supervision step alone.
     """
 
     y: Tensor
@@ -63,10 +65,16 @@ class Carry(nn.Module):
     targets: Tensor | None
 
     def __init__(
-        self, model: Trm, batch_size: int, replicas: Replicas | None = None, teacher: SoftTeacher | None = None
+        self,
+        model: Trm,
+        batch_size: int,
+        replicas: Replicas | None = None,
+        teacher: SoftTeacher | None = None,
+        *,
+        stagger: bool = False,
     ) -> None:
         super().__init__()
-        self._teacher = teacher
+        self._teacher, self._stagger = teacher, stagger
         self._replicas: Replicas = replicas or OneReplica()
         self.batch_size, self.rows = batch_size, self._replicas.rows(batch_size)
         own = self.rows.stop - self.rows.start
@@ -102,6 +110,8 @@ class Carry(nn.Module):
             if self._teacher is not None and self.targets is not None:
                 self.targets[places] = self._teacher.logits(self.inputs[places])
         self.steps[halted] = 0
+        if self._stagger and not self.drawn:
+            self.steps += torch.arange(self.batch_size, device=self.steps.device) % model.shape.max_supervision_steps
         self.drawn += len(halted)
 
     @contextmanager
@@ -144,7 +154,7 @@ class RecursiveTrainer:
         device = model.y_init.device
         if teacher is not None:
             teacher.to(device)
-        carry = Carry(model, config.batch_size, self.replicas, teacher)
+        carry = Carry(model, config.batch_size, self.replicas, teacher, stagger=not config.act)
         self.module = nn.ModuleDict({"model": model, "carry": carry}).to(device)
         # The reference decays the one bias, too.
         self.optimizers = build_optimizers(model, config, decay_vectors=True)

@@ -145,8 +145,8 @@ class SparseSignSgd(torch.optim.Optimizer):
         self.touched.clear()
 
 
-# Tables, heads and the router's few rows.
-_TABLES = ("embed_tokens", "embed_positions", "lm_head", "q_head", "router")
+# Tables, heads, the router's few rows, and filters that see one feature each.
+_TABLES = ("embed_tokens", "embed_positions", "lm_head", "q_head", "router", "filters")
 
 
 def _is_hidden_matrix(name: str, param: Tensor) -> bool:

@@ -46,7 +46,9 @@ def run_trm(ctx: StageContext) -> dict[str, Any]:
     puzzles = build_puzzles(config.puzzles, derive_seed(ctx.seed, "trm", "puzzles"))
     puzzles, teacher, taught = _learn_from(config, puzzles)
     format = puzzles.format
-    shape = config.model.for_puzzles(format.vocab_size, format.num_cells, puzzles.num_puzzle_ids)
+    shape = config.model.for_puzzles(
+        format.vocab_size, format.num_cells, puzzles.num_puzzle_ids, grid_columns=format.columns
+    )
     model = build_trm(shape, derive_seed(ctx.seed, "trm", "weights"))
     replicas = open_replicas(ctx.recipe.parallel)
     trainer = RecursiveTrainer(model.to(replicas.device), config, replicas, teacher)
