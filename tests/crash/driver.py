@@ -39,8 +39,6 @@ PER_PROCESS = {
 }  # fmt: skip
 # Whole files: where and when a run took place, or pages that show it; compared by name alone.
 NOT_COMPARED = ("log.jsonl", "env.json", "timings.jsonl", ".lock", "report.html", "report.md", "card.html")
-# A kill between the new folder's name and the removal of these two leaves them in it, where nobody reads them.
-LEFT_BEHIND = ("out/.lock", "out/.progress.json")
 # Answers come in the order in which they end, and this is another one when some were there already.
 UNORDERED = ("out.jsonl", "samples.jsonl")
 
@@ -131,7 +129,6 @@ def left_in(place: Path) -> Files:
     return {
         path.relative_to(place).as_posix(): b"" if path.name in NOT_COMPARED or path.is_dir() else read_result(path)
         for path in sorted(place.rglob("*"))
-        if path.relative_to(place).as_posix() not in LEFT_BEHIND
     }
 
 
@@ -228,7 +225,7 @@ class Driver:
         """Finish the command and note what is not as the unbroken run left it."""
         count, wanted = self.counts[name], self.reference(name).files
         done = self.run(name, place)
-        if done.code != 0 and "is there already" not in done.err:  # quantize, killed after its end
+        if done.code != 0 and "is there already" not in done.err:  # quantize, killed when it was done
             count.faults.append(f"{name}, {how}: does not go on ({done.code}): {done.err[-2000:]}")
             return
         made = left_in(place)

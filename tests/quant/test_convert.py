@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -220,8 +221,33 @@ def test_a_killed_run_goes_on_where_it_was(source: Path, tmp_path: Path, monkeyp
     assert finished[0] in redone and finished[1] not in redone and result.resumed_bytes > 0
     one, other = tensors_of(tmp_path / "whole"), tensors_of(out)
     assert one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
-    with pytest.raises(CheckpointError, match="is there already"):
+    with pytest.raises(CheckpointError, match=r"out: a finished checkpoint \(.* MB\) is there already.*: rm -r .*/out"):
         quantize_checkpoint(source, out, config)
+
+
+def test_killed_between_its_name_and_its_end_it_is_whole(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dying(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    out, config = tmp_path / "out", QuantizeConfig()
+    whole = quantize_checkpoint(source, tmp_path / "whole", config)
+    for again in (config, QuantizeConfig(preset="all-linear")):
+        with monkeypatch.context() as patch:
+            patch.setattr(convert, "_tidy", dying)
+            with pytest.raises(KeyboardInterrupt):
+                quantize_checkpoint(source, out, config)
+        assert (out / ".progress.json").exists() and (out / ".lock").exists()
+        if again is config:
+            assert quantize_checkpoint(source, out, again).resumed_bytes == whole.output_bytes
+        else:
+            with pytest.raises(CheckpointError, match="a finished checkpoint"):
+                quantize_checkpoint(source, out, again)
+        assert {file.name: file.read_bytes() for file in out.iterdir()} == {
+            file.name: file.read_bytes() for file in (tmp_path / "whole").iterdir()
+        }
+        shutil.rmtree(out)
 
 
 def test_what_was_begun_otherwise_is_not_taken_over(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from tafkir.errors import CheckpointError
 
-__all__ = ["MAX_SHARD_BYTES", "publish_folder", "write_error", "write_folder"]
+__all__ = ["MAX_SHARD_BYTES", "publish_folder", "refuse_present", "write_error", "write_folder"]
 
 MAX_SHARD_BYTES = 5 * 10**9
 """A larger checkpoint is written in shards of this size."""
@@ -36,6 +37,23 @@ def write_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
         raise write_error(path, error) from error
+
+
+def refuse_present(path: Path) -> None:
+    """Let nobody write where something is.
+
+    Raises:
+        CheckpointError: it says what is there, and what to do to have it made anew.
+    """
+    if not path.exists():
+        return
+    num_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    what = "a finished checkpoint" if (path / "config.json").exists() else "something else"
+    raise CheckpointError(
+        f"{what} ({num_bytes / 1e6:,.1f} MB) is there already",
+        where=str(path),
+        fix=f"use it, choose another folder, or have it made anew: rm -r {shlex.quote(str(path))}",
+    )
 
 
 def publish_folder(staging: Path, path: Path) -> None:

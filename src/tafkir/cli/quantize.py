@@ -108,18 +108,22 @@ def quantize(
     }  # fmt: skip
     from tafkir.cli.auto import choose_formats, with_auto
     from tafkir.cli.completer import checkpoint_of
+    from tafkir.quant.convert import refuse_finished
 
+    if not dry_run:
+        refuse_finished(out)
     settings, rules = with_auto(_said(given), rule or [], rules_file, auto, _plain(sensitivity))
     config = _config(config_file, settings, rules, _said(calibration))
     folder = checkpoint_of(source)
     if config.auto is not None:
         config = choose_formats(folder, source, out, config, quiet=as_json)
-    if dry_run:
+    if dry_run or not as_json:
         _show_plan(folder, config, shard_size, as_json)
-        return
-    if not as_json:
-        _show_plan(folder, config, shard_size, False)
-    result, found = _write(folder, out, config, record, shard_size, workers)
+    if not dry_run:
+        _tell(*_write(folder, out, config, record, shard_size, workers), as_json)
+
+
+def _tell(result: QuantizeResult, found: dict[str, Any] | None, as_json: bool) -> None:
     if as_json:
         keys = ("source_bytes", "output_bytes", "resumed_bytes", "rows")
         said = {"path": str(result.path), **{key: getattr(result, key) for key in keys}, "calibration": found}
@@ -129,7 +133,7 @@ def quantize(
         _show_calibration(found)
     ratio = result.source_bytes / max(1, result.output_bytes)
     resumed = f", of which {_size(result.resumed_bytes)} were there already" if result.resumed_bytes else ""
-    print(f"{out}: {_size(result.output_bytes)}{resumed}; {ratio:.2f} times smaller, checked")
+    print(f"{result.path}: {_size(result.output_bytes)}{resumed}; {ratio:.2f} times smaller, checked")
 
 
 def _write(

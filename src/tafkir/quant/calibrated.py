@@ -12,7 +12,7 @@ from tafkir.errors import CheckpointError
 from tafkir.quant.calibrate import calibrate_checkpoint
 from tafkir.quant.calibration import Calibration
 from tafkir.quant.calibration_text import read_calibration_text
-from tafkir.quant.convert import QuantizeResult, quantize_checkpoint
+from tafkir.quant.convert import QuantizeResult, quantize_checkpoint, refuse_finished
 from tafkir.quant.coverage import coverage_rows
 from tafkir.recipe.quantize import QuantizeConfig
 
@@ -66,9 +66,13 @@ def quantize_calibrated(
         CheckpointError, RecipeError, CapacityError: as `calibrate_checkpoint` and `quantize_checkpoint`.
     """
     path = Path(path)
-    if path.exists():
-        raise CheckpointError("is there already", where=str(path), fix="choose another folder, or remove it")
     folder = path.parent / f".{path.name}.calibration" if record is None else Path(record)
+    try:
+        refuse_finished(path)
+    except CheckpointError:
+        if record is None:  # a process that was killed at its very end left it
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     calibration = calibrate_checkpoint(source, folder, config, documents, replace=record is None)
     result = quantize_checkpoint(source, path, config, calibration=calibration, **options)
     if record is None:

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tafkir.checkpoint.files import StoredFiles, fp8_block_size, open_files, read_json, read_manifest
-from tafkir.checkpoint.folder import MAX_SHARD_BYTES, publish_folder, write_error
+from tafkir.checkpoint.folder import MAX_SHARD_BYTES, publish_folder, refuse_present, write_error
 from tafkir.checkpoint.quantized import packed_method
 from tafkir.errors import CapacityError, CheckpointError
 from tafkir.native.weights import weight_kernels
 from tafkir.quant.formats import NVFP4_FORMATS
 from tafkir.quant.native_jobs import NativeJobs
 from tafkir.quant.plan import Job, QuantizePlan, plan_quantization, with_cache_scales
-from tafkir.quant.shards import JOURNAL, Journal, Shard
+from tafkir.quant.shards import JOURNAL, Journal, Shard, fingerprint_of, written_by
 from tafkir.quant.sidecars import write_sidecars
 from tafkir.quant.validate import validate_checkpoint
 from tafkir.recipe.bundled import find_checkpoint
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from tafkir.checkpoint.read import WeightFiles
     from tafkir.quant.torch_jobs import Calibrated
 
-__all__ = ["QuantizeResult", "open_files_of_source", "open_source", "quantize_checkpoint"]
+__all__ = ["QuantizeResult", "open_files_of_source", "open_source", "quantize_checkpoint", "refuse_finished"]
 
 _LOCK = ".lock"
 _MARGIN_BYTES = 64 << 20
@@ -99,7 +99,8 @@ def quantize_checkpoint(
     Args:
         source: a checkpoint folder, or the name of a bundled one: BF16, FP16, FP32, DeepSeek's FP8 blocks, or
             quantized, in which case the codes are first brought back to BF16.
-        path: the new folder; must not be there. What a killed process left beside it is taken over.
+        path: the new folder; must not be there. What a killed process of the same work left, there or beside it, is
+            taken over.
         config: formats and layout.
         max_shard_bytes: of a file's tensors; also what is redone at most after a kill.
         workers: weights that are worked on at once, each by one thread.
@@ -113,18 +114,21 @@ def quantize_checkpoint(
         RecipeError: a rule matches nothing or asks for what a tensor cannot be.
     """
     path = Path(path)
-    if path.exists():
-        raise CheckpointError("is there already", where=str(path), fix="choose another folder, or remove it")
+    refuse_finished(path)
     with open_files_of_source(source) as (files, hf_config):
         before = _identity(files)
         plan = plan_quantization(files, hf_config, config, max_shard_bytes, _not_finite(files, config))
         if calibration is not None and config.kv_cache != "none":
             plan = with_cache_scales(plan, config.layout, calibration.cache_scales)
+        said: dict[str, Any] = {"config": hf_config, "files": before}
+        said |= {"calibration": calibration.fingerprint} if calibration else {}
+        fingerprint = fingerprint_of(plan, config, said)
         try:
+            if path.exists():
+                _take_over(path, fingerprint)
+                return QuantizeResult(path, plan.source_bytes, plan.output_bytes, plan.output_bytes, plan.rows())
             with _staging(path) as staging:
-                said: dict[str, Any] = {"config": hf_config, "files": before}
-                said |= {"calibration": calibration.fingerprint} if calibration else {}
-                resumed = _write_shards(staging, files, plan, config, said, workers, calibration)
+                resumed = _write_shards(staging, files, plan, config, fingerprint, workers, calibration)
                 if _identity(files) != before:
                     raise CheckpointError(
                         "the source changed while it was read", where=str(files.listing.parent), fix="run it again"
@@ -133,11 +137,30 @@ def quantize_checkpoint(
                 validate_checkpoint(staging, plan.decisions, config, plan.numbers)
                 # The journal goes last: a kill before the folder has its name loses nothing.
                 publish_folder(staging, path)
-                for name in (JOURNAL, _LOCK):
-                    (path / name).unlink(missing_ok=True)
+                _tidy(path)
         except OSError as error:
             raise write_error(path, error) from error
     return QuantizeResult(path, plan.source_bytes, plan.output_bytes, resumed, plan.rows())
+
+
+def refuse_finished(path: Path) -> None:
+    """`refuse_present`, except where a process was killed between the folder's name and its own end."""
+    if not (path / JOURNAL).exists():
+        refuse_present(path)
+
+
+def _take_over(path: Path, fingerprint: str) -> None:
+    """Tidy a folder that was whole when its process was killed; refuse it where that did other work."""
+    theirs, _ = written_by(path)
+    _tidy(path)
+    if theirs != fingerprint:
+        refuse_present(path)
+
+
+def _tidy(path: Path) -> None:
+    """Remove what only the work needed; the journal, which tells that this was not done yet, goes last."""
+    for name in (_LOCK, JOURNAL):
+        (path / name).unlink(missing_ok=True)
 
 
 def _not_finite(files: StoredFiles, config: QuantizeConfig) -> frozenset[str]:
@@ -179,12 +202,12 @@ def _write_shards(
     files: StoredFiles,
     plan: QuantizePlan,
     config: QuantizeConfig,
-    source: Mapping[str, Any],
+    fingerprint: str,
     workers: int,
     calibration: Calibrated | None,
 ) -> int:
     """Write what is not there yet; returns the bytes that were."""
-    journal = Journal(staging, plan, config, source)
+    journal = Journal(staging, fingerprint)
     journal.verify(staging, plan)
     jobs = [job for job in plan.jobs if job.file not in journal.finished]
     resumed = sum(p.num_bytes for file in journal.finished for p in plan.shards[file])

@@ -28,7 +28,7 @@ from tafkir.checkpoint.files import (
     read_json,
     read_manifest,
 )
-from tafkir.checkpoint.folder import MAX_SHARD_BYTES, write_folder
+from tafkir.checkpoint.folder import MAX_SHARD_BYTES, refuse_present, write_folder
 from tafkir.checkpoint.header import MANIFEST_DTYPES
 from tafkir.checkpoint.manifest import MANIFEST_NAME, TensorEntry
 from tafkir.checkpoint.quantized import EncodedWeight, packed_method
@@ -106,8 +106,7 @@ def relayout_checkpoint(
             lose something.
         CapacityError: the disk has too little room.
     """
-    if path.exists():
-        raise CheckpointError("is there already", where=str(path), fix="choose another folder, or remove it")
+    refuse_present(path)
     if layout == "gpt-oss":
         raise CheckpointError("gpt-oss has stacks of experts, the others each by itself", where="--layout")
     hf_config = read_json(source / "config.json")

@@ -19,7 +19,7 @@ from tafkir.quant.plan import QuantizePlan
 from tafkir.recipe.quantize import QuantizeConfig
 from tafkir.runlog.atomic import write_json
 
-__all__ = ["JOURNAL", "Journal", "Shard", "ShardTensor"]
+__all__ = ["JOURNAL", "Journal", "Shard", "ShardTensor", "fingerprint_of", "written_by"]
 
 JOURNAL = ".progress.json"
 _CHUNK_BYTES = 4 << 20
@@ -27,22 +27,32 @@ _EARLY_BYTES = 1 << 20
 """From here on a part of a tensor is on its way to the disk: else all of it has to be waited for at the end."""
 
 
+def fingerprint_of(plan: QuantizePlan, config: QuantizeConfig, source: Mapping[str, Any]) -> str:
+    """Of all that decides the bytes: what is written, how, and `source`, what is known of the files that are read."""
+    shards = {file: [[p.name, p.dtype, list(p.shape)] for p in pieces] for file, pieces in plan.shards.items()}
+    said = json.dumps([shards, config.model_dump(mode="json"), source], sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()
+
+
+def written_by(folder: Path) -> tuple[str | None, dict[str, dict[str, str]]]:
+    """The fingerprint of the work that a folder's journal is of, and its finished files; None and none without one."""
+    try:
+        content = read_json(folder / JOURNAL)
+    except CheckpointError:
+        return None, {}
+    return content.get("fingerprint"), content.get("finished", {})
+
+
 class Journal:
     """Which files are finished, with the hash of every tensor in them; on disk after each."""
 
-    def __init__(self, staging: Path, plan: QuantizePlan, config: QuantizeConfig, source: Mapping[str, Any]) -> None:
-        self.path = staging / JOURNAL
-        shards = {file: [[p.name, p.dtype, list(p.shape)] for p in pieces] for file, pieces in plan.shards.items()}
-        said = json.dumps([shards, config.model_dump(mode="json"), source], sort_keys=True)
-        self.fingerprint = hashlib.sha256(said.encode()).hexdigest()
+    def __init__(self, staging: Path, fingerprint: str) -> None:
+        self.path, self.fingerprint = staging / JOURNAL, fingerprint
         self.finished: dict[str, dict[str, str]] = {}
         self._guard = threading.Lock()
-        try:
-            content = read_json(self.path)
-        except CheckpointError:
-            content = {}
-        if content.get("fingerprint") == self.fingerprint:
-            self.finished = content["finished"]
+        theirs, finished = written_by(staging)
+        if theirs == fingerprint:
+            self.finished = finished
         else:
             for file in staging.glob("*.safetensors"):
                 file.unlink()
