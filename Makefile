@@ -22,11 +22,16 @@ TORCH_BUILD := $(if $(filter Darwin,$(shell uname -s)),,+$(TORCH))
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
+# pip would compile twenty thousand files on one core.
+PIP := $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt
+BYTECODE := $(BIN)/python -m compileall -qq -j 0
+
 # Tests run one thread each, as many at once as there are cores, up to four:   make test PYTEST_ARGS="-m 'not slow'"
 JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$(( n > 4 ? 4 : n )))
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
-.PHONY: help demo demo-fast test crash fuzz check docs install install-dev clean
+.PHONY: help demo demo-fast test crash fuzz bench check docs install install-dev clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -45,6 +50,9 @@ crash: install-dev ## Kill every command at random moments, fill its disk, turn 
 
 fuzz: install-dev ## A hundred thousand broken inputs to every reader, grader and request parser
 	@OMP_NUM_THREADS=1 PYTHONPATH=src:. $(BIN)/python -m tests.fuzz.driver --out benchmarks/results/fuzz.json
+
+bench: install-dev ## Measure every figure again, beside peers where they are named (an hour, nothing else running)
+	@PYTHONPATH=src $(BIN)/python benchmarks/run_all.py $(BENCH_ARGS)
 
 check: install-dev ## Lint, formatting, types, import contracts
 	$(BIN)/ruff check
@@ -77,13 +85,14 @@ $(STAMPS)/venv:
 $(STAMPS)/torch-$(TORCH): $(STAMPS)/venv constraints.txt
 	@echo "Installing torch $(TORCH_VERSION)$(TORCH_BUILD) into $(VENV) ..."
 	@# A machine whose own package sources hold this build is not sent elsewhere.
-	@$(BIN)/python -m pip install --quiet -c constraints.txt "torch==$(TORCH_VERSION)$(TORCH_BUILD)" 2>/dev/null || \
-		$(BIN)/python -m pip install --quiet -c constraints.txt --extra-index-url $(TORCH_INDEX) "torch==$(TORCH_VERSION)$(TORCH_BUILD)"
+	@$(PIP) "torch==$(TORCH_VERSION)$(TORCH_BUILD)" 2>/dev/null || \
+		$(PIP) --extra-index-url $(TORCH_INDEX) "torch==$(TORCH_VERSION)$(TORCH_BUILD)"
 	@touch $@
 
 $(STAMPS)/runtime: $(STAMPS)/torch-$(TORCH) pyproject.toml constraints.txt
 	@echo "Installing Tafkir and what it needs to run into $(VENV) ..."
-	@$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	@$(PIP) -e .
+	@$(BYTECODE) $(VENV)/lib || true
 	@touch $@
 
 $(STAMPS)/native: $(STAMPS)/runtime $(wildcard src/tafkir/native/*)
@@ -92,5 +101,7 @@ $(STAMPS)/native: $(STAMPS)/runtime $(wildcard src/tafkir/native/*)
 
 $(STAMPS)/dev: $(STAMPS)/runtime
 	@echo "Installing what the tests need into $(VENV) ..."
-	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@$(PIP) -e '.[dev]'
+	@# Of these, only what programs in a sandbox import: they cannot write bytecode. The tests compile what they import.
+	@$(BYTECODE) $(VENV)/lib/python*/site-packages/scipy || true
 	@touch $@
