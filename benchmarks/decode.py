@@ -123,8 +123,10 @@ def sides_of(args: argparse.Namespace, kind: str, dtype: str) -> dict[str, dict[
     found = {"tafkir": {**shared, "side": "tafkir"}}
     for text in args.also:
         name, _, folder = text.partition("=")
-        folder, plus, _ = folder.partition("+int8-head")
-        found[f"tafkir {name}"] = {**shared, "side": "tafkir", "model": folder, "options": {"int8_head": bool(plus)}}
+        folder, *marks = folder.split("+")
+        precision = next((mark for mark in ("high", "medium") if mark in marks), "highest")
+        own = {"model": folder or str(model), "precision": precision, "options": {"int8_head": "int8-head" in marks}}
+        found[f"tafkir {name}"] = {**shared, "side": "tafkir", **own}
     for peer in args.peers:
         spec = {**shared, "side": peer, "eager": args.eager, "unified": False}
         spec["gguf"] = str(args.models / f"{kind}-{dtype}.gguf")
@@ -213,8 +215,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=["transformers", "vllm", "llama.cpp"])
     parser.add_argument("--python", nargs="*", default=[], metavar="PEER=PYTHON", help="of each engine's environment")
     parser.add_argument(
-        "--also", nargs="*", default=[], metavar="NAME=FOLDER", help="our engine, too, on these; FOLDER+int8-head"
-    )
+        "--also", nargs="*", default=[], metavar="NAME=FOLDER",
+        help="our engine, too, on these (no folder: the cell's model); FOLDER+int8-head+medium: --weights int8-head, "
+        "--matmul-precision medium"
+    )  # fmt: skip
     parser.add_argument("--cells", nargs="+", default=cells, metavar="MODEL:DTYPE:N", help="N sequences, or ttft")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--output", type=int, default=FULL["output"])

@@ -25,11 +25,12 @@ def tafkir(spec: dict[str, Any]) -> Batch:
 
     from tafkir.checkpoint.packed import load_packed
     from tafkir.engine.paged_engine import PagedEngine
-    from tafkir.ops.native import select_kernels
+    from tafkir.ops.native import select_kernels, set_matmul_precision
     from tafkir.records import Request, SamplingParams
 
     torch.set_num_threads(spec["threads"])
     select_kernels("native")
+    set_matmul_precision(spec.get("precision", "highest"))
     decoder = load_packed(spec["model"], **spec.get("options", {})).decoder
     cache = 1 << 30
 

@@ -28,6 +28,7 @@ def native_kernels(native_library: object) -> Iterator[None]:
     native.select_kernels("native")
     yield
     native.call("tafkir_use_tiles", 1)
+    native.set_matmul_precision("highest")
     native.select_kernels(before)
 
 
@@ -66,6 +67,22 @@ def test_product_equals_the_reference_and_a_token_alone_does_not_see_the_others(
             torch.testing.assert_close(found, expected, **close)
             for count in (1, 2, 3, 5, 8, 17):
                 assert torch.equal(packed_linear(x[:count], [matrix, matrix]), found[:count])
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "int8", "fp8_block", "nvfp4"])
+def test_lower_precision_rounds_activations_and_nothing_else(name: str) -> None:
+    if not native.has_tiles():
+        pytest.skip("needs a processor with AMX")
+    matrix = matrices(33, 256)[name]
+    x = torch.randn(40, 256, generator=torch.Generator().manual_seed(3))
+    whole = x.bfloat16().float()
+    for precision, seen in (("medium", whole), ("high", whole + (x - whole).bfloat16().float()), ("highest", x)):
+        native.set_matmul_precision(precision)
+        expected = packed_linear_reference(seen, [matrix])
+        close = {"rtol": 1e-5, "atol": 3e-6 * float(expected.abs().max())}
+        torch.testing.assert_close(packed_linear(x, [matrix]), expected, **close)
+        with native.rows_alone():
+            torch.testing.assert_close(packed_linear(x, [matrix]), packed_linear_reference(x, [matrix]), **close)
 
 
 def test_small_whole_numbers_are_exact() -> None:

@@ -237,14 +237,14 @@ inline bool fits_tiles(const Matrix& m) {
 
 // 32 rows as bfloat16 tiles, step by step; what scales all of a row, or of a long part of it, is left out.
 template <class Row>
-void decode_tiles(const Row* rows, int64_t columns, int64_t pieces, char* to) {
-  const int64_t all = steps_of(columns) * 2048, ahead = kTileRows * columns * 64 / Row::kPerLine;
+void decode_tiles(const Row* rows, int64_t columns, char* to) {
+  const int64_t ahead = kTileRows * columns * 64 / Row::kPerLine;
   for (int64_t c = 0; c < columns; c += kStep, to += 2048)
     for (int64_t r = 0; r < kTileRows; r++) {
       if (c % Row::kPerLine == 0)
         __builtin_prefetch(reinterpret_cast<const char*>(rows[r].codes) + ahead + c * 64 / Row::kPerLine);
       Floats first = rows[r].at(c), second = c + 16 < columns ? rows[r].at(c + 16) : Floats{};
-      for (int64_t i = 0; i < pieces; i++) _mm512_store_si512(to + i * all + r * 64, take_piece(first, second));
+      _mm512_store_si512(to + r * 64, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
     }
 }
 
@@ -261,30 +261,28 @@ void coded_tiles(const Matrix& m, int64_t first, float* steps, char* to) {
     if (m.format >= kNvfp4) row_steps(unscaled, row, own);
     rows[r] = {static_cast<const Code*>(m.codes) + row * m.columns / per_byte, own};
   }
-  decode_tiles(rows, m.columns, 1, to);
+  decode_tiles(rows, m.columns, to);
 }
 
-template <class Row, class Code>
-void plain_tiles(const Matrix& m, int64_t first, int64_t pieces, char* to) {
-  Row rows[kTileRows];
+void plain_tiles(const Matrix& m, int64_t first, char* to) {
+  Bf16Row rows[kTileRows];
   for (int64_t r = 0; r < kTileRows; r++)
-    rows[r] = {static_cast<const Code*>(m.codes) + std::min(first + r, m.rows - 1) * m.columns};
-  decode_tiles(rows, m.columns, pieces, to);
+    rows[r] = {static_cast<const uint16_t*>(m.codes) + std::min(first + r, m.rows - 1) * m.columns};
+  decode_tiles(rows, m.columns, to);
 }
 
 // The tiles of 32 rows: where they are stored, or decoded into this thread's memory.
 Panel panel_of(const Matrix& m, int64_t first, char* memory, float* steps) {
-  const int64_t wide = m.columns * 2, all = steps_of(m.columns) * 2048;
+  const int64_t wide = m.columns * 2;
   if (m.format == kBf16 && first + kTileRows <= m.rows && m.columns % kStep == 0)
-    return {static_cast<const char*>(m.codes) + first * wide, 1, 0, 2 * kStep, 16 * wide, wide};
+    return {static_cast<const char*>(m.codes) + first * wide, 2 * kStep, 16 * wide, wide};
   switch (m.format) {
-    case kF32: plain_tiles<F32Row, float>(m, first, kPieces, memory); break;
-    case kBf16: plain_tiles<Bf16Row, uint16_t>(m, first, 1, memory); break;
+    case kBf16: plain_tiles(m, first, memory); break;
     case kInt8: coded_tiles<Int8Row, int8_t>(m, first, steps, memory); break;
     case kFp8: coded_tiles<Fp8Row, uint8_t>(m, first, steps, memory); break;
     default: coded_tiles<E2m1Row, uint8_t>(m, first, steps, memory);
   }
-  return {memory, m.format == kF32 ? kPieces : 1, all, 2048, 1024, 64};
+  return {memory, 2048, 1024, 64};
 }
 
 // What the sums of sixteen rows are multiplied by, in the part of the columns that `part` counts.
@@ -300,10 +298,10 @@ inline Floats tile_factors(const Matrix& m, int64_t first, int64_t part, int64_t
 
 // 32 rows of a matrix times n tokens, packed sixteen by sixteen.
 void tile_panel(const Matrix& m, int64_t first, const uint16_t* packed, int64_t n, float* out, int64_t stride) {
-  const int64_t steps = steps_of(m.columns), blocks = m.columns / kLanes, pieces = m.format == kF32 ? kPieces : 1;
-  float* memory = thread_scratch(16 + 1024 + steps * 512 * pieces + kTileRows * blocks);
+  const int64_t steps = steps_of(m.columns), blocks = m.columns / kLanes, pieces = pieces_wanted();
+  float* memory = thread_scratch(16 + 1024 + steps * 512 + kTileRows * blocks);
   memory += (64 - (uintptr_t)memory % 64) % 64 / sizeof(float);
-  float *sums = memory, *scales = memory + 1024 + steps * 512 * pieces;
+  float *sums = memory, *scales = memory + 1024 + steps * 512;
   const Panel panel = panel_of(m, first, reinterpret_cast<char*>(memory + 1024), scales);
   const bool tiled = m.format == kInt8 || m.format == kFp8;
   const int64_t width = tiled ? std::min(m.tile_columns, m.columns) : m.columns;
@@ -315,9 +313,9 @@ void tile_panel(const Matrix& m, int64_t first, const uint16_t* packed, int64_t 
     for (int64_t p = 0; p < parts; p++) {
       const int64_t from = p * width / kStep, to = p + 1 == parts ? steps : (p + 1) * width / kStep;
       if (more)
-        sum_tiles<true>(panel, x, some, y, more, from, to, t == 0, sums);
+        sum_tiles<true>(panel, x, some, y, more, pieces, from, to, t == 0, sums);
       else
-        sum_tiles<false>(panel, x, some, y, more, from, to, t == 0, sums);
+        sum_tiles<false>(panel, x, some, y, more, pieces, from, to, t == 0, sums);
       for (int64_t half = 0; half < 2 && first + 16 * half < m.rows; half++) {
         const int64_t row = first + 16 * half;
         const Floats factors = tile_factors(m, row, p, parts);
@@ -334,7 +332,7 @@ inline void release_tiles() { _tile_release(); }
 
 #else
 
-void pack_tokens(const float* const*, int64_t, int64_t, uint16_t*) {}
+void pack_tokens(const float* const*, int64_t, int64_t, int64_t, uint16_t*) {}
 void tile_panel(const Matrix&, int64_t, const uint16_t*, int64_t, float*, int64_t) {}
 void release_tiles() {}
 
@@ -449,7 +447,7 @@ class Packed {
 
 void pack(Way way, const float* const* x, int64_t n, int64_t columns, uint16_t* to) {
   if (way == kTurned) return turn_token(x[0], columns, reinterpret_cast<float*>(to));
-  if (way == kTiles) pack_tokens(x, n, columns, to);
+  if (way == kTiles) pack_tokens(x, n, columns, pieces_wanted(), to);
 }
 
 // Thirty-two rows of a matrix times n tokens.
@@ -652,6 +650,12 @@ int tafkir_rows_alone(int, int64_t alone) {
 int tafkir_use_tiles(int, int64_t use) {
   if (use >= 0) tiles_wanted() = (int)use;
   return tiles_usable();
+}
+
+// Activations go into the matrix unit as so many bfloat16 numbers from now on, 1 to 3.
+int tafkir_tile_pieces(int, int64_t pieces) {
+  pieces_wanted() = pieces;
+  return 0;
 }
 
 // What a matrix is worth: out [rows, columns], float32 (for many tokens, whose product a BLAS computes).

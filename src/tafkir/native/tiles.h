@@ -1,6 +1,6 @@
-// Products by the processor's matrix unit (AMX), to float32's precision: its numbers are bfloat16, so an activation
-// goes in as the sum of three of them (8 + 8 + 8 bits), a stored weight as one that is exact, a float32 weight as
-// three. What scales a row of weights, or a part of it, comes after the sums. See Henry, Tang and Heinecke,
+// Products by the processor's matrix unit (AMX): its numbers are bfloat16, so an activation goes in as the sum of
+// three of them (8 + 8 + 8 bits, float32's precision), or fewer where that is asked for, a stored weight as one that is
+// exact. What scales a row of weights, or a part of it, comes after the sums. See Henry, Tang and Heinecke,
 // arXiv 1904.06376.
 
 #pragma once
@@ -21,8 +21,14 @@ inline int& tiles_wanted() {
   return wanted;
 }
 
-// Weight rows of a panel (two tiles), tokens of a tile, columns of a step, pieces of a float32 number.
+// Weight rows of a panel (two tiles), tokens of a tile, columns of a step, pieces of an activation at most.
 constexpr int64_t kTileRows = 32, kTileTokens = 16, kStep = 32, kPieces = 3;
+
+// How many pieces an activation goes in as; tafkir_tile_pieces sets it.
+inline int64_t& pieces_wanted() {
+  static int64_t wanted = kPieces;
+  return wanted;
+}
 
 inline int64_t steps_of(int64_t columns) { return (columns + kStep - 1) / kStep; }
 
@@ -51,7 +57,7 @@ inline void load_columns(const float* row, int64_t c, int64_t columns, Floats& f
 }
 
 // Up to sixteen tokens for the right-hand side: by step and piece, sixteen pairs of columns x `count` tokens.
-inline void pack_tokens(const float* const* x, int64_t count, int64_t columns, uint16_t* to) {
+inline void pack_tokens(const float* const* x, int64_t count, int64_t columns, int64_t pieces, uint16_t* to) {
   const __m512i places = _mm512_mullo_epi32(
       _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32((int)count));
   const int64_t piece = kStep * count;
@@ -65,17 +71,16 @@ inline void pack_tokens(const float* const* x, int64_t count, int64_t columns, u
     for (int64_t c = 0; c < columns; c += kStep) {
       Floats first, second;
       load_columns(x[t], c, columns, first, second);
-      uint16_t* place = to + c * kPieces * count + 2 * t;
-      for (int64_t p = 0; p < kPieces; p++)
+      uint16_t* place = to + c * pieces * count + 2 * t;
+      for (int64_t p = 0; p < pieces; p++)
         put(place + p * piece, take_piece(first, second));
     }
 }
 
-// Where the two tiles of a panel lie, in bytes: `start` + piece * `piece` + step * `step` + tile * `tile`, rows `row`
-// apart.
+// Where the two tiles of a panel lie, in bytes: `start` + step * `step` + tile * `tile`, rows `row` apart.
 struct Panel {
   const char* start;
-  int64_t pieces, piece, step, tile, row;
+  int64_t step, tile, row;
 };
 
 inline void configure(int64_t first, int64_t second) {
@@ -95,32 +100,31 @@ inline void configure(int64_t first, int64_t second) {
 // Sums of some steps: tiles [16 rows, 16 tokens], those of the first tokens, then (kBoth) those of the second ones.
 template <bool kBoth>
 inline void sum_tiles(const Panel& panel, const uint16_t* x, int64_t first, const uint16_t* y, int64_t second,
-                      int64_t from, int64_t to, bool fresh, float* sums) {
+                      int64_t pieces, int64_t from, int64_t to, bool fresh, float* sums) {
   _tile_zero(0);
   _tile_zero(1);
   if (kBoth) {
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int64_t k = from; k < to; k++)
-    for (int64_t i = 0; i < panel.pieces; i++) {
-      const char* a = panel.start + i * panel.piece + k * panel.step;
-      // Rows as they are stored: the processor does not guess the next panel's.
-      if (fresh && panel.row != 64)
-        for (int64_t r = 0; r < kTileRows; r++) __builtin_prefetch(a + 2 * panel.tile + r * panel.row);
-      _tile_loadd(4, a, panel.row);
-      _tile_loadd(5, a + panel.tile, panel.row);
-      for (int64_t j = 0; j < kPieces - i; j++) {
-        _tile_loadd(6, x + (k * kPieces + j) * kStep * first, 4 * first);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 5, 6);
-        if (kBoth) {
-          _tile_loadd(7, y + (k * kPieces + j) * kStep * second, 4 * second);
-          _tile_dpbf16ps(2, 4, 7);
-          _tile_dpbf16ps(3, 5, 7);
-        }
+  for (int64_t k = from; k < to; k++) {
+    const char* a = panel.start + k * panel.step;
+    // Rows as they are stored: the processor does not guess the next panel's.
+    if (fresh && panel.row != 64)
+      for (int64_t r = 0; r < kTileRows; r++) __builtin_prefetch(a + 2 * panel.tile + r * panel.row);
+    _tile_loadd(4, a, panel.row);
+    _tile_loadd(5, a + panel.tile, panel.row);
+    for (int64_t j = 0; j < pieces; j++) {
+      _tile_loadd(6, x + (k * pieces + j) * kStep * first, 4 * first);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 5, 6);
+      if (kBoth) {
+        _tile_loadd(7, y + (k * pieces + j) * kStep * second, 4 * second);
+        _tile_dpbf16ps(2, 4, 7);
+        _tile_dpbf16ps(3, 5, 7);
       }
     }
+  }
   _tile_stored(0, sums, 64);
   _tile_stored(1, sums + 256, 64);
   if (kBoth) {

@@ -15,7 +15,20 @@ from tafkir.errors import BackendUnavailable
 from tafkir.native.build import torch_blas
 from tafkir.native.compiled import BUILD_COMMAND, KernelChoice, kernels_path, resolve_kernels
 
-__all__ = ["call", "has_tiles", "kernels_in_use", "rows_alone", "rows_are_alone", "select_kernels", "takes"]
+__all__ = [
+    "MatmulPrecision",
+    "call",
+    "has_tiles",
+    "kernels_in_use",
+    "rows_alone",
+    "rows_are_alone",
+    "select_kernels",
+    "set_matmul_precision",
+    "takes",
+]
+
+MatmulPrecision = Literal["highest", "high", "medium"]
+"""As `torch.set_float32_matmul_precision` names them: an activation in 24 bits, in 16, or as one bfloat16 number."""
 
 # i: int, l: int64, f: float, p: a tensor's address. The first argument of each is the number of threads, except for
 # sort_pairs. Each returns 0, or another number where it cannot do what was asked.
@@ -57,6 +70,7 @@ _SIGNATURES = {
     "tafkir_packed_linear": "iplpllp",
     "tafkir_packed_values": "ipp",
     "tafkir_use_tiles": "il",
+    "tafkir_tile_pieces": "il",
     "tafkir_rows_alone": "il",
     "tafkir_decode_qkv": "ipplppppp",
     "tafkir_decode_mlp": "ipplpp",
@@ -128,6 +142,16 @@ def rows_are_alone() -> bool:
 def has_tiles() -> bool:
     """Whether the kernels are in use, and the processor's matrix unit (AMX) with them."""
     return kernels_in_use() == "native" and bool(call("tafkir_use_tiles", -1))
+
+
+def set_matmul_precision(precision: MatmulPrecision) -> None:
+    """How exactly the matrix unit takes activations, from now on and in all of the process.
+
+    It concerns products of stored weights with nine tokens or more where `has_tiles` holds; everything else, and
+    all under `rows_alone`, is computed in float32 as ever.
+    """
+    if kernels_in_use() == "native":
+        call("tafkir_tile_pieces", {"highest": 3, "high": 2, "medium": 1}[precision])
 
 
 def takes(*tensors: Tensor, dtypes: Collection[torch.dtype] = (torch.float32,), mixes_rows: bool = False) -> bool:
