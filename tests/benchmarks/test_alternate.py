@@ -1,4 +1,4 @@
-"""What the comparisons with TRL count, and that they run: two of them at their smallest."""
+"""What the comparisons with TRL count, and that they run: each at its smallest."""
 
 from __future__ import annotations
 
@@ -34,20 +34,46 @@ def test_the_race_ends_with_the_step_whose_window_is_at_the_goal() -> None:
     assert found["cpu_s"] == pytest.approx(found["cpu_s_per_step"] * 2 * WINDOW)
 
 
+CHILD = """
+import sys
+from alternate import in_child, is_child, serve_child
+if is_child():
+    serve_child(lambda number: {"half": 1 / number})
+else:
+    print(in_child(__file__, {"number": 2}))
+    in_child(__file__, {"number": 0})
+"""
+
+
+def test_a_child_does_the_work_and_its_error_is_told(cli_env: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(CHILD)
+    env = cli_env | {"PYTHONPATH": f"{ROOT / 'benchmarks'}"}
+    command = [sys.executable, str(tmp_path / "script.py")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.stdout == "{'half': 0.5}\n"
+    assert done.returncode == 1 and "failed:" in done.stderr and "ZeroDivisionError" in done.stderr
+
+
+SCRIPTS = {
+    "rl_vs_trl": "--sizes trial --repeats 1 --learning-steps 0 --backends eager --no-continuous-batching",
+    "preference_vs_trl": "--repeats 1 --pairs 16 --data made_up",
+    "reverse_n": "--seeds 1 --steps 2 --rates 1e-3 --start 0.0",
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("script", "options", "rows"),
-    [
-        ("preference_vs_trl", "--repeats 1 --pairs 16 --data made_up", "rows"),
-        ("reverse_n", "--seeds 1 --steps 2 --rates 1e-3 --start 0.0", "runs"),
-    ],
-)
-def test_it_runs(script: str, options: str, rows: str, cli_env: dict[str, str], tmp_path: Path) -> None:
-    pytest.importorskip("trl", reason="the comparison needs the bench extra")
-    out = tmp_path / "result.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), *options.split(), "--out", str(out)]
-    done = subprocess.run(command, env=cli_env, capture_output=True, text=True, check=False, timeout=900)
+def test_the_comparisons_run(cli_env: dict[str, str], tmp_path: Path) -> None:
+    """At their smallest, two steps of each side."""
+    pytest.importorskip("trl", reason="the comparison needs the dev extra")
+    calls = [[name, *words.split(), "--out", str(tmp_path / name)] for name, words in SCRIPTS.items()]
+    command = [sys.executable, str(Path(__file__).with_name("once.py")), json.dumps(calls)]
+    env = cli_env | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stderr
-    result = json.loads(out.read_text())
-    assert json.loads(done.stdout.splitlines()[-1]) == result
-    assert len(result[rows]) == 3
+    results = {name: json.loads((tmp_path / name).read_text()) for name in SCRIPTS}
+    assert [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")] == list(results.values())
+    assert len(results["preference_vs_trl"]["rows"]) == len(results["reverse_n"]["runs"]) == 3
+    (row,) = results["rl_vs_trl"]["rows"]
+    assert row["max_logit_difference"] < 1e-4
+    assert set(row["sides"]) == {"ours", "ours+icepop", "trl"} and set(row["ratios"]) == {"ours", "ours+icepop"}
+    assert all(side["samples_per_cpu_s"] > 0 and side["completion_tokens"] > 0 for side in row["sides"].values())
