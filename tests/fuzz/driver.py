@@ -83,8 +83,8 @@ def _hang(number: int, frame: FrameType | None) -> None:
 def limit_memory() -> None:
     """Let the process grow by `MEMORY_BYTES` and no more: what asks for more gets a MemoryError."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + MEMORY_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY_BYTES, most))
 
 
 def main() -> None:

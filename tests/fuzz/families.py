@@ -6,6 +6,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -231,19 +232,29 @@ def _refused_request(parse: Callable[[], bool]) -> bool:
 
 def answers(folder: Path) -> Case:
     """Answers to graders: word problems, competition mathematics, choices, instructions, grids and puzzles."""
+    from tafkir.recipe.load import load_recipe
     from tafkir.records import Example
     from tafkir.tasks.catalog import load_task
     from tafkir.tasks.generated import GeneratedTask, generate
     from tafkir.tasks.math import WordProblems
     from tafkir.tasks.mixture import KINDS
+    from tafkir.tasks.puzzle_sets import PuzzleSetTask, build_for
 
     graders: list[tuple[Any, Example, str]] = []
     for answer in ("24", "1/2", "0.5", "1,234"):
         graders.append((WordProblems(), Example("a", "a", "test", "?", answer), f"so \\boxed{{{answer}}}"))
-    for name in ("aime24", "aqua", "ifeval", "arc-agi-1", "sudoku4", "maze-small", "svamp"):
-        task = load_task(name)
+    tasks: list[Any] = [load_task(name) for name in ("aime24", "aqua", "ifeval", "arc-agi-1", "svamp")]
+    few = {"num_train": 1, "num_validation": 1, "num_test": 3}
+    for name in ("trm-sudoku4", "trm-maze-small"):
+        trm = load_recipe([name]).recipe.trm
+        assert trm is not None
+        tasks.append(PuzzleSetTask(name, build_for(trm.puzzles.model_copy(update=few), 0)))
+    for task in tasks:
         for example in task.examples("test")[:3]:
             graders.append((task, example, f"<think>a</think>The answer is \\boxed{{{example.answer}}}"))
+    for answer in ("x^2+1", "\\frac{\\sqrt{2}}{3}", "(1, 2]", "2\\pi"):  # what math-verify has to compare
+        example = replace(tasks[0].examples("test")[0], answer=answer)
+        graders.append((tasks[0], example, f"so \\boxed{{{answer}}}"))
     for kind in KINDS.values():
         example = generate(kind, 0, 1, "test")
         graders.append((GeneratedTask(kind), example, f"\\boxed{{{example.answer}}}"))

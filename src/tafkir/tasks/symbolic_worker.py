@@ -22,6 +22,8 @@ def _limit_memory(limit: int) -> None:
         import resource
     except ImportError:
         return
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    limit = limit if most == resource.RLIM_INFINITY else min(limit, most)  # the parent may have less itself
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
