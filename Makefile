@@ -59,6 +59,7 @@ check: install-dev ## Lint, formatting, types, import contracts
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python tools/write_sizes.py --check
 
 docs: install-dev ## Build the docs site into site/: offline, links checked
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet && echo "site/index.html"
