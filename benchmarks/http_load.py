@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -71,8 +72,8 @@ def serving(checkpoint: str, *options: str, threads: int | None = None) -> Itera
         found = re.search(r"chat at http://[^:]+:(\d+)", line)
         if found is None:
             raise SystemExit(f"tafkir serve {checkpoint} did not start: {line}{process.stderr.read()}")
-        # Nothing reads the pipe from here on, and what is logged later is little; it must still never fill.
-        os.set_blocking(process.stderr.fileno(), False)
+        # What is logged later is shown, and the pipe never fills.
+        threading.Thread(target=sys.stderr.writelines, args=(process.stderr,), daemon=True).start()
         server = ServerProcess(int(found[1]), process, 0.0)
         while True:
             with contextlib.suppress(httpx.HTTPError):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import llguidance
 import openai
 import pytest
 import torch
@@ -18,7 +19,8 @@ from tafkir.checkpoint.load import load_checkpoint
 from tafkir.data.tokenizer import Tokenizer
 from tafkir.engine.shaping import Shaper, Shaping, Thinking
 from tafkir.serve.app import build_app
-from tafkir.serve.tools import ToolCallSplitter
+from tafkir.serve.schema import ChatMessage, FunctionTool
+from tafkir.serve.tools import ToolCallSplitter, form_of, join_calls, to_message, tool_grammar
 from tests.serve.conftest import Server, start, write_checkpoint
 from tests.serve.test_api import MESSAGES, MODEL
 
@@ -142,8 +144,10 @@ def test_forced_tool_calls(roomy: openai.OpenAI) -> None:
         assert call.type == "function" and call.function.name == "add"
         assert 0 <= json.loads(call.function.arguments)["a"] <= 9
     chunks = list(roomy.chat.completions.create(**options, tool_choice="required", stream=True))
-    (delta,) = [chunk.choices[0].delta.tool_calls for chunk in chunks if chunk.choices[0].delta.tool_calls]
-    assert delta[0].function and delta[0].function.arguments == call.function.arguments
+    deltas = [part.function for chunk in chunks for part in chunk.choices[0].delta.tool_calls or []]
+    assert [delta.name for delta in deltas if delta and delta.name] == ["add"]
+    pieces = [delta.arguments for delta in deltas if delta and delta.arguments]
+    assert "".join(pieces) == call.function.arguments and len(pieces) > 1, "they come as they are written"
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
     history: list[Any] = [
         *MESSAGES,
@@ -153,20 +157,50 @@ def test_forced_tool_calls(roomy: openai.OpenAI) -> None:
     assert roomy.chat.completions.create(**{**options, "messages": history, "max_tokens": 2}).choices
 
 
-def test_tool_calls_are_taken_out_of_a_text_however_it_comes() -> None:
-    text = (
-        'Hm <tool_call>\n{"name": "f", "arguments": {"x": "ت"}}\n</tool_call>\n<tool_call>{"name":"g"}</tool_call> <to'
-    )
+HERMES_TEXT = (
+    'Hm <tool_call>\n{"name": "f", "arguments": {"x": "}<ت\\""}}\n</tool_call>\n'
+    '<tool_call>{"name":"g"}</tool_call><tool_call>{"arguments": "{}", "name": "h"}</tool_call> <to'
+)
+DEEPSEEK_TEXT = (
+    "Hm <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n"
+    '{"x": "}<ت\\""}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>g<｜tool▁sep｜>{}<｜tool▁call▁end｜>'
+    "<｜tool▁call▁begin｜>function<｜tool▁sep｜>h\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜> <to"
+)
+
+
+@pytest.mark.parametrize(("text", "template"), [(HERMES_TEXT, None), (DEEPSEEK_TEXT, "<｜tool▁call▁begin｜>")])
+def test_tool_calls_are_taken_out_of_a_text_however_it_comes(text: str, template: str | None) -> None:
+    form = form_of(template)
     for size in (1, 3, 7, 1000):
-        splitter, out, calls = ToolCallSplitter(), "", []
+        splitter, out, parts = ToolCallSplitter(form), "", []
         for i in range(0, len(text), size):
             more, found = splitter.push(text[i : i + size])
-            out, calls = out + more, calls + found
+            out, parts = out + more, parts + found
         out += splitter.flush()
         assert out == "Hm  <to"
-        assert [(call.name, json.loads(call.arguments)) for call in calls] == [("f", {"x": "ت"}), ("g", {})]
-    broken = "<tool_call>no json</tool_call>"
-    assert ToolCallSplitter().push(broken) == (broken, [])
+        calls = [call["function"] for call in join_calls(parts)]
+        expected = [("f", {"x": '}<ت"'}), ("g", {}), ("h", {})]
+        assert [(call["name"], json.loads(call["arguments"])) for call in calls] == expected
+        assert size > 1 or sum(part.index == 0 for part in parts) > 5, "arguments come as they are written"
+    broken = f"{form.start}no json{form.end}"
+    assert ToolCallSplitter(form).push(broken) == (broken, [])
+    cut_off = form.spell("f", '{"a": [1').replace("}", "")
+    assert join_calls(ToolCallSplitter(form).push(cut_off)[1])[0]["function"]["arguments"].rstrip() == '{"a": [1'
+
+
+def test_each_form_reads_what_it_spells() -> None:
+    turn = ChatMessage.model_validate(
+        {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "add", "arguments": '{"a":1}'}}] * 2}
+    )
+    for template in (None, "<｜tool▁call▁begin｜>", "<｜tool▁call▁begin｜> ```json"):
+        form = form_of(template)
+        text, parts = ToolCallSplitter(form).push(to_message(turn, form).content)
+        assert (
+            text == ""
+            and [call["function"] for call in join_calls(parts)] == [{"name": "add", "arguments": '{"a": 1}'}] * 2
+        )
+        grammar = llguidance.LLMatcher.grammar_from_lark(tool_grammar([FunctionTool.model_validate(TOOL)], form))
+        assert llguidance.LLMatcher.validate_grammar(grammar) == ""
 
 
 def test_thinking(client: openai.OpenAI, server: Server, tokenizer: Tokenizer) -> None:

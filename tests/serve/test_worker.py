@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -13,8 +15,9 @@ from tafkir.data.tokenizer import Tokenizer
 from tafkir.engine.engine import Engine
 from tafkir.engine.sequence import TokenEvent
 from tafkir.errors import CapacityError, CheckpointError, RequestError, SamplingError
-from tafkir.records import Request, SamplingParams
+from tafkir.records import FinishReason, Request, SamplingParams
 from tafkir.serve.app import build_app
+from tafkir.serve.inbox import Inbox
 from tafkir.serve.loading import build_engine, name_of
 from tafkir.serve.worker import EngineWorker, Overloaded, Stopped
 from tests.serve.conftest import start
@@ -130,3 +133,57 @@ def test_a_broken_model_is_an_error_everywhere_and_shows_in_health(checkpoint: P
 )
 def test_model_names(tmp_path: Path, folder: str, name: str) -> None:
     assert name_of(tmp_path / folder) == name
+
+
+def test_requests_that_come_together_begin_together(build: Engine) -> None:
+    """While the first one's reader still reads another, an idle engine waits for it: both take the same steps."""
+    worker = EngineWorker(lambda: build, max_queue=4)
+    worker.start()
+    collector, late = Collector(2), [request("b")]
+
+    def settle(_: float) -> None:
+        if late:
+            worker.submit([late.pop()], collector)
+
+    worker.settle = settle
+    worker.submit([request("a")], collector)
+    assert collector.ended.wait(10)
+    assert (len(collector.events), worker.metrics.iteration.count) == (10, 5)
+    worker.stop()
+
+
+def test_readers_are_woken_seldom_and_miss_nothing() -> None:
+    """Many streams share few wake-ups; who wants the whole answer has one for its end, and an error ends it at once."""
+    tokens, streams = 400, 16
+
+    async def read(inbox: Inbox, woken: list[int]) -> list[int]:
+        ids: list[int] = []
+        while len(ids) < tokens:
+            ids += [event.token_id for event in await inbox.get()]
+            woken.append(len(ids))
+        return ids
+
+    async def main() -> None:
+        inboxes = [Inbox(whole=i == 0) for i in range(streams)]
+
+        def send() -> None:
+            for number in range(tokens):
+                reason: FinishReason | None = "length" if number == tokens - 1 else None
+                for inbox in inboxes:
+                    inbox.deliver([TokenEvent("a", number, 0.0, reason)])
+                time.sleep(0.0002)
+
+        woken: list[list[int]] = [[] for _ in inboxes]
+        readers = [asyncio.create_task(read(*pair)) for pair in zip(inboxes, woken, strict=True)]
+        thread = threading.Thread(target=send)
+        thread.start()
+        assert await asyncio.gather(*readers) == [list(range(tokens))] * streams
+        thread.join()
+        assert all(each[0] == 1 for each in woken[1:]), "a first token comes at once"
+        assert len(woken[0]) == 2 and all(len(each) < tokens / 4 for each in woken)
+        inboxes[0].deliver([TokenEvent("a", 0, 0.0, None)])
+        inboxes[0].stop(ValueError("late"))
+        with pytest.raises(ValueError, match="late"):
+            await inboxes[0].get()
+
+    asyncio.run(main())

@@ -66,7 +66,8 @@ def _is_matrix(decoder: Decoder, name: str) -> bool:
 
 
 def _whole(files: WeightFiles, names: Resolved, state: dict[str, Tensor]) -> Tensor:
-    place = torch.empty_like(state[names.name], device="cpu")
+    like = state[names.name]  # on the meta device, whose empty_like imports sympy: half a second of a server's start
+    place = torch.empty(like.shape, dtype=like.dtype)
     for theirs, piece in split_pieces(place, names):
         files.read_into(theirs, piece)
     return place

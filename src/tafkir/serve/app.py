@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ import tafkir
 from tafkir.serve.admin import add_admin_routes
 from tafkir.serve.errors import install_error_handlers
 from tafkir.serve.gateway import Gateway
+from tafkir.serve.inbox import waits_for
 from tafkir.serve.live import Live
 from tafkir.serve.openapi import describe_api
 from tafkir.serve.options import ServerOptions
@@ -79,6 +81,7 @@ def build_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        live.worker.settle = waits_for(asyncio.get_running_loop())
         yield
         live.worker.stop()
         if live.worker.tracer is not None:

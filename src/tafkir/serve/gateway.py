@@ -19,7 +19,7 @@ from tafkir.serve.options import ServerOptions
 from tafkir.serve.page import PAGE_FILES
 from tafkir.serve.worker import EngineWorker, Overloaded, Stopped
 
-__all__ = ["Gateway"]
+__all__ = ["EarlyRefusal", "Gateway"]
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -27,6 +27,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_GENERATES = re.compile(rb"POST /v1/(?:chat/completions|completions|responses) HTTP/1\.1\r\n")
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # Open to probes and scrapers, which carry no key; the page and what it is made of are no secret either.
 _OPEN = frozenset({"/", "/health", "/ready", "/version", "/metrics", "/favicon.ico"})
@@ -46,8 +47,7 @@ class Gateway:
     def __init__(self, app: App, options: ServerOptions, worker: EngineWorker) -> None:
         self._app, self._options, self._worker = app, options, worker
         self._admin = ApiKeys((options.admin_key,) if options.admin_key else ())
-        # Who may change the server may also ask it.
-        self._keys = ApiKeys((*options.api_keys, options.admin_key or options.api_keys[0]) if options.api_keys else ())
+        self._keys = _keys(options)
         self._limiter = RateLimiter(options.requests_per_minute)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -55,8 +55,7 @@ class Gateway:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        given = headers.get("x-request-id", "")
-        request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
+        request_id = _request_id(headers.get("x-request-id", ""))
         scope.setdefault("state", {})["request_id"] = request_id
 
         async def reply(message: Message) -> None:
@@ -143,6 +142,64 @@ class Gateway:
             return body.pop() if body else await receive()
 
         return replay
+
+
+class EarlyRefusal:
+    """Tells those whom a full server cannot take from the first bytes of their request, before anything parses them.
+
+    A crowd that is refused costs little then of the interpreter that it shares with those who are served. Whatever is
+    not plain (another key, a limited rate, a page of another origin, a body in chunks) is left to the `Gateway`.
+
+    Args:
+        options: keys and limits.
+        worker: asked whether it is full, and told of HTTP statuses.
+    """
+
+    def __init__(self, options: ServerOptions, worker: EngineWorker) -> None:
+        self._worker, self._keys, self._off = worker, _keys(options), bool(options.requests_per_minute)
+        self._most = options.max_body_bytes
+
+    @property
+    def due(self) -> bool:
+        return self._worker.full and not self._off
+
+    def answer(self, data: bytes) -> tuple[bytes, int, bool] | None:
+        """The whole answer to a request, how many bytes of its body are still to come, and whether the connection ends
+        with it; None where others answer."""
+        head, _, body = data.partition(b"\r\n\r\n")
+        if not _GENERATES.match(head):
+            return None
+        fields = {name.lower(): value.strip() for name, _, value in (x.partition(b":") for x in head.split(b"\r\n"))}
+        length = fields.get(b"content-length", b"")
+        missing = int(length) - len(body) if length.isdigit() and len(length) < 10 else -1
+        if missing < 0 or missing > self._most or b"origin" in fields or b"expect" in fields:
+            return None
+        if self._keys and self._keys.caller(fields.get(b"authorization", b"").decode("latin-1")) is None:
+            return None
+        try:
+            self._worker.check_open()
+        except Overloaded as error:
+            response = error_response(error_of(error))
+        except Stopped:
+            return None
+        else:
+            return None
+        self._worker.metrics.responses.add("503")
+        request_id = _request_id(fields.get(b"x-request-id", b"").decode("latin-1"))
+        close = fields.get(b"connection", b"").lower() == b"close"
+        headers = [*response.raw_headers, (b"x-request-id", request_id.encode())]
+        headers += [(b"connection", b"close")] if close else []
+        lines = b"".join(b"%b: %b\r\n" % header for header in headers)
+        return b"HTTP/1.1 503 Service Unavailable\r\n%b\r\n%b" % (lines, response.body), missing, close
+
+
+def _keys(options: ServerOptions) -> ApiKeys:
+    """Who may ask; whoever may change the server may, too."""
+    return ApiKeys((*options.api_keys, options.admin_key or options.api_keys[0]) if options.api_keys else ())
+
+
+def _request_id(given: str) -> str:
+    return given if _ID.fullmatch(given) else uuid.uuid4().hex
 
 
 class _Left(Exception):

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +59,6 @@ class Generation:
         timeout_s: seconds until what still runs is cancelled; None sets no limit.
         jobs: the worker's record of each choice.
         model: its name.
-        began, first_at, last_at: when it was queued, and when its first and its newest token came, in seconds.
     """
 
     worker: EngineWorker
@@ -74,10 +71,13 @@ class Generation:
     timeout_s: float | None
     jobs: list[Job]
     model: str
-    began: float = field(default_factory=time.monotonic)
-    first_at: float = 0.0
-    last_at: float = 0.0
-    _begun: tuple[list[tuple[int, Delta]], AsyncGenerator[list[tuple[int, Delta]], None]] | None = None
+    _unfinished: dict[str, int] = field(init=False)
+    _first: list[tuple[int, Delta]] | None = None
+    _watch: asyncio.Task[None] | None = None
+    _deadline: asyncio.TimerHandle | None = None
+
+    def __post_init__(self) -> None:
+        self._unfinished = {request_id: index for index, request_id in enumerate(self.ids)}
 
     @property
     def timings(self) -> dict[str, float]:
@@ -86,9 +86,10 @@ class Generation:
         `ttft_ms` runs from the entry into the queue to the first token, `predicted_ms` from there to the last one;
         the rate is that of the tokens after the first. Of `draft_n` drafted tokens `draft_n_accepted` were kept.
         """
-        tokens, seconds = sum(choice.num_tokens for choice in self.choices), self.last_at - self.first_at
+        tokens, first_at = sum(choice.num_tokens for choice in self.choices), min(job.first_at for job in self.jobs)
+        seconds = max(job.last_at for job in self.jobs) - first_at
         return {
-            "ttft_ms": round(1000 * (self.first_at - self.began), 3),
+            "ttft_ms": round(1000 * (first_at - self.jobs[0].queued_at), 3),
             "predicted_n": tokens,
             "predicted_ms": round(1000 * seconds, 3),
             "predicted_per_second": round((tokens - 1) / seconds, 3) if seconds > 0 else 0.0,
@@ -110,8 +111,9 @@ class Generation:
         priority: int = 0,
         engine: Engine | None = None,
         model: str = "",
+        whole: bool = False,
     ) -> Generation:
-        """Queue every sample of every prompt, for the engine that they were made for.
+        """Queue every sample of every prompt, for the engine that they were made for; `whole` if nobody streams.
 
         Raises:
             RequestError, CapacityError: a request could never run.
@@ -122,7 +124,7 @@ class Generation:
         for ids, samples in prompts:
             first = len(requests)
             requests += [Request(f"{name}-{first + j}", ids, s, priority=priority) for j, s in enumerate(samples)]
-        inbox = Inbox()
+        inbox = Inbox(whole=whole)
         jobs = worker.submit(requests, inbox, top_logprobs=top_logprobs, shapers=shapers, engine=engine)
         prompt_tokens = sum(len(ids) for ids, _ in prompts)
         names = [request.id for request in requests]
@@ -134,8 +136,17 @@ class Generation:
 
         Raises: as `deltas`.
         """
-        steps = self._steps()
-        self._begun = await anext(steps), steps
+        loop = asyncio.get_running_loop()
+        self._watch = loop.create_task(_until_disconnect(self.http))
+        self._watch.add_done_callback(lambda _: self.inbox.stop(ClientLeft()))
+        if self.timeout_s is not None:
+            late = ApiError(504, f"the answer took longer than {self.timeout_s:g} s", code="deadline_exceeded")
+            self._deadline = loop.call_later(self.timeout_s, self.inbox.stop, late)
+        try:
+            self._first = await self._step()
+        except BaseException:
+            self._close()
+            raise
         return self
 
     async def deltas(self) -> AsyncIterator[list[tuple[int, Delta]]]:
@@ -146,47 +157,35 @@ class Generation:
             ApiError: the time is over, or a choice cannot satisfy its request.
             TafkirError, Stopped: the engine failed.
         """
-        if self._begun is None:
+        if self._first is None:
             await self.begin()
-        assert self._begun is not None
-        first, steps = self._begun
-        async with aclosing(steps):
-            yield first
-            async for step in steps:
-                yield step
-
-    async def _steps(self) -> AsyncGenerator[list[tuple[int, Delta]], None]:
-        loop = asyncio.get_running_loop()
-        deadline = None if self.timeout_s is None else loop.time() + self.timeout_s
-        index_of = {request_id: index for index, request_id in enumerate(self.ids)}
-        unfinished = set(self.ids)
-        left = asyncio.create_task(_until_disconnect(self.http))
-        left.add_done_callback(lambda _: self.inbox.take(ClientLeft()))
+        assert self._first is not None
         try:
-            while unfinished:
-                try:
-                    async with asyncio.timeout_at(deadline):
-                        events = await self.inbox.get()
-                except TimeoutError:
-                    message = f"the answer took longer than {self.timeout_s:g} s"
-                    raise ApiError(504, message, code="deadline_exceeded") from None
-                step = []
-                self.last_at = time.monotonic()
-                self.first_at = self.first_at or self.last_at
-                for event in events:
-                    index = index_of[event.request_id]
-                    if event.finish_reason == "cancelled":
-                        unfinished.discard(event.request_id)
-                        raise self._unsatisfiable(index)
-                    step.append((index, self.choices[index].push(event)))
-                    if event.finish_reason:
-                        unfinished.discard(event.request_id)
-                yield step
+            yield self._first
+            while self._unfinished:
+                yield await self._step()
         finally:
-            left.cancel()
-            if unfinished:
-                self.worker.cancel(list(unfinished))
-            self._trace()
+            self._close()
+
+    async def _step(self) -> list[tuple[int, Delta]]:
+        step = []
+        for event in await self.inbox.get():
+            index = self._unfinished[event.request_id]
+            if event.finish_reason is not None:
+                del self._unfinished[event.request_id]
+                if event.finish_reason == "cancelled":
+                    raise self._unsatisfiable(index)
+            step.append((index, self.choices[index].push(event)))
+        return step
+
+    def _close(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+        if self._deadline is not None:
+            self._deadline.cancel()
+        if self._unfinished:
+            self.worker.cancel(list(self._unfinished))
+        self._trace()
 
     def _trace(self) -> None:
         if (tracer := self.worker.tracer) is None:
@@ -251,7 +250,7 @@ class Generation:
                     yield server_sent_event(format.chunk([opening]))
             async for step in self.deltas():
                 chunks = []
-                for index, delta in step:
+                for index, delta in _joined(step):
                     if delta.empty:
                         continue
                     until = delta.num_shown
@@ -269,6 +268,16 @@ class Generation:
         except Exception as error:  # the server's edge: the headers are sent, so the stream itself tells of it
             logger.warning("a stream ended early: %s", error)
             yield server_sent_event(error_body(error_of(error)))
+
+
+def _joined(step: list[tuple[int, Delta]]) -> list[tuple[int, Delta]]:
+    """One delta a choice, where a step or several brought more."""
+    if len(step) == 1:
+        return step
+    of_choice: dict[int, list[Delta]] = {}
+    for index, delta in step:
+        of_choice.setdefault(index, []).append(delta)
+    return [(index, Delta.join(deltas)) for index, deltas in of_choice.items()]
 
 
 def _named_event(event: dict[str, Any]) -> str:

@@ -16,8 +16,10 @@ from tafkir.engine.engine import Engine
 from tafkir.engine.paged_engine import PagedEngine
 from tafkir.engine.speculative import Speculation, parse_speculate
 from tafkir.models.decoder import Decoder
+from tafkir.models.on_device import move_to_device
+from tafkir.ops.device import choose_device
 from tafkir.ops.native import kernels_in_use
-from tafkir.quant.served import load_served
+from tafkir.ops.nvfp4_scaled import require_scaled_products
 from tafkir.recipe.bundled import find_checkpoint
 
 if TYPE_CHECKING:
@@ -45,6 +47,8 @@ def build_engine(
     paged: bool = False,
     prefix_caching: bool = True,
     batch_invariant: bool = False,
+    device: str = "cpu",
+    four_bit_products: bool = False,
 ) -> Engine:
     """Load the weights on the calling thread, which alone should run the engine afterwards.
 
@@ -53,21 +57,33 @@ def build_engine(
     them; auto takes the weights' dtype. `speculate` says what drafts tokens (`build_speculation`); None: nothing. With
     stored `weights` the engine cannot be given others, and a token's numbers differ from those in float32 in the order
     of sums alone. `paged` serves many people from one paged cache, with `prefix_caching` and `batch_invariant` as
-    `PagedEngine` takes them.
+    `PagedEngine` takes them. Another `device` than the processor serves what `models.on_device` makes of the weights:
+    bfloat16 and NVFP4, or all in float32; `four_bit_products` rounds activations to NVFP4 there, too.
 
     Raises:
+        BackendUnavailable: there is no such device here, or it has no four-bit products.
         CheckpointError: the checkpoint is missing or damaged.
         CapacityError: the sizes do not fit the model.
         RecipeError: `speculate` is not understood.
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
+    place = choose_device(device)
     if served:
+        from tafkir.quant.served import load_served
+
         decoder = load_served(checkpoint)
-    elif weights in ("stored", "int8-head") or (weights == "auto" and kernels_in_use() == "native"):
+    elif weights in ("stored", "int8-head") or (
+        weights == "auto" and (place.type != "cpu" or kernels_in_use() == "native")
+    ):
         decoder = load_packed(checkpoint, int8_head=weights == "int8-head").decoder
     else:
         decoder = load_checkpoint(checkpoint).decoder
+    if place.type != "cpu":
+        dtype = torch.float32 if weights == "float32" else torch.bfloat16
+        decoder = move_to_device(decoder, place, dtype=dtype, scaled_products=four_bit_products)
+    elif four_bit_products:
+        require_scaled_products(place)
     options: dict[str, Any] = {
         "eos_ids": tokenizer.end_ids,
         "max_batch": max_batch or 32,
@@ -106,7 +122,9 @@ def build_speculation(decoder: Decoder, speculate: str) -> Speculation:
     elif name == "nextn":
         drafter = NextnDrafter(decoder, tokens)
     else:
-        small = load_checkpoint(find_checkpoint(name)).decoder
+        small, place = load_checkpoint(find_checkpoint(name)).decoder, decoder.embed_tokens.weight.device
+        if place.type != "cpu":
+            small = move_to_device(small, place)
         drafter = ModelDrafter(small, decoder.config.vocab_size, tokens or 4)
     return Speculation(drafter)
 

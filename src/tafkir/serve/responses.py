@@ -10,6 +10,7 @@ from typing import Any
 
 from tafkir.engine.sequence import TokenEvent
 from tafkir.serve.stream import ChoiceStream, Delta, TokenText, chat_logprobs, completion_logprobs
+from tafkir.serve.tools import join_calls
 
 __all__ = ["ChatFormat", "CompletionFormat", "ResponseFormat", "server_sent_event", "usage_of"]
 
@@ -97,8 +98,8 @@ class ChatFormat(ResponseFormat):
 
     def __init__(self, request_id: str, model: str, tokenizer: TokenText, *, logprobs: bool) -> None:
         super().__init__(request_id, model, tokenizer, logprobs=logprobs)
-        self._called: dict[int, int] = {}
-        """Tool calls that each choice's chunks have told of."""
+        self._called: set[int] = set()
+        """Choices whose chunks have told of tool calls."""
 
     def _logprobs_of(self, shown: Sequence[tuple[TokenEvent, int]]) -> dict[str, Any] | None:
         return chat_logprobs(self._tokenizer, shown) if self._logprobs else None
@@ -113,19 +114,18 @@ class ChatFormat(ResponseFormat):
             body["reasoning_content"] = delta.reasoning
         if delta.content:
             body["content"] = delta.content
-        first = self._called.get(index, 0)
         if delta.tool_calls:
-            body["tool_calls"] = [{"index": i, **call.as_json()} for i, call in enumerate(delta.tool_calls, first)]
-            self._called[index] = first + len(delta.tool_calls)
+            body["tool_calls"] = [part.as_json() for part in delta.tool_calls]
+            self._called.add(index)
         logprobs = self._logprobs_of(shown) if shown else None
-        reason = _reason(delta, self._called.get(index, 0))
+        reason = _reason(delta, index in self._called)
         return {"index": index, "delta": body, "logprobs": logprobs, "finish_reason": reason}
 
     def choice(self, index: int, deltas: Sequence[Delta], stream: ChoiceStream) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": "".join(delta.content for delta in deltas)}
         if reasoning := "".join(delta.reasoning for delta in deltas):
             message["reasoning_content"] = reasoning
-        calls = [call.as_json() for delta in deltas for call in delta.tool_calls]
+        calls = join_calls(part for delta in deltas for part in delta.tool_calls)
         if calls:
             message["tool_calls"] = calls
             message["content"] = message["content"].strip() or None
@@ -133,13 +133,13 @@ class ChatFormat(ResponseFormat):
             "index": index,
             "message": message,
             "logprobs": self._logprobs_of(stream.shown),
-            "finish_reason": _reason(deltas[-1], len(calls)),
+            "finish_reason": _reason(deltas[-1], bool(calls)),
         }
         return self._finish(index, choice)
 
 
-def _reason(last: Delta, num_calls: int) -> str | None:
-    return "tool_calls" if num_calls and last.finish_reason == "stop" else last.finish_reason
+def _reason(last: Delta, called: bool) -> str | None:
+    return "tool_calls" if called and last.finish_reason == "stop" else last.finish_reason
 
 
 class CompletionFormat(ResponseFormat):

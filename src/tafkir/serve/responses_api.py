@@ -97,7 +97,7 @@ class ResponsesRequest(RequestBody):
         if self.tools:
             functions = [tool.model_dump(exclude={"type"}, exclude_none=True) for tool in self.tools]
             body["tools"] = [{"type": "function", "function": function} for function in functions]
-        body["tool_choice"] = self.tool_choice
+        body |= {"tool_choice": self.tool_choice, "stream": self.stream}
         if isinstance(self.tool_choice, _NamedTool):
             body["tool_choice"] = {"type": "function", "function": {"name": self.tool_choice.name}}
         try:
@@ -185,15 +185,15 @@ class ResponseEvents:
             events += self._grow("reasoning", delta.reasoning)
         if delta.content:
             events += self._grow("message", delta.content)
-        for call in delta.tool_calls:
-            events += self._close_item()
-            item = {"type": "function_call", "id": f"fc_{uuid.uuid4().hex}", "call_id": call.id, "name": call.name}
-            events += self._add({**item, "arguments": "", "status": "in_progress"})
-            place = {"item_id": item["id"], "output_index": len(self.response["output"]) - 1}
-            events.append(self._event("function_call_arguments.delta", **place, delta=call.arguments))
-            events.append(self._event("function_call_arguments.done", **place, arguments=call.arguments))
-            self.response["output"][-1]["arguments"] = call.arguments
-            events += self._close_item()
+        for part in delta.tool_calls:
+            if part.name is not None:
+                events += self._close_item()
+                item = {"type": "function_call", "id": f"fc_{uuid.uuid4().hex}", "call_id": part.id, "name": part.name}
+                events += self._add({**item, "arguments": "", "status": "in_progress"})
+            if part.arguments and self._open is not None:
+                self._open["arguments"] += part.arguments
+                place = {"item_id": self._open["id"], "output_index": len(self.response["output"]) - 1}
+                events.append(self._event("function_call_arguments.delta", **place, delta=part.arguments))
         self._reason = delta.finish_reason or self._reason
         return events
 
@@ -228,7 +228,10 @@ class ResponseEvents:
         if item is None:
             return []
         events = []
-        if item["type"] != "function_call":
+        if item["type"] == "function_call":
+            place = {"item_id": item["id"], "output_index": len(self.response["output"]) - 1}
+            events.append(self._event("function_call_arguments.done", **place, arguments=item["arguments"]))
+        else:
             part = item["content"][0]
             events.append(self._event(f"{part['type']}.done", **self._place(), text=part["text"]))
             events.append(self._event("content_part.done", **self._place(), part=dict(part)))

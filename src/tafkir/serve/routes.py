@@ -20,7 +20,6 @@ from tafkir.serve.responses_api import ResponseEvents, ResponsesRequest
 from tafkir.serve.schema import ChatRequest, CompletionRequest, DetokenizeRequest, GenerationRequest, TokenizeRequest
 from tafkir.serve.served import Served
 from tafkir.serve.stream import ChoiceStream
-from tafkir.serve.tools import to_message
 
 __all__ = ["add_generation_routes"]
 
@@ -95,8 +94,7 @@ def _add_token_routes(app: FastAPI, live: Live) -> None:
         if body.prompt is not None:
             ids = await served.encode(body.prompt)
         else:
-            messages = [to_message(message) for message in body.messages]
-            ids = encode_chat(served.tokenizer, messages, body.add_generation_prompt)
+            ids = encode_chat(served.tokenizer, served.messages(body.messages), body.add_generation_prompt)
         out: dict[str, Any] = {"count": len(ids), "max_model_len": served.engine.max_context, "tokens": ids}
         if body.return_token_strs:
             out["token_strs"] = [served.tokenizer.decode([id], skip_special=False) for id in ids]
@@ -166,13 +164,14 @@ async def _submit(
             body.stop,
             split_reasoning=is_chat,
             split_tools=isinstance(body, ChatRequest) and bool(body.tools) and body.tool_choice != "none",
+            tool_form=served.tool_form,
         )
         for _, samples in prompts
         for _ in samples
     ]
     timeout_s = served.options.request_timeout_s or None
     limits: dict[str, Any] = {"timeout_s": timeout_s, "priority": body.priority}
-    limits |= {"engine": served.engine, "model": served.name}
+    limits |= {"engine": served.engine, "model": served.name, "whole": not body.stream}
     return Generation.submit(
         served.worker, http, prompts, choices, top_logprobs=top_logprobs, shapers=shapers, **limits
     )

@@ -21,6 +21,8 @@ from tafkir.serve.options import ServerOptions
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from tafkir.serve.gateway import EarlyRefusal
+
 __all__ = ["HttpServer", "serve"]
 
 logger = logging.getLogger(__name__)
@@ -110,8 +112,11 @@ class HttpServer(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, options: ServerOptions, **settings: Any) -> None:
+        from tafkir.serve.gateway import EarlyRefusal
+
         class Protocol(_PatientProtocol):
             head_timeout_s = options.body_timeout_s
+            refusal = EarlyRefusal(options, app.state.worker)
 
         settings = {"log_level": "warning", "access_log": False, "server_header": False, **settings}
         grace_s = max(1, round(options.drain_s))
@@ -138,26 +143,63 @@ class _Connection(h11.Connection):
 
 
 class _PatientProtocol(H11Protocol):
-    """HTTP/1.1 that closes a connection whose request head does not come in time (slow-loris)."""
+    """HTTP/1.1 that closes a connection whose request head does not come in time (slow-loris), and refuses early."""
 
     head_timeout_s: float
+    refusal: EarlyRefusal
     _late: asyncio.TimerHandle | None = None
+    _unread = 0
+    """Bytes of a refused body that are still to come."""
+    _closes = False
+    """Whether the connection ends with them."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.conn = _Connection(h11.SERVER, 1 << 16)
-        self._late = self.loop.call_later(self.head_timeout_s, transport.close)
+        self._arm()
 
     def data_received(self, data: bytes) -> None:
+        if self._unread:
+            data = self._skip(data)
+            if not data:
+                return
+        if self.refusal.due and self._is_between_requests() and (refused := self.refusal.answer(data)):
+            self._refuse(*refused)
+            return
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
             self._disarm()
         elif self._late is None and not self.transport.is_closing():
-            self._late = self.loop.call_later(self.head_timeout_s, self.transport.close)
+            self._arm()
+
+    def _is_between_requests(self) -> bool:
+        return set(self.conn.states.values()) == {h11.IDLE} and not self.conn.trailing_data[0]
+
+    def _refuse(self, answer: bytes, unread: int, closes: bool) -> None:
+        """Answer in the place of h11, which has seen nothing of the request and waits for the next one as before."""
+        self._unset_keepalive_if_required()
+        self._disarm()
+        self._arm()
+        self.server_state.total_requests += 1
+        self._unread, self._closes = unread, closes
+        self.transport.write(answer)
+        self._skip(b"")
+
+    def _skip(self, data: bytes) -> bytes:
+        """What stands behind the rest of a refused body; a connection is closed only then, or its answer is lost."""
+        skipped = min(len(data), self._unread)
+        self._unread -= skipped
+        if self._closes and not self._unread:
+            self.transport.close()
+            return b""
+        return data[skipped:]
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
         super().connection_lost(exc)
+
+    def _arm(self) -> None:
+        self._late = self.loop.call_later(self.head_timeout_s, self.transport.close)
 
     def _disarm(self) -> None:
         if self._late is not None:

@@ -15,8 +15,8 @@ from tafkir.checkpoint.manifest import MANIFEST_NAME
 from tafkir.serve.errors import ApiError
 from tafkir.serve.grammar import Grammar, GrammarCompiler, check_schema
 from tafkir.serve.options import ServerOptions
-from tafkir.serve.schema import ChatRequest, GenerationRequest
-from tafkir.serve.tools import offer_tools, to_message, tool_grammar
+from tafkir.serve.schema import ChatMessage, ChatRequest, GenerationRequest
+from tafkir.serve.tools import ToolForm, form_of, offer_tools, to_message, tool_grammar
 from tafkir.serve.worker import EngineWorker
 
 if TYPE_CHECKING:
@@ -54,6 +54,15 @@ class Served:
         return GrammarCompiler(self.path, self.tokenizer.turn_end_id)
 
     @functools.cached_property
+    def tool_form(self) -> ToolForm:
+        """How its chat template spells tool calls."""
+        return form_of(getattr(self.tokenizer, "template", None))
+
+    def messages(self, turns: Sequence[ChatMessage]) -> list[Message]:
+        """A conversation as the chat format has it."""
+        return [to_message(turn, self.tool_form) for turn in turns]
+
+    @functools.cached_property
     def _longest_token(self) -> int:
         return max(len(self.tokenizer.token_bytes(id)) for id in range(self.tokenizer.vocab_size))
 
@@ -86,9 +95,9 @@ class Served:
 
     async def encode_chat(self, body: ChatRequest) -> list[int]:
         """Token ids of a conversation up to where the answer begins, tools and an empty chain of thought included."""
-        messages = [to_message(message) for message in body.messages]
+        messages = self.messages(body.messages)
         if body.tools and body.tool_choice != "none":
-            messages = offer_tools(messages, body.tools)
+            messages = offer_tools(messages, body.tools, self.tool_form)
         size = sum(len(message.content) + len(message.reasoning or "") for message in messages)
         if size > _LONG_TEXT:
             self._check_length(size)
@@ -127,7 +136,7 @@ class Served:
         if forced:
             for tool in forced:
                 check_schema(tool.function.parameters)
-            grammar = await run_in_threadpool(self.grammars.compile_lark, tool_grammar(forced))
+            grammar = await run_in_threadpool(self.grammars.compile_lark, tool_grammar(forced, self.tool_form))
         elif body.rules is not None:
             grammar = await run_in_threadpool(self.grammars.compile, body.rules)
         return [

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from tafkir.engine.sequence import TokenEvent
 from tafkir.engine.text import StopBuffer, TextStream
 from tafkir.records import FinishReason
-from tafkir.serve.tools import ToolCall, ToolCallSplitter
+from tafkir.serve.tools import HERMES, CallPart, ToolCallSplitter, ToolForm
 
 __all__ = [
     "ChoiceStream",
@@ -110,12 +110,25 @@ class Delta:
     reasoning: str = ""
     content: str = ""
     finish_reason: FinishReason | None = None
-    tool_calls: tuple[ToolCall, ...] = ()
+    tool_calls: tuple[CallPart, ...] = ()
     num_shown: int = 0
 
     @property
     def empty(self) -> bool:
         return not (self.text or self.finish_reason)
+
+    @classmethod
+    def join(cls, deltas: Sequence[Delta]) -> Delta:
+        """What tokens that came one after another add together."""
+        last = deltas[-1]
+        return cls(
+            "".join(delta.text for delta in deltas),
+            "".join(delta.reasoning for delta in deltas),
+            "".join(delta.content for delta in deltas),
+            last.finish_reason,
+            tuple(call for delta in deltas for call in delta.tool_calls),
+            last.num_shown,
+        )
 
 
 class ChoiceStream:
@@ -127,6 +140,7 @@ class ChoiceStream:
         stops: stop strings; neither they nor what follows is shown.
         split_reasoning: whether to tell the chain of thought from the answer.
         split_tools: whether to take tool calls out of the answer.
+        tool_form: how they are spelled.
     """
 
     def __init__(
@@ -137,13 +151,14 @@ class ChoiceStream:
         *,
         split_reasoning: bool,
         split_tools: bool = False,
+        tool_form: ToolForm = HERMES,
     ) -> None:
         self._stream, self._buffer = TextStream(tokenizer.decode), StopBuffer(stops)
         self._stop_ids = frozenset(stop_ids)
         self._splitter = ReasoningSplitter() if split_reasoning else None
-        self._tools = ToolCallSplitter() if split_tools else None
+        self._tools = ToolCallSplitter(tool_form) if split_tools else None
         self._decoded = 0
-        self.num_tokens = self.num_reasoning_tokens = self.num_tool_calls = 0
+        self.num_tokens = self.num_reasoning_tokens = 0
         self.num_drafted = self.num_accepted = 0
         self.shown: list[tuple[TokenEvent, int]] = []
         """Tokens that belong to the text, each with the offset of its first character."""
@@ -173,7 +188,6 @@ class ChoiceStream:
         if self._tools is None:
             return Delta(text, reasoning, content, event.finish_reason, num_shown=len(self.shown))
         content, calls = self._tools.push(content)
-        self.num_tool_calls += len(calls)
         if event.finish_reason:
             content += self._tools.flush()
         return Delta(text, reasoning, content, event.finish_reason, tuple(calls), len(self.shown))

@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 
 # Prompts that are scored between two steps of those that generate.
 _SCORE_TOKENS = 4096
+# An idle engine waits so long for another request after each, and so long in all: who comes together begins together,
+# in one pass over all prompts where they would be read in pieces beside the tokens of the first.
+_APART_S, _GATHER_S = 0.001, 0.05
 
 
 class Overloaded(Exception):
@@ -84,6 +87,8 @@ class EngineWorker:
         self.metrics = ServerMetrics()
         self.tracer: Tracer | None = None
         """Where requests that have ended are told of."""
+        self.settle: Callable[[float], None] | None = None
+        """Waits at most so many seconds for whoever reads requests to be done with those that are there."""
 
     def start(self) -> None:
         """Build the engine and start to serve; raises what building it raises."""
@@ -138,6 +143,11 @@ class EngineWorker:
     @property
     def _num_served(self) -> int:
         return len(self._jobs) + len(self._scorings)
+
+    @property
+    def full(self) -> bool:
+        """Whether the next request would be refused."""
+        return self._num_served >= self.engine.max_batch + self._max_queue
 
     def check_open(self, count: int = 1) -> None:
         """Raises Stopped or Overloaded where so many more requests would not be taken, CapacityError where never."""
@@ -265,6 +275,9 @@ class EngineWorker:
                 if self._leaving or self.engine.has_work:
                     break
                 self._wake.wait()
+        if self._inbox and self.settle is not None and not self.engine.has_work:
+            self._gather(self.settle)
+        with self._wake:
             inbox, self._inbox = self._inbox, []
             cancelled, self._cancelled = self._cancelled, []
             orders, self._orders = self._orders, []
@@ -283,6 +296,18 @@ class EngineWorker:
             future.set_result(None)
         self._let_go()
         return True
+
+    def _gather(self, settle: Callable[[float], None]) -> None:
+        """Wait for those that come together with the first request."""
+        until = time.monotonic() + _GATHER_S
+        while (left_s := until - time.monotonic()) > 0 and len(self._inbox) < self.engine.max_batch:
+            count = len(self._inbox)
+            settle(left_s)
+            with self._wake:
+                if len(self._inbox) == count:
+                    self._wake.wait(_APART_S)
+                if len(self._inbox) == count or self._stopping:
+                    return
 
     def _note_started(self) -> None:
         """Remember of requests that have left the queue that they did so in this step."""

@@ -75,7 +75,7 @@ def read_hf_parts(
 
 
 def _read_part(names: Resolved, shape: tuple[int, ...], part: Part, read: WindowReader) -> None:
-    place = part.place if part.place.device.type == "cpu" else torch.empty_like(part.place, device="cpu")
+    place = part.place if part.place.device.type == "cpu" else torch.empty(part.place.shape, dtype=part.place.dtype)
     if names.stacked:
         for piece, expert in zip(place, part.entries[0].tolist(), strict=True):
             _read_piece(names.parts[expert], names.rows, shape[1:], piece, part.entries[1:], read)
