@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,10 +12,11 @@ from tafkir.models.decoder import Decoder
 from tafkir.recipe.model import ModelConfig
 from tafkir.recipe.parallel import ParallelSizes
 from tafkir.recipe.presets import load_preset
-from tafkir.train.parallel.footprint import measure_rank, render_rank
+from tafkir.train.parallel.footprint import measure_rank
 from tests.parallel.jobs import MODEL
 
 
+@cache
 def count(model: ModelConfig) -> int:
     with torch.device("meta"):
         return sum(param.numel() for param in Decoder(model).parameters())
@@ -23,16 +26,13 @@ def count(model: ModelConfig) -> int:
     ("preset", "sizes"),
     [
         ("ring-flash-2.0", ParallelSizes(data=128, expert=8, tensor=2)),
-        ("deepseek-v3", ParallelSizes(data=16, expert=64)),
-        pytest.param("deepseek-v3", ParallelSizes(data=8, expert=64, tensor=2), marks=pytest.mark.slow),
-        pytest.param("deepseek-v3", ParallelSizes(data=32, expert=64), marks=pytest.mark.slow),
+        pytest.param("deepseek-v3", ParallelSizes(data=16, expert=64), marks=pytest.mark.slow),
     ],
-    ids=["ring-flash-2048", "671b-1024", "671b-1024-tensor", "671b-2048"],
+    ids=["ring-flash-2048", "671b-1024"],
 )
 def test_huge_models_are_sharded_over_thousands_of_ranks(preset: str, sizes: ParallelSizes) -> None:
     model = load_preset(preset)
     found = measure_rank(model, sizes, rank=sizes.world - 1)
-    print(f"\n{preset}: {render_rank(found)}")
     # Tables are not split over tensor ranks, and the last rank may get less of what does not divide evenly.
     even = count(model) * 4 / sizes.world
     assert 0.95 * even < found.weights < 1.15 * even
@@ -57,8 +57,3 @@ def test_one_rank_gathers_nothing_it_does_not_hold() -> None:
 def _meta_layers(model: ModelConfig) -> list[torch.nn.Module]:
     with torch.device("meta"):
         return list(Decoder(model).layers)
-
-
-def test_the_line_names_rank_and_bytes() -> None:
-    line = render_rank(measure_rank(MODEL, ParallelSizes(data=2), rank=1))
-    assert line.startswith("rank 1 of 2: ") and "gathered" in line

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from tafkir.quant.auto import AutoResult
     from tafkir.recipe.quantize import QuantizeConfig
 
-__all__ = ["auto_table", "choose_formats", "read_rules", "with_auto"]
+__all__ = ["auto_table", "choose_formats", "read_rules", "read_toml", "with_auto"]
 
 
 def with_auto(
@@ -91,22 +91,33 @@ def auto_table(result: AutoResult) -> list[str]:
     return lines
 
 
-def read_rules(file: Path) -> dict[str, Any]:
-    """The keys of a file that `--auto` wrote, or of any TOML with the same: at the top, or in `[quantize]`.
+def read_toml(file: Path) -> dict[str, Any]:
+    """The table of a TOML file.
 
     Raises:
-        RecipeError: the file is missing, not TOML, or has no rules.
+        RecipeError: the file is missing, or not TOML.
     """
     import tomllib
 
     from tafkir.errors import RecipeError
 
     try:
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError("no such file", where=str(file)) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"not valid TOML ({error})", where=str(file)) from error
+
+
+def read_rules(file: Path) -> dict[str, Any]:
+    """The keys of a file that `--auto` wrote, or of any TOML with the same: at the top, or in `[quantize]`.
+
+    Raises:
+        RecipeError: the file is missing, not TOML, or has no rules.
+    """
+    from tafkir.errors import RecipeError
+
+    table = read_toml(file)
     keys = table.get("quantize", table)
     if not isinstance(keys, dict) or not keys.get("rules"):
         raise RecipeError("there are no rules", where=str(file), expected="[[rules]] with tensors and format")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tomllib
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,17 +183,11 @@ def _config(
     """
     from pydantic import ValidationError
 
+    from tafkir.cli.auto import read_toml
     from tafkir.errors import RecipeError
     from tafkir.recipe.quantize import FORMATS, QuantizeConfig
 
-    table: dict[str, Any] = {}
-    if file is not None:
-        try:
-            table = tomllib.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise RecipeError("no such file", where=str(file)) from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise RecipeError(f"not valid TOML ({error})", where=str(file)) from error
+    table = {} if file is None else read_toml(file)
     mine = []
     for rule in rules:
         pattern, _, format = rule.rpartition("=")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tafkir.errors import RecipeError
 from tafkir.plan.shapes import ModelShape
 
-__all__ = ["PRECISIONS", "Precision", "checkpoint_bytes", "find_precision", "part_bytes", "stored_elements"]
+__all__ = ["PRECISIONS", "Precision", "checkpoint_bytes", "find_precision", "part_bytes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,6 @@ class Precision:
         experts: bytes of a parameter of MLPs and experts, scales included.
         attention: the same of attention's matrices. attention_out: of its output projections.
         mtp: the same of the linear maps inside multi-token-prediction blocks.
-        packed: parameters in one stored element of MLPs and experts (2 where two four-bit numbers share a byte).
         what: one line for people.
     """
 
@@ -32,7 +31,6 @@ class Precision:
     attention: float
     attention_out: float
     mtp: float
-    packed: int
     what: str
 
 
@@ -44,13 +42,13 @@ _INT4 = 0.5 + 2 / 128
 PRECISIONS = {
     precision.name: precision
     for precision in (
-        Precision("fp32", "fp32", "fp32", 4.0, 4.0, 4.0, 4.0, 1, "everything in four bytes (this machine's CPU)"),
-        Precision("bf16", "bf16", "bf16", 2.0, 2.0, 2.0, 2.0, 1, "everything in two bytes"),
-        Precision("fp8", "fp8", "fp8", _FP8, _FP8, _FP8, _FP8, 1, "DeepSeek's blocks of 128 x 128; tables stay bf16"),
-        Precision("int8", "int8", "int8", 1.0, 1.0, 1.0, 1.0, 1, "one scale a row; tables stay bf16"),
-        Precision("nvfp4", "fp4", "bf16", _NVFP4, 2.0, _NVFP4, 2.0, 2, "NVIDIA's v2: MLPs, experts, o_proj; rest bf16"),
-        Precision("nvfp4-v1", "fp4", "bf16", _NVFP4, 2.0, 2.0, 2.0, 2, "NVIDIA's v1: MLPs and experts; rest bf16"),
-        Precision("w4a16", "bf16", "bf16", _INT4, 2.0, 2.0, 2.0, 2, "four-bit MLPs and experts, multiplied in bf16"),
+        Precision("fp32", "fp32", "fp32", 4.0, 4.0, 4.0, 4.0, "everything in four bytes (this machine's CPU)"),
+        Precision("bf16", "bf16", "bf16", 2.0, 2.0, 2.0, 2.0, "everything in two bytes"),
+        Precision("fp8", "fp8", "fp8", _FP8, _FP8, _FP8, _FP8, "DeepSeek's blocks of 128 x 128; tables stay bf16"),
+        Precision("int8", "int8", "int8", 1.0, 1.0, 1.0, 1.0, "one scale a row; tables stay bf16"),
+        Precision("nvfp4", "fp4", "bf16", _NVFP4, 2.0, _NVFP4, 2.0, "NVIDIA's v2: MLPs, experts, o_proj; rest bf16"),
+        Precision("nvfp4-v1", "fp4", "bf16", _NVFP4, 2.0, 2.0, 2.0, "NVIDIA's v1: MLPs and experts; rest bf16"),
+        Precision("w4a16", "bf16", "bf16", _INT4, 2.0, 2.0, 2.0, "four-bit MLPs and experts, multiplied in bf16"),
     )
 }
 """Every precision by its name."""
@@ -101,15 +99,3 @@ def mtp_bytes(shape: ModelShape, precision: Precision) -> float:
     rest = 4.0 if precision.name == "fp32" else 2.0
     copies = 2 * shape.table * shape.mtp_depth if shape.mtp_copies else 0
     return shape.mtp_matrices * precision.mtp + (shape.mtp - shape.mtp_matrices + copies) * rest
-
-
-def stored_elements(shape: ModelShape, precision: Precision) -> float:
-    """Numbers in the checkpoint's tensors, as model hubs count them: packed pairs once, block scales with them."""
-    if precision.packed == 1:
-        copies = 2 * shape.table * shape.mtp_depth if shape.mtp_copies else 0
-        return shape.total + shape.mtp + copies
-    packed = shape.dense + shape.shared + shape.routed
-    if precision.attention_out < 1:
-        packed += shape.attention_out
-    copies = 2 * shape.table * shape.mtp_depth if shape.mtp_copies else 0
-    return shape.total + shape.mtp + copies - packed * (1 - precision.experts)

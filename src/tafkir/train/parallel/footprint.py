@@ -17,7 +17,7 @@ from tafkir.recipe.parallel import ParallelSizes, check_shapes
 from tafkir.train.parallel.sharding import shard_decoder
 from tafkir.train.parallel.world import Meshes
 
-__all__ = ["RankBytes", "measure_rank", "render_rank"]
+__all__ = ["RankBytes", "measure_rank"]
 
 # AdamW in float32 keeps two moments per weight.
 _MOMENTS = 2
@@ -85,12 +85,3 @@ def _gathered(param: DTensor) -> int:
     axes = zip(names, param.device_mesh.shape, param.placements, strict=True)
     apart = prod(size for name, size, p in axes if name in ("expert", "tensor") and isinstance(p, Shard))
     return param.numel() * param.element_size() // apart
-
-
-def render_rank(found: RankBytes) -> str:
-    """One line: `rank 0 of 2,048: 1.22 GiB (weights 0.30, gradients 0.30, moments 0.61) + 4.10 GiB gathered`."""
-    weights, moments, gathered = (value / 2**30 for value in (found.weights, found.moments, found.gathered))
-    return (
-        f"rank {found.rank:,} of {found.world:,}: {2 * weights + moments:.2f} GiB "
-        f"(weights {weights:.2f}, gradients {weights:.2f}, moments {moments:.2f}) + {gathered:.2f} GiB gathered"
-    )
