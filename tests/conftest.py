@@ -25,6 +25,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # (`native_library`, `kernels`). TAFKIR_KERNELS=native runs every test on them.
 os.environ.setdefault("TAFKIR_KERNELS", "torch")
 
+# Triton's own functions, too, are made for its interpreter or for a device when it is first imported, by whatever does.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # A suite started in the background may ignore interrupts, and what it starts would, too; some tests send them.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

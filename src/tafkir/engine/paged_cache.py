@@ -10,7 +10,7 @@ decode, W tokens of each, S cached length, L MoE layers, A active experts.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,6 +23,7 @@ from tafkir.engine.cache_formats import CacheCodec, CacheFormat
 from tafkir.models.attention import VarlenCausal
 from tafkir.models.few_tokens import Pages
 from tafkir.ops import native
+from tafkir.ops.device import device_kernels
 from tafkir.recipe.model import ModelConfig
 
 __all__ = ["BLOCK_SIZE", "Chunk", "LatentPagedView", "PagedCache", "PagedRows", "PagedView"]
@@ -33,6 +34,9 @@ BLOCK_SIZE = 16
 _DEFAULT_BYTES = 256 << 20
 
 _Scales = Sequence[tuple[float, float]] | None
+
+PagedAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]
+"""As `ops.triton.paged_attention.paged_attention`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,10 @@ class _Pool:
         for tensor, part in zip(self._parts[layer_idx], parts, strict=True):
             tensor.index_copy_(0, slot_N, part)
 
+    def whole(self, layer_idx: int) -> Tensor:
+        """All slots of a layer without codes, [slots, G, K]."""
+        return self._parts[layer_idx][0]
+
     def read(self, layer_idx: int, slots: Tensor) -> Tensor:
         """What these slots hold, [..., G, K]."""
         parts = tuple(tensor[slots] for tensor in self._parts[layer_idx])
@@ -91,6 +99,11 @@ class PagedCache:
         caching: remember full blocks for later requests.
         record_experts: keep which experts each token went to.
         invariant: one token at a time, so that nothing depends on the rest of the batch.
+
+    Attributes:
+        spare: a block that nobody is ever given, for rows that are there to fill a step up; without the compiled
+            kernel alone.
+        kernel: attends for rows with one new token each; None gathers what they hold, and asks torch.
     """
 
     def __init__(
@@ -108,6 +121,7 @@ class PagedCache:
         invariant: bool = False,
     ) -> None:
         self.latent, self.invariant, self.device = config.attention_type == "mla", invariant, like.device
+        self.coded = format != "auto"
         self.rank = config.mla.kv_lora_rank if self.latent else 0
         heads, dim = (1, config.mla.latent_dim) if self.latent else (config.num_key_value_heads, config.head_dim)
         layers = config.num_hidden_layers
@@ -123,7 +137,7 @@ class PagedCache:
         # More than all rows can fill is never used.
         num_blocks = max(1, min(room, max_rows * widest))
         self.max_bytes = num_blocks * self.block_bytes
-        self.blocks = BlockManager(num_blocks, BLOCK_SIZE, caching=caching)
+        self.blocks, self.spare = BlockManager(num_blocks, BLOCK_SIZE, caching=caching), num_blocks
         self.tables = torch.zeros(max_rows, widest, dtype=torch.int64, device=self.device)
         self.row_numbers = torch.arange(max_rows, device=self.device)
         self.native = not self.latent and format == "auto" and native.takes(like, dtypes=_NATIVE_DTYPES)
@@ -133,8 +147,13 @@ class PagedCache:
             self.values = [like.new_empty(num_blocks, heads, BLOCK_SIZE, dim) for _ in range(layers)]
             self.addresses = _addresses(self.keys), _addresses(self.values)
         else:
-            slots = num_blocks * BLOCK_SIZE
+            slots = (num_blocks + 1) * BLOCK_SIZE
             self.pools = [_Pool(heads, dim, layers, slots, like, codec) for codec in codecs]
+        self.kernel: PagedAttention | None = None
+        if not self.latent and format == "auto" and device_kernels(self.device) == "triton":
+            from tafkir.ops.triton.paged_attention import paged_attention
+
+            self.kernel = paged_attention
         self.experts: Tensor | None = None
         if record_experts:
             shape = (
@@ -195,7 +214,11 @@ class PagedView:
 
     Attributes:
         positions_N: of all tokens.
+        reads_all: attend over as many tokens as the tables have room for, masked, and not over as many as there are,
+            which the device would have to be asked for.
     """
+
+    reads_all = False
 
     def __init__(
         self, cache: PagedCache, tables_BT: Tensor, first_B: Tensor, width: int, chunks: Sequence[Chunk]
@@ -291,6 +314,10 @@ class PagedView:
 
     def _gathered(self, layer_idx: int, q_NHK: Tensor, scale: float) -> list[Tensor]:
         """Without the kernel: all decoding rows at once, or every token alone where that must make no difference."""
+        if self.cache.kernel is not None and self._width == 1 and not self.cache.invariant:
+            keys, values = (pool.whole(layer_idx) for pool in self.cache.pools)
+            tables_BT, positions_B = self._tables[: self._batch], self.positions_N[: self._batch]
+            return [self.cache.kernel(q_NHK, keys, values, tables_BT, positions_B, BLOCK_SIZE)]
         if not self.cache.invariant:
             return [self._over_rows(layer_idx, q_NHK, slice(0, self._batch), self.positions_N[: len(q_NHK)], scale)]
         rows, places = self._rows_N.tolist(), self.positions_N.split(1)
@@ -313,7 +340,8 @@ class PagedView:
         """Equally many queries of each of these rows, over all that the row holds."""
         tables_BT = self._tables[rows]
         place_BW = position_N.view(len(tables_BT), -1)
-        places_S = torch.arange(int(place_BW.max()) + 1, device=position_N.device)
+        reach = tables_BT.shape[1] * BLOCK_SIZE if self.reads_all else int(place_BW.max()) + 1
+        places_S = torch.arange(reach, device=position_N.device)
         # Beyond a row's last token stands that token again: nobody has written there, and weights of zero need numbers.
         place_BS = torch.minimum(places_S, place_BW[:, -1:])
         row_B1 = torch.arange(len(tables_BT), device=position_N.device).unsqueeze(1)

@@ -19,6 +19,7 @@ from tafkir.engine.cache_formats import CacheFormat
 from tafkir.engine.engine import Engine, Step, Weights
 from tafkir.engine.paged_cache import BLOCK_SIZE, Chunk, PagedCache, PagedRows
 from tafkir.engine.sequence import Prompt, Sequence
+from tafkir.engine.static_steps import build_static
 from tafkir.models.decoder import Decoder, DecoderOutput
 from tafkir.ops.invariant import batch_invariant
 from tafkir.ops.sampling import advance_key
@@ -62,6 +63,8 @@ class PagedEngine(Engine):
         prefix_caching: begin with what earlier requests of the same beginning have left.
         batch_invariant: the same numbers to the bit for a request, alone or in any company. On the processor every
             token is computed by itself; with several threads each still is by one.
+        static_steps: decode over buffers that stay in place, captured in CUDA graphs where the device has them. None:
+            on such a device, where the model and the cache's format allow it.
         options: as `Engine` takes them. `max_cache_bytes` is of all blocks; None takes 256 MiB, or one whole context.
     """
 
@@ -72,11 +75,13 @@ class PagedEngine(Engine):
         chunk_tokens: int = 512,
         prefix_caching: bool = True,
         batch_invariant: bool = False,
+        static_steps: bool | None = None,
         **options: Any,
     ) -> None:
         self.chunk_tokens, self._caching, self._invariant = chunk_tokens, prefix_caching, batch_invariant
         super().__init__(decoder, **options)
         self.batch_invariant = batch_invariant
+        self._runner.static = build_static(decoder, self._cache, static_steps)
         # Sequences whose prompts are in the making, and how many of their tokens are in the cache.
         self._prefilling: dict[Sequence, int] = {}
 
@@ -113,6 +118,8 @@ class PagedEngine(Engine):
     def load_weights(self, weights: Weights, version: int) -> None:
         super().load_weights(weights, version)
         self.forget_prefixes()
+        if self._runner.static is not None:
+            self._runner.static.forget_moved()
 
     def forget_prefixes(self) -> None:
         self._cache.blocks.forget_all()

@@ -17,6 +17,7 @@ from tafkir.engine.batch import Column, RunningBatch
 from tafkir.engine.expert_log import ExpertLog
 from tafkir.engine.paged_cache import PagedRows
 from tafkir.engine.sequence import Prompt
+from tafkir.engine.static_steps import StaticDecode
 from tafkir.engine.views import Grouping
 from tafkir.models.attention import VarlenCausal
 from tafkir.models.decoder import Decoder, DecoderOutput
@@ -29,7 +30,12 @@ class Runner:
 
     `expert_log` is told where tokens went, where there is one; `kept_state` names the field of `DecoderOutput` that
     prompts keep of all their tokens, where somebody wants it.
+
+    Attributes:
+        static: decodes over buffers that stay in place, where a paged engine has set it up.
     """
+
+    static: StaticDecode | None = None
 
     def __init__(
         self, decoder: Decoder, cache: Any, expert_log: ExpertLog | None = None, kept_state: str | None = None
@@ -52,6 +58,13 @@ class Runner:
 
     def decode(self, batch: RunningBatch, grouping: Grouping | PagedRows) -> Tensor:
         """Feed every row's newest token; logits of the next one, [B, V]."""
+        if self.static is not None and isinstance(grouping, PagedRows):
+            cached_B = batch.column(Column.COUNT) - 1
+            positions_B = grouping.prompt_lengths_B + cached_B
+            logits_BV, expert_ids = self.static(batch.column(Column.TOKEN), positions_B, grouping.tables_BT)
+            if self.expert_log is not None:
+                self.expert_log.note_tokens(batch.sequences, cached_B, expert_ids)
+            return logits_BV
         return self.decoder.logits(self.feed(batch, grouping, batch.column(Column.TOKEN).unsqueeze(1)).hidden_ND)
 
     def feed(self, batch: RunningBatch, grouping: Grouping | PagedRows, ids_BW: Tensor) -> DecoderOutput:

@@ -21,6 +21,7 @@ from tafkir.models.mtp import MultiTokenPredictor
 from tafkir.models.residual import build_residual
 from tafkir.models.router import Router, Routing, balanced_bias, check_replay
 from tafkir.ops.rope import rope_table
+from tafkir.ops.routing import count_tokens
 from tafkir.recipe.model import LayerSpec, ModelConfig
 
 __all__ = ["Decoder", "DecoderLayer", "DecoderOutput", "balance_routers", "build_mtp", "update_expert_bias"]
@@ -150,7 +151,7 @@ class Decoder(nn.Module):
             state, routing = layer(state, cos, sin, attention, ids_NA)
             if routing is not None:
                 routings.append(routing)
-        load = [torch.bincount(r.expert_ids_NA.reshape(-1), minlength=config.num_experts) for r in routings]
+        load = [count_tokens(r.expert_ids_NA, config.num_experts) for r in routings]
         pre_norm_ND = self.residual.exit(state)
         return DecoderOutput(self.norm(pre_norm_ND), pre_norm_ND, routings, load)
 

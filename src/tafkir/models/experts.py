@@ -5,6 +5,8 @@ Shapes: N tokens, D hidden, E experts, I expert width, A active experts per toke
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,12 @@ __all__ = ["Experts", "MoE"]
 
 
 class Experts(nn.Module):
-    """Routed SwiGLU experts as two stacked weights: [E, 2I, D] (gate rows first) and [E, D, I]."""
+    """Routed SwiGLU experts as two stacked weights: [E, 2I, D] (gate rows first) and [E, D, I].
+
+    `kernel` computes them: `moe_experts`, or what stands in for it on a device.
+    """
+
+    kernel: Callable[..., Tensor] = staticmethod(moe_experts)
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -26,7 +33,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num, hidden, width))
 
     def forward(self, x_ND: Tensor, expert_ids_NA: Tensor, weights_NA: Tensor) -> Tensor:
-        return moe_experts(x_ND, self.gate_up_proj, self.down_proj, expert_ids_NA, weights_NA)
+        return self.kernel(x_ND, self.gate_up_proj, self.down_proj, expert_ids_NA, weights_NA)
 
 
 class MoE(nn.Module):

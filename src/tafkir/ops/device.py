@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
+from typing import Literal
 
 import torch
 
 from tafkir.errors import BackendUnavailable
+from tafkir.native.compiled import OVERRIDE
 
-__all__ = ["choose_device", "collective_backend", "find_devices"]
+__all__ = ["choose_device", "collective_backend", "device_kernels", "find_devices"]
 
 _KINDS = ("cuda", "npu", "mps", "cpu")
 
@@ -56,6 +59,23 @@ def choose_device(wanted: str = "auto", index: int = 0) -> torch.device:
     device = torch.device(kind, index)
     module.set_device(device)
     return device
+
+
+def device_kernels(device: torch.device) -> Literal["triton", "torch"]:
+    """What serves on a device: Triton's kernels on CUDA where the package is there (TAFKIR_KERNELS=torch: not even
+    then), torch everywhere else.
+
+    Raises:
+        BackendUnavailable: TAFKIR_KERNELS=native asks for kernels on CUDA, and there is no Triton.
+    """
+    word = os.environ.get(OVERRIDE, "auto")
+    if device.type != "cuda" or word == "torch":
+        return "torch"
+    if importlib.util.find_spec("triton"):
+        return "triton"
+    if word == "native":
+        raise BackendUnavailable("the triton package is not installed", where=OVERRIDE, fix="pip install triton")
+    return "torch"
 
 
 def collective_backend(device: torch.device) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tafkir.ops import native
 
-__all__ = ["choose_experts", "choose_experts_reference"]
+__all__ = ["choose_experts", "choose_experts_reference", "count_tokens"]
 
 
 def choose_experts_reference(
@@ -53,3 +53,12 @@ def choose_experts(scores_NE: Tensor, bias_E: Tensor | None, n_group: int, topk_
         if not native.call("tafkir_choose_experts", scores_NE.contiguous(), bias, *sizes, expert_ids_NA):
             return expert_ids_NA
     return choose_experts_reference(scores_NE, bias_E, n_group, topk_group, active)
+
+
+def count_tokens(expert_ids_NA: Tensor, num_experts: int) -> Tensor:
+    """Tokens that each expert got, int64 [E]."""
+    flat_P = expert_ids_NA.reshape(-1)
+    if flat_P.device.type == "cpu":
+        return torch.bincount(flat_P, minlength=num_experts)
+    # There a bincount waits for the device to say how long its answer is, and cannot be captured.
+    return flat_P.new_zeros(num_experts).scatter_add_(0, flat_P, torch.ones_like(flat_P))
