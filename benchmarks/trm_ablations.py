@@ -5,7 +5,8 @@ python benchmarks/trm_ablations.py --only figures --threads 1 --out benchmarks/r
 
 Every run is `tafkir run` of a shipped recipe with `--set`, below --runs-dir. What is finished there is not run again,
 and a killed run goes on where it was: the same command continues. "figures": each recipe with three seeds. "direct":
-the same network without recursion (T = 1, n = 1, one supervision step), for as many FLOPs of training as the recipe's.
+the same network without recursion (T = 1, n = 1, one supervision step), for as many FLOPs of training as the recipe's;
+of mazes also one whose mixer sees the whole grid at once, and has several times the parameters.
 "ablations": variants of the shortened 4x4 recipe; one thing is changed in each, all have the same number of steps.
 """
 
@@ -33,6 +34,7 @@ from tafkir.runlog.atomic import write_json
 RECIPES = ("trm-sudoku4", "trm-sudoku6", "trm-maze-small")
 SEEDS = (0, 1, 2)
 DIRECT = ("num_recursions=1", "num_latent_steps=1", "max_supervision_steps=1")
+SEES_ALL = ("trm.model.mixer=mlp",)
 
 
 @dataclass(frozen=True)
@@ -46,25 +48,24 @@ class Variant:
     seeds: tuple[int, ...] = SEEDS
 
 
-def config_of(recipe: str) -> TrmConfig:
-    config = load_recipe([recipe]).recipe.trm
+def config_of(recipe: str, *overrides: str) -> TrmConfig:
+    config = load_recipe([recipe], list(overrides)).recipe.trm
     assert config is not None
     return config
 
 
-def direct(recipe: str) -> Variant:
-    """As many FLOPs as the recipe: fewer passes a step, more steps."""
-    config = config_of(recipe)
+def flops_of(config: TrmConfig) -> float:
+    """Of a training step of one puzzle; the symbols do not count."""
     shape = config.model.for_puzzles(8, config.puzzles.num_cells or 0)
-    flat = shape.model_copy(update={"num_recursions": 1, "num_latent_steps": 1})
-    share = shape.flops_per_supervision_step(train=True) / flat.flops_per_supervision_step(train=True)
-    return Variant(
-        "direct",
-        f"{recipe}-direct",
-        recipe,
-        (*(f"trm.model.{word}" for word in DIRECT), "trm.curriculum=", f"trm.steps={round(config.steps * share)}"),
-        seeds=(0,),
-    )
+    return shape.flops_per_supervision_step(train=True)
+
+
+def direct(recipe: str, name: str = "direct", network: tuple[str, ...] = ()) -> Variant:
+    """As many FLOPs as the recipe: fewer passes a step, more steps; `network` changes what is no recursion."""
+    changes = (*network, *(f"trm.model.{word}" for word in DIRECT), "trm.curriculum=")
+    config = config_of(recipe)
+    steps = round(config.steps * flops_of(config) / flops_of(config_of(recipe, *changes)))
+    return Variant("direct", f"{recipe}-{name}", recipe, (*changes, f"trm.steps={steps}"), seeds=(0,))
 
 
 ABLATIONS: dict[str, tuple[str, ...]] = {
@@ -91,6 +92,7 @@ def variants(steps: int) -> Iterator[Variant]:
         yield Variant("figures", recipe, recipe)
     for recipe in RECIPES:
         yield direct(recipe)
+    yield direct("trm-maze-small", "direct-mlp", SEES_ALL)
     for name, overrides in ABLATIONS.items():
         shorter = (f"trm.steps={steps}", "trm.curriculum=")
         yield Variant("ablations", f"sudoku4-{name}", "trm-sudoku4", (*shorter, *overrides), seeds=(0,))

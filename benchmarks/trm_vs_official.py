@@ -77,15 +77,32 @@ def paper_model() -> TrmModelConfig:
     return TrmModelConfig(mixer="mlp", position_encoding="none", puzzle_embedding_size=512)
 
 
+def maze_model() -> TrmModelConfig:
+    """Of both sides' mixers, for 9x9 mazes; the shipped recipe's mixer is not in the official code."""
+    return TrmModelConfig(
+        mixer="mlp",
+        position_encoding="none",
+        hidden_size=96,
+        intermediate_multiple=32,
+        prefix_length=0,
+        num_recursions=1,
+        num_latent_steps=2,
+        max_supervision_steps=6,
+    )
+
+
 def cases() -> dict[str, Case]:
-    """The paper's network and those of the shipped recipes."""
+    """The paper's network, those of the shipped recipes for Sudoku, and one for mazes."""
     found = {"paper": Case(paper_model(), 81, 11, 8, 16)}
-    for name, recipe in (("sudoku4", "trm-sudoku4"), ("sudoku6", "trm-sudoku6"), ("maze", "trm-maze-small")):
-        config = load_recipe([recipe]).recipe.trm
+    small: dict[str, tuple[TrmModelConfig, int, int, int]] = {}
+    for name, vocab in (("sudoku4", 6), ("sudoku6", 8)):
+        config = load_recipe([f"trm-{name}"]).recipe.trm
         assert config is not None and config.puzzles.num_cells is not None
-        cells, vocab = config.puzzles.num_cells, {"sudoku4": 6, "sudoku6": 8, "maze": 6}[name]
+        small[name] = config.model, config.puzzles.num_cells, vocab, config.batch_size
+    small["maze"] = maze_model(), 81, 6, 96
+    for name, (model, cells, vocab, batch) in small.items():
         for prefix, word in ((16, "as shipped"), (0, "no prefix")):
-            found[f"{name}, {word}"] = Case(config.model, cells, vocab, config.batch_size, prefix)
+            found[f"{name}, {word}"] = Case(model, cells, vocab, batch, prefix)
     return found
 
 
