@@ -12,6 +12,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ import pytest
 from tests.conftest import ROOT
 
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
+FORKED = Path(__file__).with_name("forked.py")
 LIMIT_S = 400
 
 
@@ -30,20 +33,32 @@ def script_of(page: str) -> str:
     return f"set -euo pipefail\n{script}"
 
 
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a `tafkir` that starts at once."""
+    folder = tmp_path_factory.mktemp("bin")
+    socket = folder / "socket"
+    env = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([sys.executable, str(FORKED), "serve", str(socket)], env=env, start_new_session=True) as one:
+        (folder / "tafkir").write_text(f'#!/bin/sh\nexec {sys.executable} -S {FORKED} call {socket} "$@"\n')
+        (folder / "tafkir").chmod(0o755)
+        while not socket.exists():
+            assert one.poll() is None
+            time.sleep(0.05)
+        yield folder
+        os.killpg(one.pid, signal.SIGKILL)  # and what pages have started
+
+
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
-def test_a_tutorial_does_what_it_says(path: Path, tmp_path: Path) -> None:
-    if "curl " in script_of(path.read_text(encoding="utf-8")) and shutil.which("curl") is None:
+def test_a_tutorial_does_what_it_says(path: Path, programs: Path, tmp_path: Path) -> None:
+    script = script_of(path.read_text(encoding="utf-8"))
+    if "curl " in script and shutil.which("curl") is None:
         pytest.skip("curl is not installed")
-    programs, place = tmp_path / "bin", tmp_path / "reader"
-    for folder in (programs, place):
-        folder.mkdir()
-    (programs / "tafkir").write_text(f'#!/bin/sh\nexec {sys.executable} -m tafkir.cli.main "$@"\n')
-    (programs / "tafkir").chmod(0o755)
-    path_env = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {"PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT / "src")}
     with subprocess.Popen(
-        ["bash", "-c", script_of(path.read_text(encoding="utf-8"))],
-        cwd=place,
-        env=os.environ | {"PATH": path_env, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
+        ["bash", "-c", script],
+        cwd=tmp_path,
+        env=os.environ | env | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
