@@ -19,12 +19,12 @@ from tafkir.plan.serving import Deployment, prefill, total
 from tafkir.plan.simulate import (
     ROUTERS,
     SimulatedLoad,
+    _Times,
     percentiles,
     simulate_fleet,
     simulate_replica,
-    steady_state,
 )
-from tafkir.plan.workload import WORKLOADS
+from tafkir.plan.workload import WORKLOADS, Workload
 
 CHAT = WORKLOADS["chat"]
 CACHE = 250_000
@@ -34,6 +34,37 @@ CACHE = 250_000
 def replica() -> Deployment:
     chip = load_chips(own_only=True)["h100"]
     return Deployment(find_shape("qwen3-32b"), chip, PRECISIONS["bf16"], Layout(tp=2), fitted_coefficients(), "vllm")
+
+
+def steady_state(
+    deployment: Deployment, workload: Workload, rate: float, max_sequences: int = 4096
+) -> tuple[float, float]:
+    """Mean sequences decoded at once, and mean time per token, by a fixed point: N = rate x output x time(N).
+
+    Returns (inf, inf) where no number of sequences keeps up with the rate. Waiting is not in it.
+
+    Args:
+        deployment: the replica. workload: its mean lengths. rate: requests a second.
+        max_sequences: beyond which it does not look.
+    """
+    times = _Times(deployment, workload.prompt_tokens + workload.output_tokens / 2, workload.cached)
+    fresh = math.ceil(workload.prompt_tokens * (1 - workload.cached))
+    prompts = rate * times.prompts(fresh, alone=False)
+    if prompts >= 1:
+        return math.inf, math.inf
+    # With exponential lengths a sequence that runs has, in the mean, its whole mean output behind it.
+    context = workload.prompt_tokens + workload.output_tokens
+    number = 1.0
+    for _ in range(500):
+        base, slope = times.step(max(1, round(number)))
+        step = (base + slope * number * context) / deployment.speculation.yields / (1 - prompts)
+        after = rate * workload.output_tokens * step
+        if after > max_sequences:
+            return math.inf, math.inf
+        if abs(after - number) < 1e-3 * number:
+            return after, step
+        number = 0.5 * (number + after)
+    return number, step
 
 
 def loaded(replica: Deployment, rate: float, requests: int = 3000, seed: int = 0) -> SimulatedLoad:

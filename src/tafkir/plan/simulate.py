@@ -27,7 +27,6 @@ __all__ = [
     "percentiles",
     "simulate_fleet",
     "simulate_replica",
-    "steady_state",
 ]
 
 ROUTERS = ("random", "round_robin", "least_loaded", "prefix_aware")
@@ -436,34 +435,3 @@ class _Replica:
             self.tpot.append((self.clock - began) / (steps * self.yields))
             self.reserved -= reserved
             self.context = max(0.0, self.context - prompt - steps * self.yields)
-
-
-def steady_state(
-    deployment: Deployment, workload: Workload, rate: float, max_sequences: int = 4096
-) -> tuple[float, float]:
-    """Mean sequences decoded at once, and mean time per token, by a fixed point: N = rate x output x time(N).
-
-    Returns (inf, inf) where no number of sequences keeps up with the rate. Waiting is not in it.
-
-    Args:
-        deployment: the replica. workload: its mean lengths. rate: requests a second.
-        max_sequences: beyond which it does not look.
-    """
-    times = _Times(deployment, workload.prompt_tokens + workload.output_tokens / 2, workload.cached)
-    fresh = math.ceil(workload.prompt_tokens * (1 - workload.cached))
-    prompts = rate * times.prompts(fresh, alone=False)
-    if prompts >= 1:
-        return math.inf, math.inf
-    # With exponential lengths a sequence that runs has, in the mean, its whole mean output behind it.
-    context = workload.prompt_tokens + workload.output_tokens
-    number = 1.0
-    for _ in range(500):
-        base, slope = times.step(max(1, round(number)))
-        step = (base + slope * number * context) / deployment.speculation.yields / (1 - prompts)
-        after = rate * workload.output_tokens * step
-        if after > max_sequences:
-            return math.inf, math.inf
-        if abs(after - number) < 1e-3 * number:
-            return after, step
-        number = 0.5 * (number + after)
-    return number, step
