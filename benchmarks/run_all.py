@@ -80,7 +80,8 @@ class Bench:
 
     def _call(self, arguments: list[str], step: Step, seconds: float) -> str:
         """Run a Python with its own process group, which ends with it; why it failed, or nothing."""
-        env = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "PYTHONUNBUFFERED": "1"}
+        env = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}  # a step says its own
+        env |= {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "PYTHONUNBUFFERED": "1"}
         env |= {key: value.format(**self.places) for key, value in (step.env or {}).items()}
         log = self.folder / f"{step.name}.log"
         with log.open("a") as output:
@@ -240,7 +241,7 @@ def main() -> int:
             print(f"left out: {name}: {reason}")
         for name, reason in failures.items():
             print(f"FAILED: {name}: {reason}", file=sys.stderr)
-    if not args.dry_run and args.plan == PLAN:
+    if not args.dry_run and args.plan == PLAN and args.results == RESULTS:
         print(write_page(plan))
     return int(bool(failures))
 
