@@ -80,9 +80,8 @@ def _render_gif(trace: Trace) -> bytes:
     try:
         import PIL.Image  # noqa: F401
     except ImportError as error:
-        raise BackendUnavailable(
-            "Pillow is not installed", where="tafkir trm watch --out", fix="pip install 'tafkir[onnx]', or --out x.html"
-        ) from error
+        fix = "pip install 'tafkir[trm-web]', or --out x.html"
+        raise BackendUnavailable("Pillow is not installed", where="tafkir trm watch --out", fix=fix) from error
     frames = list(_frames(trace))
     times = [_FIRST_MS] + [_STEP_MS] * (len(frames) - 2) + [_LAST_MS]
     buffer = io.BytesIO()
