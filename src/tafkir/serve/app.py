@@ -44,6 +44,8 @@ def build_app(
     weights: WeightNumbers = "auto",
     prefix_caching: bool = True,
     batch_invariant: bool = False,
+    device: str = "cpu",
+    four_bit_products: bool = False,
     max_queue: int = 256,
     num_threads: int | None = None,
     options: ServerOptions | None = None,
@@ -61,6 +63,8 @@ def build_app(
         weights: what they are in memory, as in `build_engine`.
         prefix_caching: begin with what earlier requests of the same beginning have left in the cache.
         batch_invariant: the same numbers to the bit for a request, alone or in any company.
+        device: cpu or cuda, as in `build_engine`.
+        four_bit_products: on Blackwell, round activations to NVFP4, too.
         max_queue: most requests that wait beyond those; further ones get a 503.
         num_threads: CPU threads of the model; None leaves torch's choice.
         options: keys, rates and other limits of those who call.
@@ -76,6 +80,7 @@ def build_app(
             "max_batch": max_batch, "max_context": max_context, "max_cache_bytes": max_cache_bytes,
             "kv_cache": kv_cache, "speculate": speculate, "weights": weights,
             "paged": True, "prefix_caching": prefix_caching, "batch_invariant": batch_invariant,
+            "device": device, "four_bit_products": four_bit_products,
         },
     )  # fmt: skip
 
