@@ -104,7 +104,7 @@ def test_an_accelerator_talks_through_its_own_library() -> None:
 
 
 def test_no_code_asks_for_cuda_by_name() -> None:
-    calls = [".cuda(", "torch.cuda.", 'device="cuda"', '"cuda:']
+    calls = [".cuda(", "torch.cuda.", 'device="cuda"', '"cuda:0', '"cuda:{']
     # The doctor asks torch in a process of its own what is there; graphs and Blackwell's products are CUDA's alone.
     named = {ROOT / "src" / "tafkir" / file for file in
              ("ops/device.py", "cli/doctor.py", "engine/static_steps.py", "ops/nvfp4_scaled.py")}  # fmt: skip
