@@ -46,6 +46,13 @@ class MatmulPrecision(StrEnum):
     MEDIUM = "medium"
 
 
+class Device(StrEnum):
+    """Where the tokens are computed."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
 CheckpointName = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder, run directory, or bundled name.")
 ]
@@ -68,9 +75,17 @@ Precision = Annotated[
     MatmulPrecision,
     typer.Option(
         "--matmul-precision",
-        help="Activations before a matrix unit (AMX), for prompts and batches of nine tokens or more: highest float32's "
-        "24 bits, high 16, medium bfloat16 as other engines compute, three times as fast.",
+        help="Activations before a matrix unit (AMX), for prompts and batches of nine tokens or more: highest "
+        "float32's 24 bits, high 16, medium bfloat16 as other engines compute, three times as fast.",
     ),
+]
+DeviceName = Annotated[
+    Device,
+    typer.Option(help="cuda: weights in bf16, or NVFP4 as stored; with --weights float32 all in float32. Untried."),
+]
+FourBitProducts = Annotated[
+    bool,
+    typer.Option("--four-bit-products", help="On Blackwell: multiply NVFP4 weights by activations rounded to NVFP4."),
 ]
 PrefixCache = Annotated[
     bool, typer.Option(help="Begin with what earlier requests of the same beginning have left in the cache.")
@@ -125,6 +140,8 @@ def serve(
     matmul_precision: Precision = MatmulPrecision.HIGHEST,
     prefix_cache: PrefixCache = True,
     batch_invariant: BatchInvariant = False,
+    device: DeviceName = Device.CPU,
+    four_bit_products: FourBitProducts = False,
     max_queue: Annotated[int, typer.Option(min=1, help="Most requests that wait.")] = 256,
     threads: Annotated[int | None, typer.Option(min=1, help="Processor threads; torch's choice if left out.")] = None,
     api_key: ApiKeys = None,
@@ -173,6 +190,7 @@ def serve(
         "max_batch": max_batch, "max_context": max_context, "max_queue": max_queue, "num_threads": threads,
         "weights": weights.value, "speculate": speculate, "prefix_caching": prefix_cache,
         "batch_invariant": batch_invariant, "model_name": model_name, **cache,
+        "device": device.value, "four_bit_products": four_bit_products,
     }  # fmt: skip
     set_matmul_precision(matmul_precision.value)
     serve_checkpoint(checkpoint_of(checkpoint), host, port, options=options, canaries=asked, **sizes)

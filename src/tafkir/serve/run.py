@@ -42,6 +42,8 @@ def serve(
     weights: Literal["auto", "float32", "stored", "int8-head"] = "auto",
     prefix_caching: bool = True,
     batch_invariant: bool = False,
+    device: str = "cpu",
+    four_bit_products: bool = False,
     max_queue: int = 256,
     num_threads: int | None = None,
     options: ServerOptions | None = None,
@@ -54,7 +56,7 @@ def serve(
         host: address to listen on; the default is reachable from this machine alone.
         port: 0 takes a free one, which the log names.
         model_name, max_batch, max_context, max_cache_bytes, kv_cache, speculate, weights, prefix_caching,
-            batch_invariant, max_queue, num_threads, options: as in `build_app`.
+            batch_invariant, device, four_bit_products, max_queue, num_threads, options: as in `build_app`.
         canaries: what the server asks itself in the background; None: nothing.
 
     Raises:
@@ -79,6 +81,8 @@ def serve(
             weights=weights,
             prefix_caching=prefix_caching,
             batch_invariant=batch_invariant,
+            device=device,
+            four_bit_products=four_bit_products,
             max_queue=max_queue,
             num_threads=num_threads,
             options=options,
