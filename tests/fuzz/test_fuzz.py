@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
+from tafkir.checkpoint.files import open_files
+from tafkir.errors import CheckpointError
+from tafkir.recipe.model import ModelConfig
 from tests.fuzz.driver import Result, _one, fuzz
 from tests.fuzz.families import FAMILIES
 
@@ -25,3 +30,12 @@ def test_a_fault_is_seen() -> None:
     result = Result("x")
     _one(broken, random=None, number=7, result=result)  # type: ignore[arg-type]
     assert list(result.faults.values()) == ["case 7: 'a'"]
+
+
+def test_what_was_a_fault_once(tmp_path: Path) -> None:
+    index = {"weight_map": {"a.weight": "a\0.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="expected a file of the folder"), open_files(tmp_path):
+        pass
+    with pytest.raises(ValidationError, match="head_dim does not fit into 64 bits"):
+        ModelConfig.model_validate({"head_dim": "9" * 400})

@@ -160,7 +160,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict):
         raise CheckpointError("weight_map is missing", where=str(index))
     for name, file in weight_map.items():
-        if not isinstance(file, str) or "/" in file or "\\" in file or not file.endswith(".safetensors"):
+        if not isinstance(file, str) or set("/\\\0") & set(file) or not file.endswith(".safetensors"):
             raise CheckpointError(
                 f"{name} is said to be in {file!r}", where=str(index), expected="a file of the folder"
             )

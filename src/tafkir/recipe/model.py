@@ -79,6 +79,12 @@ class _Table(BaseModel):
                 raise ValueError(f"{name} does not fit into 64 bits")
         return values
 
+    @model_validator(mode="after")
+    def _in_64_bits_when_read(self) -> Self:
+        """Sizes that came as text are numbers by now."""
+        self._in_64_bits(dict(self))
+        return self
+
 
 class YarnConfig(_Table):
     """YaRN (arXiv 2309.00071): slow angles are interpolated by `factor`, fast ones stay."""
