@@ -38,6 +38,7 @@ CHILD = """
 import sys
 from alternate import in_child, is_child, serve_child
 if is_child():
+    1 / ('"number": 0' not in sys.argv[2])
     serve_child(lambda number: {"half": 1 / number})
 else:
     print(in_child(__file__, {"number": 2}))

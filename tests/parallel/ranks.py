@@ -13,6 +13,11 @@ from multiprocessing.queues import Queue
 from typing import Any
 
 _TIMEOUT_S = 300
+_IMPORTED = [
+    *("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed.tensor.parallel"),
+    *(f"tafkir.train.{name}" for name in ("parallel.many_ranks", "stages", "preference_stages", "trm_stage")),
+    *(f"tests.parallel.{name}jobs" for name in ("", "chain_", "rlvr_", "trm_")),
+]
 
 
 def free_port() -> int:
@@ -49,7 +54,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, **options: A
     """What `function(*args, **options)` returns on each rank, which imports it. Fails with the first traceback."""
     context = multiprocessing.get_context("forkserver")
     # The imports are paid once: every process is a fork of one that has them.
-    context.set_forkserver_preload(["torch", "tafkir.train.parallel.many_ranks", "tafkir.train.stages"])
+    context.set_forkserver_preload(_IMPORTED)
     out = context.Queue()
     port = free_port()
     processes = [

@@ -45,7 +45,7 @@ sources = [{sums!r}]
 vocab_size = 512
 
 [pretrain]
-steps = 30
+steps = 15
 batch_problems = 4
 learning_rate = 1e-2
 warmup_steps = 2

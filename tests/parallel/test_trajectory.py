@@ -44,10 +44,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "sizes",
     [
-        pytest.param({"data_parallel": 2}, marks=pytest.mark.slow),
-        pytest.param({"expert_parallel": 2}, marks=pytest.mark.slow),
-        {"tensor_parallel": 2},
-        pytest.param({"data_parallel": 4}, marks=pytest.mark.slow),
         {"data_parallel": 2, "expert_parallel": 2},
         pytest.param({"data_parallel": 2, "tensor_parallel": 2}, marks=pytest.mark.slow),
         pytest.param({"expert_parallel": 2, "tensor_parallel": 2}, marks=pytest.mark.slow),
@@ -68,8 +64,7 @@ def test_many_ranks_follow_the_trajectory_of_one(sizes: dict[str, int], alone: d
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"tensor_parallel": 2},
-        pytest.param({"data_parallel": 2, "tensor_parallel": 2}, marks=pytest.mark.slow),
+        {"data_parallel": 2, "tensor_parallel": 2},
         pytest.param({"expert_parallel": 2, "tensor_parallel": 2}, marks=pytest.mark.slow),
     ],
     ids=name_sizes,
@@ -84,10 +79,8 @@ def test_latent_attention_splits_its_heads(sizes: dict[str, int], tmp_path: Path
 @pytest.mark.parametrize(
     "sizes",
     [
-        pytest.param({"data_parallel": 2}, marks=pytest.mark.slow),
-        {"expert_parallel": 2},
         pytest.param({"data_parallel": 2, "expert_parallel": 2}, marks=pytest.mark.slow),
-        pytest.param({"tensor_parallel": 2}, marks=pytest.mark.slow),
+        {"tensor_parallel": 2},
     ],
     ids=name_sizes,
 )
@@ -105,7 +98,6 @@ def test_muon_sees_whole_matrices(sizes: dict[str, int], tmp_path: Path) -> None
     [
         pytest.param({"data_parallel": 4}, marks=pytest.mark.slow),
         {"expert_parallel": 2},
-        pytest.param({"data_parallel": 2, "expert_parallel": 2}, marks=pytest.mark.slow),
         pytest.param({"tensor_parallel": 2}, marks=pytest.mark.slow),
     ],
     ids=name_sizes,
@@ -161,8 +153,7 @@ def test_reward_models_learn_from_pairs_that_are_shared_out(sizes: dict[str, int
 @pytest.mark.parametrize(
     ("sizes", "latent"),
     [
-        ({"tensor_parallel": 2}, False),
-        pytest.param({"data_parallel": 2, "tensor_parallel": 2}, False, marks=pytest.mark.slow),
+        ({"data_parallel": 2, "tensor_parallel": 2}, False),
         pytest.param({"tensor_parallel": 2}, True, marks=pytest.mark.slow),
     ],
 )
