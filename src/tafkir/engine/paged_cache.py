@@ -282,7 +282,10 @@ class PagedView:
             parts += self._gathered(layer_idx, q_NHK[:many], dim**-0.5)
         if many < len(q_NHK):
             if self._fresh is not None:
-                parts.append(self._fresh.attend(layer_idx, q_NHK[many:], k_NGK[many:], v_NGK[many:]))
+                new = (q_NHK[many:], k_NGK[many:], v_NGK[many:])
+                if native.is_bfloat16_enough():
+                    new = (new[0].bfloat16(), new[1].bfloat16(), new[2].bfloat16())
+                parts.append(self._fresh.attend(layer_idx, *new).to(q_NHK.dtype))
             else:
                 parts += self._chunked(layer_idx, q_NHK, dim**-0.5)
         return parts[0] if len(parts) == 1 else torch.cat(parts)

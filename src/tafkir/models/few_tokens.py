@@ -20,7 +20,7 @@ from tafkir.models.packed_layers import PackedExperts, PackedLinear
 from tafkir.models.residual import PlainResidual
 from tafkir.models.router import Routing
 from tafkir.ops import native
-from tafkir.ops.packed import FEW_ROWS, MatrixStruct, PackedMatrix, structs_of
+from tafkir.ops.packed import FEW_ROWS, MatrixStruct, PackedMatrix, goes_in_bfloat16, structs_of
 from tafkir.ops.rope import rope_table
 
 __all__ = ["FewTokens", "Pages"]
@@ -98,6 +98,8 @@ class FewTokens:
         """Whether so many tokens should go this way; a BLAS is faster for many, but for the processor's matrix unit."""
         if num_tokens <= FEW_ROWS or native.rows_are_alone():
             return num_tokens > 0
+        if not self._num_sparse and goes_in_bfloat16(num_tokens, self._formats):
+            return False
         return "float32" not in self._formats and native.has_tiles()
 
     def __call__(self, ids_N: Tensor, positions_N: Tensor, attention: AttentionState) -> DecoderOutput:

@@ -19,6 +19,7 @@ __all__ = [
     "MatmulPrecision",
     "call",
     "has_tiles",
+    "is_bfloat16_enough",
     "kernels_in_use",
     "rows_alone",
     "rows_are_alone",
@@ -87,6 +88,7 @@ class _State:
 
     chosen: Literal["native", "torch"] | None = None
     library: ctypes.CDLL | None = None
+    precision: MatmulPrecision = "highest"
 
 
 class _Here(threading.local):
@@ -147,11 +149,17 @@ def has_tiles() -> bool:
 def set_matmul_precision(precision: MatmulPrecision) -> None:
     """How exactly the matrix unit takes activations, from now on and in all of the process.
 
-    It concerns products of stored weights with nine tokens or more where `has_tiles` holds; everything else, and
-    all under `rows_alone`, is computed in float32 as ever.
+    It concerns products of stored weights with nine tokens or more where `has_tiles` holds, and at "medium" a prompt's
+    attention; everything else, and all under `rows_alone`, is computed in float32 as ever.
     """
+    _State.precision = precision
     if kernels_in_use() == "native":
         call("tafkir_tile_pieces", {"highest": 3, "high": 2, "medium": 1}[precision])
+
+
+def is_bfloat16_enough() -> bool:
+    """Whether activations may be one bfloat16 number here: "medium", a matrix unit, and no `rows_alone`."""
+    return _State.precision == "medium" and not _here.rows_alone and has_tiles()
 
 
 def takes(*tensors: Tensor, dtypes: Collection[torch.dtype] = (torch.float32,), mixes_rows: bool = False) -> bool:

@@ -6,7 +6,7 @@ Activations and sums are float32. Shapes: N tokens, K columns, M rows.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +24,7 @@ __all__ = [
     "MatrixStruct",
     "PackedFormat",
     "PackedMatrix",
+    "goes_in_bfloat16",
     "packed_linear",
     "packed_linear_reference",
     "packed_values",
@@ -153,6 +154,11 @@ def takes_rows(num_tokens: int, parts: Sequence[PackedMatrix]) -> bool:
     return all(part.format != "float32" for part in parts) and native.has_tiles()
 
 
+def goes_in_bfloat16(num_tokens: int, formats: Collection[str]) -> bool:
+    """Whether oneDNN multiplies so many tokens in bfloat16: weights stored so, where activations may be that, too."""
+    return num_tokens > FEW_ROWS and set(formats) == {"bfloat16"} and native.is_bfloat16_enough()
+
+
 def packed_linear(
     x_NK: Tensor, parts: Sequence[PackedMatrix], structs: ctypes.Array[MatrixStruct] | None = None
 ) -> Tensor:
@@ -169,6 +175,11 @@ def packed_linear(
         float32 [N, rows of all parts].
     """
     num_tokens, rows = len(x_NK), sum(part.rows for part in parts)
+    if goes_in_bfloat16(num_tokens, [part.format for part in parts]):
+        out, x_NK = torch.empty(num_tokens, rows), x_NK.bfloat16()
+        for part, to in zip(parts, out.split([part.rows for part in parts], dim=1), strict=True):
+            to.copy_(F.linear(x_NK, part.codes))
+        return out
     if not (takes_rows(num_tokens, parts) and native.takes(x_NK) and parts[0].codes.device.type == "cpu"):
         return torch.cat([F.linear(x_NK, packed_values(part)) for part in parts], dim=-1)
     out = torch.empty(num_tokens, rows)
