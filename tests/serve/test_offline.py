@@ -15,6 +15,7 @@ import pytest
 
 from tafkir.errors import DataError
 from tafkir.serve.offline import finished_ids, read_batch
+from tests.conftest import Cli
 from tests.serve.test_api import MESSAGES, MODEL
 
 
@@ -25,17 +26,18 @@ def line(i: int, **body: Any) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_a_batch_that_is_killed_goes_on(
-    tmp_path: Path, checkpoint: Path, cli_env: dict[str, str], client: openai.OpenAI
+    tmp_path: Path, checkpoint: Path, cli_env: dict[str, str], here: Cli, client: openai.OpenAI
 ) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     lines = [line(i, max_tokens=60, ignore_eos=True) for i in range(20)]
     lines[7] = line(7, temperature=-1)
     lines[8] = {**lines[8], "url": "/v1/completions", "body": {"prompt": "a", "max_tokens": 3}}
     source.write_text("".join(json.dumps(each) + "\n" for each in lines))
-    command = [
-        sys.executable, "-m", "tafkir.cli.main", "generate", str(checkpoint), "--input", str(source),
-        "--output", str(output), "--max-batch", "2", "--threads", "1", "--json",
+    words = [
+        "generate", str(checkpoint), "--input", str(source), "--output", str(output), "--max-batch", "2",
+        "--threads", "1", "--json",
     ]  # fmt: skip
+    command = [sys.executable, "-m", "tafkir.cli.main", *words]
     deadline = time.monotonic() + 120
     with subprocess.Popen(command, env=cli_env, stdout=subprocess.DEVNULL) as process:
         while not output.exists() or output.read_bytes().count(b"\n") < 3:
@@ -46,7 +48,8 @@ def test_a_batch_that_is_killed_goes_on(
     kept = before[: before.rfind(b"\n") + 1]
     assert 3 <= kept.count(b"\n") < 20
     output.write_bytes(kept + b'{"id": "batch_req_torn", "cust')
-    done = subprocess.run(command, env=cli_env, capture_output=True, text=True, check=True, timeout=120)
+    done = here(*words)
+    assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert output.read_bytes().startswith(kept), "what was answered stays as it was"
     answers = [json.loads(each) for each in output.read_text().splitlines()]
@@ -62,8 +65,7 @@ def test_a_batch_that_is_killed_goes_on(
                                                 extra_body={"ignore_eos": True})  # fmt: skip
         found = by_id[f"r{i}"]["response"]["body"]["choices"][0]["message"]["content"]
         assert found == served.choices[0].message.content
-    again = subprocess.run(command, env=cli_env, capture_output=True, text=True, check=True, timeout=120)
-    assert json.loads(again.stdout)["resumed"] == 20, "a batch that is done needs no model"
+    assert json.loads(here(*words).stdout)["resumed"] == 20, "a batch that is done needs no model"
 
 
 @pytest.mark.parametrize(
