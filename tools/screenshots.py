@@ -1,8 +1,8 @@
-"""Takes pictures of the project's pages in a headless Chromium: `python tools/screenshots.py OUT [NAME...]`.
+"""Opens every page that Tafkir makes in a headless Chromium: `python tools/screenshots.py OUT --run RUN`.
 
-Every line of `SHOTS` is one picture. The chat page is served with `base-tiny`; of a page that is a file, such as
-`runs/base-tiny/report.html`, give the path in place of its maker. With `--axe axe.min.js` (npm package axe-core), what
-WCAG 2.2 AA forbids is listed for each, and the exit code is 1 where there is any. With Pillow, they have 256 colours.
+Each view is opened by day and by night, on a desk and on a phone (390 pixels), checked with axe-core against WCAG 2.2
+AA, and photographed; a table says what was found, and the exit code is 1 where it is anything. Nothing in it is drawn
+by chance. `--docs` takes the pictures that the docs show, and writes them to docs/img.
 """
 
 from __future__ import annotations
@@ -10,21 +10,32 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from PIL import Image
+from rich.console import Console
+from rich.terminal_theme import TerminalTheme
+from rich.text import Text
+from typer.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
+from tafkir.cli.main import app  # noqa: E402
 from tests.export.browser import Browser  # noqa: E402
 
-MAX_BYTES = 200_000
+SIZES = {"desk": (1200, 900), "phone": (390, 844)}
 LOADED = "new Promise(ok => document.readyState === 'complete' ? ok() : addEventListener('load', ok))"
+SETTLED = "document.fonts.ready.then(() => new Promise(ok => setTimeout(ok, 250)))"
+SUDOKU = "." * 6 + "...45." + ".31.2." + "..61.." + "3.2.4." + ".152.."
+MAZE = ""
 QUESTION = "Sara sold 48 clips in April, and half as many in May. How many clips did she sell altogether?"
 ENGLISH = r"""The sum of the first $n$ odd numbers is a square:
 
@@ -66,7 +77,7 @@ THOUGHT = {
 
 
 def talk(language: str) -> str:
-    """A conversation as the page keeps it, written by hand: what a large model might say."""
+    """A conversation as the chat page keeps it, written by hand: what a large model might say."""
     question = {"en": "What is the sum of the first 7 odd numbers?", "ar": "ما مجموع أول سبعة أعداد فردية؟"}[language]
     answer = {
         "role": "assistant", "content": {"en": ENGLISH, "ar": ARABIC}[language], "reasoning": THOUGHT[language],
@@ -79,49 +90,198 @@ def talk(language: str) -> str:
     return f"open({json.dumps(made)}); $('question').blur()"
 
 
-def chat(theme: str, language: str, *scripts: str) -> Callable[[Browser, str], None]:
-    """The chat page in a theme and a language, after some scripts."""
+# ---- the pages, made by the commands that make them ----------------------------------------------------------------
 
-    def show(browser: Browser, address: str) -> None:
-        browser.open(f"{address}/?lang={language}")
-        browser.run(LOADED)
-        browser.run(f"localStorage.clear(); change('theme', {theme!r}); document.fonts.ready.then(() => 0)")
-        for script in scripts:
-            browser.run(script)
-        browser.run("document.fonts.ready.then(() => new Promise(ok => setTimeout(ok, 300)))")
 
-    return show
+def tafkir(*words: object) -> str:
+    """Run a command and return what it prints, in colour."""
+    done = CliRunner().invoke(app, [str(word) for word in words], env={"FORCE_COLOR": "1", "COLUMNS": "96"}, color=True)
+    if done.exit_code not in (0, 3):  # 3: less is kept than asked for, which is no fault of the page
+        raise SystemExit(f"tafkir {' '.join(map(str, words))}: {done.exception!r}\n{done.output}")
+    return done.output
 
 
 @dataclass(frozen=True)
-class Shot:
-    """One picture: what it shows, and how large the window is."""
+class Workshop:
+    """A finished run of the whole chain, and the folder that pages are made in."""
 
-    name: str
-    show: Callable[[Browser, str], None] | Path
-    width: int = 1200
-    height: int = 900
-    phone: bool = False
+    run: Path
+    folder: Path
+
+    def linked(self) -> Path:
+        """The run under another place, so that writing its report leaves it as it is."""
+        place = self.folder / self.run.name
+        if not place.exists():
+            place.mkdir()
+            for child in self.run.resolve().iterdir():
+                if not child.name.startswith("report"):
+                    (place / child.name).symlink_to(child)
+        return place
+
+    def results(self) -> Path:
+        """The run's stages as models in a results file, as `tafkir eval --tasks` writes it."""
+        from tafkir.eval.sides import load_stages
+
+        place = self.folder / "stages"
+        if not place.exists():
+            (place / "stages").mkdir(parents=True)
+            sides, _ = load_stages(self.run)
+            rows = [
+                asdict(s) | {"key": f"{s.model} {s.task} {s.item} {s.repeat}-v1"}
+                for side in sides
+                for own in side.answers.values()
+                for s in own
+            ]
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (place / "samples.jsonl").write_text(text, encoding="utf-8")
+        return place
+
+    def checkpoint(self, stage: str) -> Path:
+        """As a reader of the page would name it."""
+        return next(self.linked().glob(f"stages/*-{stage}/checkpoint")).relative_to(self.folder)
+
+    def terminal(self, name: str, *words: object) -> Path:
+        """What a command prints, as a page."""
+        theme = TerminalTheme(
+            (29, 28, 27), (236, 233, 228), [(29, 28, 27), (255, 154, 143), (94, 207, 156), (230, 180, 92),
+            (116, 169, 247), (236, 139, 176), (111, 214, 201), (236, 233, 228)], [(168, 162, 153)] * 8,
+        )  # fmt: skip
+        console = Console(record=True, width=96, file=open(os.devnull, "w"))  # noqa: SIM115
+        console.print(Text.from_ansi(f"$ tafkir {' '.join(map(str, words))}\n" + tafkir(*words)))
+        path = self.folder / f"{name}.html"
+        path.write_text(console.export_html(theme=theme, inline_styles=True), encoding="utf-8")
+        return path
 
 
+def report(shop: Workshop) -> Path:
+    tafkir("report", shop.linked())
+    return shop.linked() / "report.html"
+
+
+def report_arabic(shop: Workshop) -> Path:
+    tafkir("report", shop.linked(), "--language", "ar")
+    return shop.linked() / "report.ar.html"
+
+
+def evaluation(shop: Workshop) -> Path:
+    tafkir("report", shop.results())
+    return shop.results() / "report.html"
+
+
+def compare(shop: Workshop) -> Path:
+    tafkir("compare", shop.results(), "--html", shop.folder / "compare.html")
+    return shop.folder / "compare.html"
+
+
+def card(shop: Workshop) -> Path:
+    stages = ("sft", "rlvr", "rlhf", "quantize")
+    shapes = [word for name in stages for word in ("--shape", f"{name}={shop.checkpoint(name)}")]
+    tafkir("card", shop.results(), *shapes, "--html", shop.folder / "card.html")
+    return shop.folder / "card.html"
+
+
+def verify(shop: Workshop) -> Path:
+    before, after, page = shop.checkpoint("mtp"), shop.checkpoint("quantize"), shop.folder / "verify.html"
+    few = ("--problems", 150, "--samples", 1, "--runs-dir", shop.folder)
+    tafkir("verify", before, after, "--task", "svamp", *few, "--html", page)
+    return page
+
+
+def plan(shop: Workshop) -> Path:
+    page = shop.folder / "plan.html"
+    tafkir("plan", "ring-flash-2.0", "--hardware", "h20:4", "--precision", "fp8", "--simulate", 600, "--html", page)
+    return page
+
+
+def puzzle(shop: Workshop) -> Path:
+    tafkir("trm", "page", shop.folder / "puzzle")
+    return shop.folder / "puzzle" / "index.html"
+
+
+def film(shop: Workshop) -> Path:
+    tafkir("trm", "watch", SUDOKU, "--out", shop.folder / "film.html")
+    return shop.folder / "film.html"
+
+
+def watch(shop: Workshop) -> Path:
+    return shop.terminal("watch", "trm", "watch", SUDOKU)
+
+
+# ---- the views -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class View:
+    """A page in one state: scripts are run in it one after the other; `tail` follows the address."""
+
+    page: Callable[[Workshop], Path] | Path | str
+    scripts: tuple[str, ...] = ()
+    tail: str = ""
+    checked: bool = True
+
+
+def solved(language: str, *, digits: bool | None = None, puzzle: str = SUDOKU) -> tuple[str, ...]:
+    chosen = f"Object.assign(tafkir.settings, {{language: {language!r}, arabicDigits: {json.dumps(digits)}}})"
+    # The wall clock of the browser is the one thing that would differ from picture to picture.
+    thought = "tafkir.place().steps.forEach(s => { s.milliseconds = 12; })"
+    return ("tafkir.ready", f"{chosen}; tafkir.take({puzzle!r}); tafkir.solve()", f"{thought}; tafkir.renderAll()")
+
+
+def chosen(language: str) -> str:
+    return f"document.documentElement.lang === {language!r} || $('lang').click()"
+
+
+CHAT = "chat"
 ASK = f"ask({QUESTION!r}).then(() => document.querySelector('.thought').open = true)"
-SHOTS = (
-    Shot("chat-welcome", chat("light", "en"), height=700),
-    Shot("chat-answer", chat("light", "en", ASK), height=700),
-    Shot("chat-light", chat("light", "en", talk("en"))),
-    Shot("chat-dark", chat("dark", "en", talk("en"))),
-    Shot("chat-arabic", chat("light", "ar", talk("ar"))),
-    Shot("chat-arabic-dark", chat("dark", "ar", talk("ar"))),
-    Shot("chat-phone", chat("light", "en", talk("en")), 390, 844, True),
-    Shot("chat-phone-arabic", chat("dark", "ar", talk("ar")), 390, 844, True),
-    Shot("chat-phone-welcome", chat("dark", "ar"), 390, 844, True),
-    Shot("chat-settings", chat("light", "en", talk("en"), "$('show-settings').click()")),
-    Shot("chat-settings-arabic", chat("dark", "ar", talk("ar"), "$('show-settings').click()"), 390, 844, True),
-    Shot("chat-problem", chat("light", "en", f"ask({'word ' * 600!r})"), height=700),
-    Shot("chat-edit", chat("dark", "en", talk("en"), "document.querySelector('.user [aria-label=Edit]').click()")),
-    Shot("chat-key", chat("light", "ar", "void askKey(words.keyAsk)"), 390, 844, True),
-    Shot("chat-talks", chat("light", "en", ASK, "$('show-talks').click()"), height=700),
-)
+VIEWS = {
+    "report": View(report),
+    "report-arabic": View(report_arabic),
+    "evaluation": View(evaluation),
+    "compare": View(compare),
+    "card": View(card),
+    "verify": View(verify),
+    "plan": View(plan, (chosen("en"),)),
+    "plan-arabic": View(plan, (chosen("ar"),)),
+    "puzzle": View(puzzle, solved("en")),
+    "puzzle-arabic": View(puzzle, solved("ar")),
+    "puzzle-latin-digits": View(puzzle, solved("ar", digits=False)),
+    "puzzle-settings": View(puzzle, (*solved("en"), "$('tune').click()")),
+    "puzzle-maze": View(puzzle, (*solved("en", puzzle=MAZE),)),
+    "film": View(film),
+    "film-arabic": View(film, ("$('language').lang === 'en' || $('language').click()",)),
+    "watch": View(watch, checked=False),
+    "chat-welcome": View(CHAT, tail="/?lang=en"),
+    "chat-welcome-arabic": View(CHAT, tail="/?lang=ar"),
+    "chat-answer": View(CHAT, (ASK,), "/?lang=en"),
+    "chat": View(CHAT, (talk("en"),), "/?lang=en"),
+    "chat-arabic": View(CHAT, (talk("ar"),), "/?lang=ar"),
+    "chat-settings": View(CHAT, (talk("en"), "$('show-settings').click()"), "/?lang=en"),
+    "chat-settings-arabic": View(CHAT, (talk("ar"), "$('show-settings').click()"), "/?lang=ar"),
+    "chat-problem": View(CHAT, (f"ask({'word ' * 600!r})",), "/?lang=en"),
+    "chat-edit": View(CHAT, (talk("en"), "document.querySelector('.user [aria-label=Edit]').click()"), "/?lang=en"),
+    "chat-key": View(CHAT, ("void askKey(words.keyAsk)",), "/?lang=ar"),
+    "chat-talks": View(CHAT, (ASK, "$('show-talks').click()"), "/?lang=en"),
+}
+# What the docs show, as (view, theme, size): the file's name says it again.
+DOCS = (
+    ("report", "light", "desk"), ("report", "dark", "phone"), ("report-arabic", "light", "desk"),
+    ("evaluation", "light", "desk"), ("compare", "light", "desk"), ("compare", "dark", "desk"),
+    ("verify", "light", "desk"), ("card", "light", "desk"), ("plan", "light", "desk"), ("plan-arabic", "dark", "desk"),
+    ("plan", "light", "phone"), ("puzzle", "light", "desk"), ("puzzle", "light", "phone"),
+    ("puzzle-arabic", "dark", "phone"), ("puzzle-maze", "dark", "desk"), ("film", "light", "desk"),
+    ("watch", "dark", "desk"),
+    ("chat", "light", "desk"), ("chat-arabic", "dark", "desk"), ("chat", "light", "phone"),
+    ("chat-arabic", "dark", "phone"),
+)  # fmt: skip
+
+
+# The first picture of the README: a report, and two phones before it.
+PRODUCT = """<!doctype html><meta charset="utf-8"><title>Tafkir</title><style>
+body {{ margin: 0; height: 720px; background: linear-gradient(150deg, #e3efec, #f4efe6 60%, #f6e9dc); }}
+img {{ position: absolute; top: 48px; border-radius: 16px; box-shadow: 0 16px 60px rgb(31 29 26 / 22%); }}
+img + img {{ border-radius: 26px; border: 5px solid #1f1d1a; }}
+</style><body><img src="{0}" style="left:44px;width:832px"><img src="{1}" style="left:640px;top:118px;width:252px">
+<img src="{2}" style="left:914px;top:62px;width:252px"></body>"""
 
 
 @contextlib.contextmanager
@@ -144,55 +304,99 @@ def chat_server() -> Iterator[str]:
         thread.join()
 
 
-def shrink(path: Path) -> None:
-    """256 colours, which pages like these do not miss."""
-    with contextlib.suppress(ImportError):
-        from PIL import Image
+@dataclass(frozen=True)
+class Studio:
+    """A browser, the pages made so far, and where pictures go."""
 
-        image = Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-        image.save(path, optimize=True)
-    if path.stat().st_size > MAX_BYTES:
-        print(f"{path} has {path.stat().st_size} bytes, more than {MAX_BYTES}", file=sys.stderr)
+    browser: Browser
+    shop: Workshop
+    out: Path
+    whole: bool
+    chat: Callable[[], str]
+    made: dict[str, str]
 
+    def take(self, name: str, view: View, theme: str, size: str) -> tuple[Path, list[str]]:
+        """Open a view, photograph it, and return the picture and what is wrong with the page."""
+        browser, phone = self.browser, size == "phone"
+        width, height = SIZES[size]
+        browser.resize(width, height, phone=phone)
+        browser.prefer(theme)
+        browser.console.clear()
+        browser.open("about:blank")
+        browser.open(self._address(view) + view.tail)
+        browser.run(LOADED)
+        for script in view.scripts:
+            browser.run(script)
+        browser.run(SETTLED)
+        if not view.checked:  # a terminal ends where its words do
+            browser.resize(width, browser.run("document.querySelector('pre').getBoundingClientRect().bottom + 16"))
+        path = self._shoot(f"{name}-{theme}{'-phone' if phone else ''}", whole=self.whole)
+        faults = [*(browser.faults() if view.checked else []), *(f"console: {line}" for line in browser.console)]
+        browser.run("localStorage.clear()")
+        return path, faults
 
-def check(browser: Browser, axe: Path) -> list[str]:
-    """What axe finds against WCAG 2.2 AA on the page as it stands."""
-    browser.run(axe.read_text(encoding="utf-8") + ";0")
-    rules = "{runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa', 'best-practice']}"
-    found = browser.run(f"axe.run(document, {rules}).then(r => r.violations)")
-    return [
-        f"{v['id']} ({v['impact']}): {v['help']}: {node['html'][:160]} {node.get('failureSummary', '')[:200]}"
-        for v in found
-        for node in v["nodes"][:3]
-    ]
+    def product(self) -> Path:
+        """Three of the pictures as one."""
+        names = ("report-light", "puzzle-light-phone", "chat-arabic-dark-phone")
+        page = self.shop.folder / "product.html"
+        page.write_text(PRODUCT.format(*((self.out / f"{name}.webp").resolve().as_uri() for name in names)))
+        self.browser.resize(1200, 720)
+        self.browser.open(page.as_uri())
+        self.browser.run(LOADED)
+        return self._shoot("product", whole=False)
+
+    def _shoot(self, name: str, *, whole: bool) -> Path:
+        if whole:  # longer than WebP can be
+            path = self.out / f"{name}.png"
+            self.browser.screenshot(path)
+            return path
+        shot, path = self.shop.folder / "shot.png", self.out / f"{name}.webp"
+        self.browser.screenshot(shot, whole=False)
+        Image.open(shot).convert("RGB").save(path, lossless=True, quality=100, method=6)
+        return path
+
+    def _address(self, view: View) -> str:
+        if isinstance(view.page, Path):
+            return view.page.resolve().as_uri()
+        key = view.page if isinstance(view.page, str) else view.page.__name__
+        if key not in self.made:
+            began = time.process_time()
+            self.made[key] = self.chat() if isinstance(view.page, str) else view.page(self.shop).resolve().as_uri()
+            print(f"({key} made in {time.process_time() - began:.1f} CPU-seconds)", flush=True)
+        return self.made[key]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path)
-    parser.add_argument("names", nargs="*", help="of the pictures; all by default")
-    parser.add_argument("--axe", type=Path, help="axe.min.js")
+    parser.add_argument("out", type=Path, nargs="?", default=ROOT / "docs" / "img")
+    parser.add_argument("--run", type=Path, required=True, help="a finished `make demo`, or `make demo-fast`")
+    parser.add_argument("--only", nargs="*", default=list(VIEWS), help="these views")
+    parser.add_argument("--page", type=Path, nargs="*", default=[], help="other HTML files to open as well")
+    parser.add_argument("--docs", action="store_true", help="the pictures of the docs")
+    parser.add_argument("--whole", action="store_true", help="the whole page, not what fits into the window")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    wanted = [shot for shot in SHOTS if not args.names or shot.name in args.names]
-    failed = False
-    with chat_server() as address, tempfile.TemporaryDirectory() as profile, Browser(Path(profile)) as browser:
-        for shot in wanted:
-            browser.resize(shot.width, shot.height, phone=shot.phone)
-            if isinstance(shot.show, Path):
-                browser.open(shot.show.resolve().as_uri())
-                browser.run(LOADED)
-            else:
-                shot.show(browser, address)
-            path = args.out / f"{shot.name}.png"
-            browser.screenshot(path, whole=False)
-            shrink(path)
-            found = check(browser, args.axe) if args.axe else []
-            print(shot.name, path.stat().st_size, *found, sep="\n  " if found else " ")
-            failed = failed or bool(found)
-        for line in browser.console:
-            print("console:", line)
-    return int(failed)
+    out, run = args.out.resolve(), args.run.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    views = {name: view for name, view in VIEWS.items() if name in args.only}
+    views |= {path.stem: View(path.resolve()) for path in args.page}
+    wanted = [s for s in DOCS if s[0] in views] if args.docs else [
+        (name, theme, size) for name in views for theme in ("light", "dark") for size in SIZES
+    ]  # fmt: skip
+    failed, total = 0, 0
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        stack.enter_context(contextlib.chdir(folder))
+        browser = stack.enter_context(Browser(folder / "profile"))
+        studio = Studio(browser, Workshop(run, folder), out, args.whole, lambda: stack.enter_context(chat_server()), {})
+        for name, theme, size in wanted:
+            path, faults = studio.take(name, views[name], theme, size)
+            failed, total = failed + bool(faults), total + path.stat().st_size
+            told = "".join(f"\n    {fault}" for fault in faults) or "  nothing found"
+            print(f"{name:<22} {theme:<6}{size:<6}{path.stat().st_size / 1e3:8,.0f} kB{told}", flush=True)
+        if args.docs and args.only == list(VIEWS):
+            total += studio.product().stat().st_size
+    print(f"{len(wanted)} views, {failed} with faults; {total / 1e6:.2f} MB of pictures")
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

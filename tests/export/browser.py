@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import fcntl
+import gzip
 import json
 import os
 import select
@@ -22,6 +23,17 @@ _FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--hide-scrollbars", "--remote-debugging-pipe",
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 )  # fmt: skip
+
+# axe-core as `npm pack axe-core@4.14.1` leaves it (MPL-2.0, the licence stands in its first line), gzipped.
+_AXE = Path(__file__).with_name("axe.min.js.gz")
+_RULES = "wcag2a wcag2aa wcag21a wcag21aa wcag22aa best-practice"
+# What axe finds, and a page too wide for its window. The read-outs of charts are hidden, and most of a report's nodes.
+_FAULTS = """document.querySelectorAll(".hit").forEach(node => node.remove());
+axe.run(document, {runOnly: %s.split(" "), resultTypes: ["violations"]}).then(found => [
+  ...found.violations.flatMap(v => v.nodes.slice(0, 3).map(n =>
+    `${v.id} (${v.impact}): ${v.help}: ${n.html.slice(0, 160)} ${(n.failureSummary || "").slice(0, 240)}`)),
+  ...[document.documentElement].filter(r => r.scrollWidth > r.clientWidth + 1).map(r => `${r.scrollWidth} px wide`),
+])"""
 
 _START = "import os, sys; a = sys.argv; os.dup2(int(a[1]), 3); os.dup2(int(a[2]), 4); os.execv(a[3], a[3:])"
 
@@ -134,6 +146,20 @@ class Browser:
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=phone
         )
+
+    def prefer(self, theme: str, *, still: bool = True) -> None:
+        """What the reader's system asks of pages: "light" or "dark", and nothing that moves."""
+        features = {"prefers-color-scheme": theme, "prefers-reduced-motion": "reduce" if still else "no-preference"}
+        self.call(
+            "Emulation.setEmulatedMedia", features=[{"name": name, "value": value} for name, value in features.items()]
+        )
+
+    def faults(self) -> list[str]:
+        """What axe-core finds against WCAG 2.2 AA and good practice on the page as it stands, and a page too wide."""
+        if not self.run("typeof axe !== 'undefined'"):
+            self.run(gzip.decompress(_AXE.read_bytes()).decode() + ";0")
+        found: list[str] = self.run(_FAULTS % json.dumps(_RULES))
+        return found
 
     def press(self, key: str, *, shift: bool = False) -> None:
         """One key, such as 3, Enter, Tab or ArrowRight."""

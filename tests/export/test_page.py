@@ -183,6 +183,7 @@ def test_nothing_sticks_out_and_nothing_leaves(browser: Browser, page: Page) -> 
         for tab in (0, 1):
             browser.run(f"document.querySelectorAll('#tabs button')[{tab}].click()")
             assert browser.run("document.documentElement.scrollWidth <= innerWidth"), width
+        assert width != 390 or browser.faults() == []
     browser.resize(1200, 900)
     assert {request.split(":")[0] for request in browser.requests} == {"file", "blob"}
     assert browser.console == []

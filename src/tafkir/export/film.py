@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tafkir.engine.trace import Thought, Trace
 from tafkir.errors import BackendUnavailable, RequestError
-from tafkir.export.page import page_source
+from tafkir.export.page import page_source, page_style
 from tafkir.runlog.atomic import write_bytes
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ FILM_KINDS = (".gif", ".html")
 Colour = tuple[int, int, int]
 # The page's light colours.
 _PAPER, _RAISED, _INK = (250, 249, 247), (255, 255, 255), (31, 29, 26)
-_LINE, _STRONG, _WALL = (228, 224, 217), (93, 87, 78), (55, 51, 46)
-_ACCENT, _GOAL, _GIVEN, _QUIET = (15, 118, 110), (180, 83, 9), (246, 244, 241), (108, 103, 95)
+_LINE, _STRONG, _WALL = (227, 223, 216), (104, 99, 91), (55, 51, 46)
+_ACCENT, _GOAL, _GIVEN, _QUIET = (15, 118, 110), (180, 83, 9), (246, 244, 241), (104, 99, 91)
 
 _BOARD, _MARGIN, _FOOT = 384, 24, 56
 # Drawn larger and made smaller, so that edges are smooth.
@@ -52,7 +52,7 @@ def write_film(trace: Trace, path: Path | str) -> None:
 def render_film_html(trace: Trace) -> str:
     """A page without requests that plays the steps, in English or Arabic."""
     scripts = "\n".join(page_source(name) for name in ("words.js", "board.js", "film.js"))
-    html = page_source("film.html").replace("/*CSS*/", page_source("page.css"))
+    html = page_source("film.html").replace("/*CSS*/", page_style())
     content = json.dumps(_recorded(trace), ensure_ascii=False).replace("</", "<\\/")
     return html.replace("/*TRACE*/", content).replace("/*JS*/", scripts.replace("</", "<\\/"))
 

@@ -19,7 +19,7 @@ from tafkir.errors import RequestError
 from tafkir.export.onnx_files import OnnxFiles, make_files
 from tafkir.export.weights import WeightFormat
 
-__all__ = ["MAX_PAGE_BYTES", "Page", "build_page", "page_source", "runtime_source"]
+__all__ = ["MAX_PAGE_BYTES", "Page", "build_page", "page_source", "page_style", "runtime_source"]
 
 MAX_PAGE_BYTES = 15_000_000
 
@@ -79,6 +79,11 @@ def page_source(name: str) -> str:
     return (_HERE / "web" / name).read_text(encoding="utf-8")
 
 
+def page_style() -> str:
+    """The page's style sheets: the look that all pages share, and its own."""
+    return (_HERE.parent / "look.css").read_text(encoding="utf-8") + page_source("page.css")
+
+
 def runtime_source() -> dict[str, Any]:
     """Which onnxruntime-web is bundled: name, version, licence, and hashes of its files."""
     source: dict[str, Any] = json.loads((_HERE / "runtime" / "source.json").read_text(encoding="utf-8"))
@@ -117,7 +122,7 @@ def _assemble(made: Mapping[str, OnnxFiles]) -> str:
     for id, file in (("runtime-js", "ort.wasm.bundle.min.mjs.gz"), ("runtime-wasm", "ort-wasm-simd-threaded.wasm.gz")):
         parts.append(_part(id, "text/plain", base64.b64encode((runtime / file).read_bytes()).decode()))
     scripts = "\n".join(page_source(name) for name in _SCRIPTS)
-    html = page_source("index.html").replace("/*CSS*/", page_source("page.css"))
+    html = page_source("index.html").replace("/*CSS*/", page_style())
     return html.replace("/*JS*/", _inert(scripts)).replace("<!--PARTS-->", "\n".join(parts))
 
 

@@ -120,7 +120,7 @@ def _result_cells(row: Row) -> list[str]:
     return [
         f"{row['name']}{' ★' if row['best'] else ''}\n{row['num_items']:,} items × {row['samples']}",
         f"{percent(share['value'])}\n{percent(share['low'])} to {percent(share['high'])}",
-        f"{_known(row['parameters'])}\n{_known(row['active_parameters'])} active",
+        _known(row["parameters"]) + (f"\n{_known(active)} active" if (active := row["active_parameters"]) else ""),
         _known(row["bytes"], "B"),
         _known(row["tokens"]),
         _known(row["flops"]),
@@ -293,7 +293,7 @@ def scatter(
         words = f"{words}: {percent(share['value'])} at {_short(row[cost])} {title}"
         parts.append(_dot(at, y(share["value"]), color, 6, words, hollow=hollow))
     return (
-        f'<svg class="chart" style="max-width: 860px" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+        f'<svg class="chart broad" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
         f'aria-label="Accuracy over {escape(title, quote=True)}">{"".join(parts)}</svg>'
     )
 

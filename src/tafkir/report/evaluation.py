@@ -59,12 +59,16 @@ def _left_to_right(text: str) -> str:
     return f"\u2066{text}\u2069"
 
 
+def _percent(value: float) -> str:
+    return _left_to_right(percent(value))
+
+
 def _signed(value: float) -> str:
     return _left_to_right(signed_points(value))
 
 
 def _interval(estimate: Row, words: Words) -> str:
-    return f"{percent(estimate['value'])}\n{percent(estimate['low'])} {words['to']} {percent(estimate['high'])}"
+    return f"{_percent(estimate['value'])}\n{_percent(estimate['low'])} {words['to']} {_percent(estimate['high'])}"
 
 
 def _scores(rows: Sequence[Row], words: Words) -> str:
@@ -95,9 +99,9 @@ def _score_cells(row: Row, words: Words) -> list[str]:
         row["task"],
         _interval(row["accuracy"], words) + _beside(row, words) if row["accuracy"] else "–",
         _left_to_right(f"{row['items']:,} × {row['repeats']}"),
-        percent(row["length"]),
-        percent(row["no_answer"]),
-        percent(row["failed"]),
+        _percent(row["length"]),
+        _percent(row["no_answer"]),
+        _percent(row["failed"]),
         f"{row['mean_tokens']:,.0f}",
     ]
 
@@ -106,7 +110,7 @@ def _beside(row: Row, words: Words) -> str:
     """What else is quoted of a task: its steps, its rating."""
     parts = []
     if steps := row.get("steps"):
-        parts.append(f" · {words['steps']} {percent(steps['value'])}")
+        parts.append(f" · {words['steps']} {_percent(steps['value'])}")
     if rating := row.get("rating"):
         ends = _left_to_right(f"{rating['value']:,.0f} [{rating['low']:,.0f}, {rating['high']:,.0f}]")
         parts.append(f" · {words['rating']} {ends}")
@@ -134,8 +138,8 @@ def _kept_cells(row: Row, words: Words) -> list[str]:
     judged, share = row["judgement"], row["judgement"]["retention"]
     kept = "–"
     if share:
-        high = words["no_end"] if share["high"] is None else percent(share["high"])
-        kept = f"{percent(share['value'])}\n{percent(share['low'])} {words['to']} {high}"
+        high = words["no_end"] if share["high"] is None else _percent(share["high"])
+        kept = f"{_percent(share['value'])}\n{_percent(share['low'])} {words['to']} {high}"
     difference = judged["difference"]
     ends = f"{_signed(difference['low'])} {words['to']} {_signed(difference['high'])}"
     return [

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
+from tafkir.report.page import page_style
+
 __all__ = ["render_plan_page"]
 
 
@@ -17,11 +19,10 @@ def render_plan_page(data: Mapping[str, Any]) -> str:
         data: `models` and `chips` (name by key), `workloads`, `cells` (as `plan.grid.grid_cells` gives them),
             `first` (model, chip and workload that it opens with), `notes` (lines).
     """
-    files = resources.files("tafkir.report")
-    page, style = (files.joinpath(name).read_text(encoding="utf-8") for name in ("plan_page.html", "page.css"))
+    page = resources.files("tafkir.report").joinpath("plan_page.html").read_text(encoding="utf-8")
     # A "</script>" inside a string would end the script.
     text = json.dumps(_rounded(data), ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
-    return page.replace("/* page.css */", style).replace("/* data */ null", text)
+    return page.replace("/* page.css */", page_style()).replace("/* data */ null", text)
 
 
 def _rounded(value: Any) -> Any:

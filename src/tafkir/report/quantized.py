@@ -45,7 +45,7 @@ def render_verification(data: Data) -> str:
     body = (
         f'<header class="hero {tone}"><p class="eyebrow">Tafkir verify · <b><bdi>{escape(name)}</bdi></b> made of '
         f"<bdi>{escape(str(data['source']))}</bdi></p><h1>{escape(sentence)}</h1>"
-        f'<div class="beside">{_beside(data)}</div></header>{_facts(data)}<main>{"".join(sections)}</main>'
+        f'<div class="beside">{_beside(data)}</div>{_facts(data)}</header><main>{"".join(sections)}</main>'
         f"<footer>{_footer(data)}</footer>"
     )
     return frame_page(f"{name} · Tafkir verify", body)

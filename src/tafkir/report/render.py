@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 from tafkir.records import StageName
@@ -15,7 +15,7 @@ from tafkir.report.evaluation import card_body
 from tafkir.report.lab import LAB_HEAD, LabFigure, lab_figures, lab_rows
 from tafkir.report.lights import LIGHT_NAMES, TOKEN_HEAD, light_cells, light_sentences, token_rows
 from tafkir.report.mismatch_lab import MISMATCH_HEAD, mismatch_groups, mismatch_matrix, mismatch_rows
-from tafkir.report.page import frame_page
+from tafkir.report.page import frame_page, plain_table
 from tafkir.report.preference import (
     QUALITY_HEAD,
     RELIABILITY_HEAD,
@@ -81,23 +81,6 @@ def _lead(text: str) -> str:
     return f'<p class="lead">{escape(text)}</p>'
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1, wide: int | None = None) -> str:
-    """A table whose first `words` columns hold words and the others numbers; column `wide` may wrap.
-
-    What follows a line break in a cell is its small print.
-    """
-
-    def cell(tag: str, i: int, text: str) -> str:
-        kind = "num" if i >= words else "wide" if i == wide else "word"
-        figure, _, small = text.partition("\n")
-        below = f"<small>{escape(small)}</small>" if small else ""
-        return f'<{tag} class="{kind}">{escape(figure)}{below}</{tag}>'
-
-    top = "".join(cell("th", i, text) for i, text in enumerate(head))
-    body = "".join("<tr>" + "".join(cell("td", i, text) for i, text in enumerate(row)) + "</tr>" for row in rows)
-    return f'<div class="table"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
 # ---- sections ----------------------------------------------------------------------------------------------------
 
 
@@ -143,7 +126,7 @@ def _accuracy(record: RunRecord) -> str:
         "<figcaption><b>Look for</b> stages further right, clear of the baselines' marks. Overlapping bars do not mean "
         "“no difference”: the paired comparison below decides that.</figcaption>"
     )
-    table = _table(ACCURACY_HEAD, findings.accuracy_rows(evaluation))
+    table = plain_table(ACCURACY_HEAD, findings.accuracy_rows(evaluation))
     return f'<figure class="card split">{legend}{plots}{look}</figure>{table}'
 
 
@@ -159,7 +142,7 @@ def _differences(record: RunRecord) -> str:
         "more problems, to the left fewer; a bar across zero leaves it open.</figcaption>"
     )
     figure = f'<figure class="card">{plot}{look}</figure>' if plot else ""
-    return figure + _table(DIFFERENCE_HEAD, rows)
+    return figure + plain_table(DIFFERENCE_HEAD, rows)
 
 
 def _retention(record: RunRecord) -> str:
@@ -170,7 +153,7 @@ def _retention(record: RunRecord) -> str:
         "Each figure is the score in fewer bits as a share of the score before, on the same problems and with the same "
         "seeds; the interval holds every share that a paired test at 95 % would not refuse."
     )
-    return _lead(lead) + _table(RETENTION_HEAD, rows, words=3)
+    return _lead(lead) + plain_table(RETENTION_HEAD, rows, words=3)
 
 
 def _card(record: RunRecord) -> str:
@@ -247,7 +230,7 @@ def _agreement(record: RunRecord) -> str:
             f"<figcaption>{look}</figcaption></figure>"
         )
         if rows := token_rows(stage):
-            table = _table(TOKEN_HEAD, rows, words=3, wide=0)
+            table = plain_table(TOKEN_HEAD, rows, words=3, wide=0)
             body += f"<details><summary>The tokens that they were furthest apart on</summary>{table}</details>"
     if not body:
         return ""
@@ -267,7 +250,7 @@ def _lab(record: RunRecord) -> str:
         "sum of a row (forward) or a column (backward) of the matrix that mixes the residual streams, or of the "
         "product of all such matrices up to the end. Where it is 1, neither signal nor gradient grows on its way."
     )
-    return _lead(lead) + _table(LAB_HEAD, lab_rows(record.variants)) + f'<div class="cards spaced">{figures}</div>'
+    return _lead(lead) + plain_table(LAB_HEAD, lab_rows(record.variants)) + f'<div class="cards spaced">{figures}</div>'
 
 
 def _recursive(record: RunRecord) -> str:
@@ -280,7 +263,7 @@ def _recursive(record: RunRecord) -> str:
         "Puzzles that training saw in none of their forms. The model corrects its answer in up to so many supervision "
         "steps, and says after each one, by its halting head q, whether it takes the answer for right."
     )
-    table = _table(TRM_HEAD, trm_rows(result))
+    table = plain_table(TRM_HEAD, trm_rows(result))
     return _lead(lead) + table + f'<div class="cards spaced">{figures}</div>' + training(record)
 
 
@@ -299,7 +282,7 @@ def _mismatch_lab(record: RunRecord) -> str:
         "A run has survived until the mean reward of ten steps falls below half of the best that it was. Differences "
         "are |Δ log p| in nats, at equal weights. All figures are over all steps and repeats."
     )
-    table = _lead(details) + _table(MISMATCH_HEAD, mismatch_rows(variants))
+    table = _lead(details) + plain_table(MISMATCH_HEAD, mismatch_rows(variants))
     more = f"<details><summary>Every kind of rollouts and loss in numbers</summary>{table}</details>"
     charts = "".join(
         f'<h3 class="group">{escape(title)}</h3><div class="cards pairs">'
@@ -307,7 +290,7 @@ def _mismatch_lab(record: RunRecord) -> str:
         + "</div>"
         for title, figures in mismatch_groups(variants)
     )
-    return _lead(lead) + _table(head, rows) + more + charts
+    return _lead(lead) + plain_table(head, rows) + more + charts
 
 
 def _experts(record: RunRecord) -> str:
@@ -336,7 +319,7 @@ def _cost(record: RunRecord) -> str:
     if not rows:
         return ""
     figures = "".join(_speed_figure(curve, record) for curve in SPEED_CURVES)
-    return _table(COST_HEAD, rows, words=2) + f'<div class="cards spaced">{figures}</div>'
+    return plain_table(COST_HEAD, rows, words=2) + f'<div class="cards spaced">{figures}</div>'
 
 
 def _speed_figure(curve: Curve, record: RunRecord) -> str:
@@ -407,10 +390,12 @@ def _contamination(record: RunRecord) -> str:
     rows = [[str(o.get("train_id")), str(o.get("heldout_id")), str(o.get("text"))] for o in overlaps or []]
     shown = ""
     if rows:
-        table = _table(("Training problem", "Held-out problem", "Shared words (numbers as 0)"), rows, words=3, wide=2)
+        table = plain_table(
+            ("Training problem", "Held-out problem", "Shared words (numbers as 0)"), rows, words=3, wide=2
+        )
         shown = f"<details><summary>Training problems that were removed ({len(rows)} shown)</summary>{table}</details>"
     counts = findings.count_rows(check)
-    table = _table(("Source", "Training", "Validation", "Test"), counts) if counts else ""
+    table = plain_table(("Source", "Training", "Validation", "Test"), counts) if counts else ""
     return "".join(_lead(sentence) for sentence in words) + table + shown
 
 
@@ -425,7 +410,7 @@ def _recipe(record: RunRecord) -> str:
 
 def _environment(record: RunRecord) -> str:
     rows = findings.environment_rows(record.environment)
-    return _table(("What", "Value"), rows, words=2, wide=1) if rows else ""
+    return plain_table(("What", "Value"), rows, words=2, wide=1) if rows else ""
 
 
 def _glossary(record: RunRecord) -> str:
@@ -444,9 +429,9 @@ def _reward(record: RunRecord) -> str:
     )
     figure = calibration_figure(record)
     drawn = f'<div class="cards pairs spaced">{_figure(figure, figure.lines, figure.chart)}</div>' if figure else ""
-    table = _table(RELIABILITY_HEAD, reliability)
+    table = plain_table(RELIABILITY_HEAD, reliability)
     more = f"<details><summary>Confidence in numbers</summary>{table}</details>" if reliability else ""
-    return curves + _lead(lead) + _table(QUALITY_HEAD, quality) + drawn + more
+    return curves + _lead(lead) + plain_table(QUALITY_HEAD, quality) + drawn + more
 
 
 def _rlhf(record: RunRecord) -> str:

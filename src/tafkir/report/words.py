@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 __all__ = ["ACCURACY_HEAD", "COST_HEAD", "DIFFERENCE_HEAD", "EVALUATION_WORDS", "RETENTION_HEAD", "WORDS"]
 
-ACCURACY_HEAD: Sequence[str] = ("", "Sampled, 95 %", "Greedy, 95 %", "Any of k", "Cut off", "Problems")
+ACCURACY_HEAD: Sequence[str] = ("Stage or baseline", "Sampled, 95 %", "Greedy, 95 %", "Any of k", "Cut off", "Problems")
 RETENTION_HEAD: Sequence[str] = ("Model", "Problems", "Answers", "Kept", "95 %", "Of")
 DIFFERENCE_HEAD: Sequence[str] = ("Change", "Points, 95 %", "Up / down", "p", "Detectable")
 COST_HEAD: Sequence[str] = ("Stage", "State", "Steps", "Tokens", "Wall time", "CPU time", "Tokens/s", "Peak memory")
@@ -104,7 +104,7 @@ _ARABIC: Mapping[str, str] = {
     "card": "كلفة الإجابات",
     "model": "النموذج",
     "task": "المهمة",
-    "right": "الصحيح، 95 %",
+    "right": "الصحيح، \u206695 %\u2069",
     "steps": "الخطوات",
     "rating": "التصنيف",
     "items": "الأسئلة × العيّنات",
@@ -115,7 +115,7 @@ _ARABIC: Mapping[str, str] = {
     "to": "إلى",
     "no_end": "بلا حدّ",
     "look_scores": (
-        "النقاط متوسطات على الأسئلة، والأشرطة مجالات ثقة 95 %؛ كل عيّنات السؤال الواحد مشاهدة واحدة. "
+        "النقاط متوسطات على الأسئلة، والأشرطة مجالات ثقة \u206695 %\u2069؛ كل عيّنات السؤال الواحد مشاهدة واحدة. "
         "الطلبات التي فشلت ليست أصفارًا: تُستبعد وتُعَدّ."
     ),
     "lead_kept": (
@@ -129,14 +129,14 @@ _ARABIC: Mapping[str, str] = {
     "worse": "أسوأ",
     "equivalent": "مكافئ",
     "undecided": "غير محسوم",
-    "kept": "ما بقي، 95 %",
-    "difference": "النقاط، 95 %",
+    "kept": "ما بقي، \u206695 %\u2069",
+    "difference": "النقاط، \u206695 %\u2069",
     "flips": "نزل / صعد",
     "seen": "ما كان يمكن رؤيته",
     "lead_card": (
         "الدقة مقابل ما تتطلبه الإجابة. الخط المتقطع جبهة باريتو، وعليها النجمة: لا نموذج آخر هنا بهذه الدقة بكلفة أقل."
     ),
-    "look_card": "انظر إلى الزاوية العليا اليسرى: إجابات صحيحة بكلفة قليلة. الأشرطة مجالات ثقة 95 %.",
+    "look_card": "انظر إلى الزاوية العليا اليسرى: إجابات صحيحة بكلفة قليلة. الأشرطة مجالات ثقة \u206695 %\u2069.",
     "parameters": "المعاملات",
     "active": "نشطة",
     "bytes": "بايت",

@@ -39,4 +39,8 @@ def add_page(app: FastAPI) -> None:
     def index() -> FileResponse:
         return FileResponse(folder / "index.html", headers={**_HEADERS, "Content-Security-Policy": _POLICY})
 
+    @app.get(f"{PAGE_FILES}look.css", include_in_schema=False)
+    def look() -> FileResponse:
+        return FileResponse(str(resources.files("tafkir") / "look.css"), headers=_HEADERS)
+
     app.mount(PAGE_FILES.rstrip("/"), _Files(directory=folder), name="page")
