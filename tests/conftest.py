@@ -15,7 +15,7 @@ import pytest
 from hypothesis import settings
 
 # A shared machine may take any time over an example; how long one takes is no property of the code.
-settings.register_profile("shared-machine", deadline=None)
+settings.register_profile("shared-machine", deadline=None, max_examples=50)
 settings.load_profile("shared-machine")
 
 # Read by OpenMP when torch is first imported, so it has to stand here.
