@@ -2,6 +2,7 @@
 
     PYTHONPATH=src python benchmarks/paged_engine.py
     PYTHONPATH=src python benchmarks/paged_engine.py --served base-tiny MODEL --out benchmarks/results/company.json
+    PYTHONPATH=src python benchmarks/paged_engine.py --served base-tiny --shaped --out benchmarks/results/shaped.json
 
 The second form takes checkpoints as the server has them, weights as they are stored: how far log-probabilities of a
 request among 8 and 32 others are from those of the same request alone, how many texts are others, and what the
@@ -18,6 +19,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,8 @@ from tafkir.ops import native
 from tafkir.recipe.bundled import find_checkpoint
 from tafkir.recipe.model import ModelConfig
 from tafkir.records import Request, SamplingParams
+from tafkir.serve.grammar import GrammarCompiler
+from tafkir.serve.schema import OutputRules
 
 SIDES = ("rows", "paged", "gathered", "invariant")
 PROMPT = 128
@@ -76,12 +80,30 @@ def requests(batch: int, tokens: int, seed: int, vocab: int = 8192, temperature:
     return [Request(str(i), tuple(p), SamplingParams(seed=i, **wanted)) for i, p in enumerate(prompts)]
 
 
-def seconds_per_token(decoder: Decoder, side: str, batch: int, tokens: int, seed: int, shaped: bool = False) -> float:
+MakeShaper = Callable[[Request], Shaper | None]
+
+
+def penalties(request: Request) -> Shaper:
+    return Shaper(Shaping(frequency_penalty=0.1, repetition_penalty=1.1), request.prompt_ids, 1.0)
+
+
+def grammars(folder: Path) -> MakeShaper:
+    """Objects after one another, without end."""
+    end = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
+    end = end[0] if isinstance(end, list) else end
+    rules = OutputRules(regex=r'(\{"name": "[a-z ]{1,40}", "n": [0-9]{1,9}\}, )+')
+    grammar = GrammarCompiler(folder, end).compile(rules)
+    wishes = Shaping(min_tokens=None, end_ids=(end,))
+    return lambda request: Shaper(wishes, request.prompt_ids, 1.0, grammar.copy())
+
+
+def seconds_per_token(
+    decoder: Decoder, side: str, batch: int, tokens: int, seed: int, shaper: MakeShaper = lambda request: None
+) -> float:
     """CPU-seconds of a sampled token once all prompts are in the cache."""
     engine = engine_of(decoder, side, batch)
     for request in requests(batch, tokens, seed, decoder.config.vocab_size):
-        penalties = Shaping(frequency_penalty=0.1, repetition_penalty=1.1)
-        engine.add_request(request, shaper=Shaper(penalties, request.prompt_ids, 1.0) if shaped else None)
+        engine.add_request(request, shaper=shaper(request))
     while engine._batch.num_alive < batch:
         engine.step()
     began, sampled = time.process_time(), 0
@@ -121,11 +143,25 @@ def served(name: str, tokens: int, repeats: int) -> dict[str, Any]:
             spent = {side: seconds_per_token(decoder, side, batch, tokens, repeat) for side in sides}
             pairs += [spent["paged"] / spent["invariant"]] if repeat else []
         found[f"invariant_over_paged_{batch}"] = statistics.median(pairs)
-    pairs = []
-    for repeat in range(repeats):
-        plain, shaped = (seconds_per_token(decoder, "paged", 32, tokens, repeat, shaped) for shaped in (False, True))
-        pairs.append(shaped / plain)
-    found["penalties_over_plain_32"] = statistics.median(pairs)
+    return found | shaped(name, tokens, repeats)
+
+
+def shaped(name: str, tokens: int, repeats: int) -> dict[str, Any]:
+    """What 32 requests with two penalties each, and with a grammar each, cost beside those without."""
+    decoder = load_packed(find_checkpoint(name)).decoder
+    sides: dict[str, MakeShaper] = {
+        "plain": lambda request: None, "penalties": penalties, "grammars": grammars(find_checkpoint(name)),
+    }  # fmt: skip
+    spent: dict[str, list[float]] = {side: [] for side in sides}
+    for repeat in range(repeats + 1):  # the first warms up
+        for side in sorted(sides, reverse=bool(repeat % 2)):
+            seconds = seconds_per_token(decoder, "paged", 32, tokens, repeat, sides[side])
+            spent[side] += [seconds] if repeat else []
+    found: dict[str, Any] = {"checkpoint": Path(name).name}
+    for side in ("penalties", "grammars"):
+        ratios = [a / b for a, b in zip(spent[side], spent["plain"], strict=True)]
+        found[f"{side}_over_plain_32"] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+        found[f"{side}_ms_a_step_32"] = 32e3 * (statistics.median(spent[side]) - statistics.median(spent["plain"]))
     return found
 
 
@@ -137,13 +173,14 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--served", nargs="+", metavar="CHECKPOINT", help="these, as they are stored, and nothing else")
+    parser.add_argument("--shaped", action="store_true", help="of those, only what penalties and grammars cost")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/paged_engine.json"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.served:
         results = []
         for name in args.served:
-            results.append(served(name, args.tokens, args.repeats))
+            results.append((shaped if args.shaped else served)(name, args.tokens, args.repeats))
             print(json.dumps(results[-1]), flush=True)
             args.out.write_text(
                 json.dumps({"tokens": args.tokens, "served": results}, indent=1) + "\n", encoding="utf-8"

@@ -2,11 +2,12 @@
 
     PYTHONPATH=src python benchmarks/speculation.py runs/mtp-distill/stages/02-sft/checkpoint
 
-The checkpoint needs MTP layers (`tafkir run mtp-distill`). It answers made-up word problems that no training reads, as
-chat; on `loops` the end of an answer is ignored, and a small model soon repeats itself. All sides answer one prompt
-before the next, each time in another order; ratios are within a repeat over all prompts. `same` says whether every
-token is that of plain decoding. At temperature 1 `rejection_sampling` is what Leviathan et al.'s rule would accept of
-the first drafted token, the mean of sum(min(p, q)) along the same texts, beside what is accepted here.
+The checkpoint needs MTP layers (`tafkir run mtp-distill`); the engine is the server's, weights are as they are stored.
+It answers made-up word problems that no training reads, as chat; on `loops` the end of an answer is ignored, and a
+small model soon repeats itself. All sides answer one prompt before the next, each time in another order; ratios are within a
+repeat over all prompts. `same` says whether every token is that of plain decoding. At temperature 1
+`rejection_sampling` is what Leviathan et al.'s rule would accept of the first drafted token, the mean of sum(min(p, q))
+along the same texts, beside what is accepted here.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from typing import Any
 
 import torch
 
-from tafkir.checkpoint.load import load_checkpoint
+from tafkir.checkpoint.packed import load_packed
 from tafkir.cli.completer import checkpoint_of
 from tafkir.data.chat import encode_prompt
 from tafkir.data.stories import make_story
 from tafkir.data.tokenizer import Tokenizer
 from tafkir.engine.drafters import NextnDrafter, NgramDrafter
-from tafkir.engine.engine import Engine
+from tafkir.engine.paged_engine import PagedEngine
 from tafkir.engine.speculative import Speculation
 from tafkir.models.attention import VarlenCausal
 from tafkir.models.decoder import Decoder
@@ -64,7 +65,8 @@ class Side:
     """One way to decode: its engine, and what it took."""
 
     def __init__(self, decoder: Decoder, eos_ids: tuple[int, ...], spec: Speculation | None) -> None:
-        self.engine, self.spec = Engine(decoder, eos_ids=eos_ids, max_batch=1, speculation=spec), spec
+        options = {"eos_ids": eos_ids, "max_batch": 1, "prefix_caching": False, "speculation": spec}
+        self.engine, self.spec = PagedEngine(decoder, **options), spec  # type: ignore[arg-type]
         self.texts: list[list[int]] = []
         self.total = self.prefill = 0.0
 
@@ -161,21 +163,19 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--out", type=Path, help="write the JSON to this file, too")
     args = parser.parse_args()
     torch.set_num_threads(1)
     folder = checkpoint_of(args.checkpoint)
     tokenizer = Tokenizer.load(folder)
-    decoder = load_checkpoint(folder).decoder.to(getattr(torch, args.dtype))
+    decoder = load_packed(folder).decoder
     prompts = [tuple(encode_prompt(tokenizer, make_story(_UNSEEN_STORIES + i).question)) for i in range(args.problems)]
     result: dict[str, Any] = {
         "benchmark": "speculation",
         "command": " ".join(["python", *sys.argv]),
         "cpu": platform.processor() or platform.machine(),
         "cpus": os.cpu_count(),
-        "dtype": args.dtype,
         "problems": args.problems,
         "repeats": args.repeats,
         "workloads": {},

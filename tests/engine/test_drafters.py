@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
+from pathlib import Path
 
 import pytest
 import torch
 
+from tafkir.checkpoint.packed import load_packed
+from tafkir.checkpoint.save import save_checkpoint
 from tafkir.engine.drafters import ModelDrafter, NextnDrafter, NgramDrafter, Row
 from tafkir.engine.sequence import Sequence
 from tafkir.engine.speculative import Acceptance, GainMeter, parse_speculate
@@ -16,6 +20,7 @@ from tafkir.models.attention import VarlenCausal
 from tafkir.models.build import build_decoder
 from tafkir.models.decoder import Decoder
 from tafkir.models.mtp import shift_documents
+from tafkir.ops import native
 from tafkir.ops.rope import rope_table
 from tafkir.recipe.model import ModelConfig, MtpConfig
 from tafkir.records import Request, SamplingParams
@@ -42,6 +47,14 @@ def build(mtp: MtpConfig | None, seed: int = 0, vocab: int = VOCAB) -> Decoder:
             if parameter.dim() > 1:
                 parameter.mul_(4)
     return decoder
+
+
+@pytest.fixture
+def native_kernels(native_library: object) -> Iterator[None]:
+    before = native.kernels_in_use()
+    native.select_kernels("native")
+    yield
+    native.select_kernels(before)
 
 
 def row(text: SequenceOf[int], tokens: SequenceOf[int], temperature: float = 0.0) -> Row:
@@ -124,11 +137,19 @@ def reused_reference(decoder: Decoder, ids: list[int], count: int) -> list[int]:
         (MtpConfig(depth=1), 4, reused_reference),
     ],
 )
+@pytest.mark.parametrize("packed", [False, True])
 @torch.inference_mode()
-def test_nextn_equals_the_layers_over_the_whole_sequence(mtp: MtpConfig, count: int, reference: object) -> None:
-    """Two sequences of different age, one to four tokens accepted at a time; what was guessed leaves no trace."""
+def test_nextn_equals_the_layers_over_the_whole_sequence(
+    mtp: MtpConfig, count: int, reference: object, packed: bool, tmp_path: Path, native_kernels: None
+) -> None:
+    """Two sequences of different age, one to four tokens accepted at a time; what was guessed leaves no trace. Packed
+    layers draft in one call of a kernel."""
     decoder = build(mtp)
+    if packed:
+        save_checkpoint(tmp_path / "m", decoder, dtype=torch.float32)
+        decoder = load_packed(tmp_path / "m").decoder
     drafter = NextnDrafter(decoder, count)
+    assert (drafter._chain is not None) == packed
     texts = [random_text(40, 1), random_text(50, 2)]
     ends = [9, 1]
     seqs = [row(text[:end], []).seq for text, end in zip(texts, ends, strict=True)]
@@ -148,6 +169,27 @@ def test_nextn_equals_the_layers_over_the_whole_sequence(mtp: MtpConfig, count: 
     assert steps == 12
     drafter.drop(seqs[0])
     assert drafter.draft([Row(seqs[0], [1])], 4) == [[]]
+
+
+@torch.inference_mode()
+def test_a_chain_draws_by_the_requests_own_numbers(tmp_path: Path, native_kernels: None) -> None:
+    """In the kernel as in torch: temperature, top-k and top-p."""
+    save_checkpoint(tmp_path / "m", build(MtpConfig(depth=3)), dtype=torch.float32)
+    decoder = load_packed(tmp_path / "m").decoder
+    drafts: list[list[list[int]]] = []
+    for native_chain in (True, False):
+        drafter = NextnDrafter(decoder, 4)
+        assert drafter._chain is not None
+        drafter._chain = drafter._chain if native_chain else None
+        drafts.append([])
+        for seed in range(12):
+            text = random_text(12, seed)
+            params = SamplingParams(temperature=1.5, top_k=(0, 5)[seed % 2], top_p=(1.0, 0.7)[seed // 2 % 2])
+            seq = Sequence(Request("r", tuple(text[:10]), params), key=7 * seed - 30, limit=100, stop_ids=())
+            drafter.observe(seq, 0, states_of(decoder, text[:11], drafter.state))
+            drafts[-1] += drafter.draft([Row(seq, text[10:])], 4)
+    assert drafts[0] == drafts[1]
+    assert len({tuple(draft) for draft in drafts[0]}) == 12
 
 
 @torch.inference_mode()

@@ -6,11 +6,14 @@ import copy
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tafkir.checkpoint.packed import load_packed
+from tafkir.checkpoint.save import save_checkpoint
 from tafkir.engine.drafters import Drafter, ModelDrafter, NextnDrafter, NgramDrafter
 from tafkir.engine.engine import Engine
 from tafkir.engine.paged_engine import PagedEngine
@@ -99,13 +102,11 @@ class EvenTokens:
     def __init__(self) -> None:
         self.pushed: list[int] = []
 
-    def allowed(self, vocab_size: int) -> torch.Tensor:
-        mask = torch.zeros(vocab_size, dtype=torch.bool)
-        mask[EOS if len(self.pushed) == 12 else slice(0, None, 2)] = True
-        return mask
+    def allowed(self) -> bytes:
+        return bytes([1 << EOS]) if len(self.pushed) == 12 else bytes([0b01010101] * 8)
 
     def push(self, token_id: int) -> None:
-        assert self.allowed(64)[token_id], "a token that the grammar forbids"
+        assert token_id == EOS if len(self.pushed) == 12 else token_id % 2 == 0, "a token that the grammar forbids"
         self.pushed.append(token_id)
 
 
@@ -153,6 +154,54 @@ def test_with_grammars_penalties_stops_alternatives_and_siblings(
             assert one.logprob == pytest.approx(other.logprob, abs=1e-5)
             assert [token for token, _ in one.top] == [token for token, _ in other.top]
     assert {events[-1].finish_reason for name, events in expected.items() if name != "7"} >= {"stop", "length"}
+
+
+def every_wish(temperature: float) -> list[tuple[Request, Shaper | None]]:
+    """Grammar or none, no stop or a string or a token, one answer or three: all of it with all of it."""
+    found = []
+    stops: list[dict[str, Any]] = [{}, {"stop": ("<7><", "2><5", "><9>")}, {"stop_token_ids": (10, 11, 25)}]
+    for i, (grammar, stop, n) in enumerate(itertools.product((False, True), stops, (1, 3))):
+        text = tuple(random_text(20 + 3 * i, 70 + i, vocab=12))
+        for j in range(n):
+            params = SamplingParams(temperature=temperature, max_tokens=16 + i, seed=10 * i + j, **stop)
+            wishes = Shaping(repetition_penalty=1.1) if grammar or j == 2 else None
+            shaper = Shaper(wishes, text, temperature, EvenTokens() if grammar else None) if wishes else None
+            found.append((Request(f"{i}.{j}", text, params), shaper))
+    return found
+
+
+def answers(engine: Engine, temperature: float) -> dict[str, list[TokenEvent]]:
+    events: dict[str, list[TokenEvent]] = {}
+    for request, shaper in every_wish(temperature):
+        events[request.id] = []
+        engine.add_request(request, shaper=shaper)
+    while engine.has_work:
+        for event in engine.step():
+            events[event.request_id].append(event)
+    return events
+
+
+@pytest.mark.parametrize(("temperature", "name"), list(zip(itertools.cycle((1.0, 0.0)), [*DRAFTERS, "nextn, packed"])))
+def test_drafts_with_grammars_stops_siblings_and_known_beginnings(
+    decoder: Decoder, tmp_path: Path, name: str, temperature: float
+) -> None:
+    """Where peers break: each drafter with every mixture of wishes, first over an empty cache, then over a full one."""
+    model = decoder
+    if name == "nextn, packed":
+        save_checkpoint(tmp_path / "m", decoder, dtype=torch.bfloat16)
+        model = load_packed(tmp_path / "m").decoder
+    expected = answers(make(model, tokenizer=Numerals()), temperature)
+    speculation = Speculation(DRAFTERS[name.removesuffix(", packed")](model), adaptive=False)
+    engine = PagedEngine(model, eos_ids=(EOS,), max_batch=8, tokenizer=Numerals(), speculation=speculation)
+    for _ in range(2):
+        for request_id, events in answers(engine, temperature).items():
+            plain = expected[request_id]
+            assert [event.token_id for event in events] == [event.token_id for event in plain], request_id
+            assert events[-1].finish_reason == plain[-1].finish_reason
+            assert [e.logprob for e in events] == pytest.approx([e.logprob for e in plain], abs=1e-5)
+    assert {events[-1].finish_reason for events in expected.values()} == {"stop", "length"}
+    assert engine.prefix_hits > 100 and engine.cache_usage == 0
+    assert speculation.acceptance.num_draft_tokens > 100
 
 
 def test_sampled_texts_follow_the_model() -> None:

@@ -88,6 +88,24 @@ def test_lower_precision_rounds_activations_and_nothing_else(name: str) -> None:
             torch.testing.assert_close(packed_linear(x, [matrix]), packed_linear_reference(x, [matrix]), **close)
 
 
+@pytest.mark.parametrize("name", ["int8", "nvfp4"])
+def test_one_token_is_as_precise_as_float32_whatever_its_range(name: str) -> None:
+    matrix = matrices(33, 256)[name]
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(1, 256, generator=generator) * 10 ** (10 * torch.rand(1, 256, generator=generator) - 6)
+    weight, found = packed_values(matrix).double(), packed_linear(x, [matrix])
+    # Eight columns share what they are rounded to.
+    size = weight.abs() @ x.double().view(-1, 8).abs().amax(1).repeat_interleave(8)
+    assert ((found[0].double() - weight @ x[0].double()).abs() < 4e-7 * size).all()
+    whole = torch.randint(-200, 200, (1, 256), generator=generator).float()
+    torch.testing.assert_close(
+        packed_linear(whole, [matrix])[0], (weight @ whole[0].double()).float(), rtol=1e-6, atol=1e-4
+    )
+    for odd in (torch.inf, torch.nan):
+        x[0, 7] = odd
+        assert not packed_linear(x, [matrix]).isfinite().any()
+
+
 def test_small_whole_numbers_are_exact() -> None:
     x = torch.randint(-4, 5, (7, 64), generator=torch.Generator().manual_seed(2)).float()
     for name, matrix in matrices(33, 64).items():

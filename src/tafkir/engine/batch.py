@@ -97,11 +97,12 @@ class RunningBatch:
         count_B, alive_B = ints[Column.COUNT], ints[Column.ALIVE]
         temperature_B, top_p_B = self._floats[:, rows]
         drawn_BV = logits_BV
-        changed = torch.empty(0, dtype=torch.int64)
+        changed: Tensor | slice = slice(None)
         if shaped is not None:
-            changed = torch.tensor(shaped[0], device=self._device)
-            whole = len(shaped[0]) == len(logits_BV)
-            drawn_BV = shaped[1] if whole else logits_BV.float().index_copy(0, changed, shaped[1])
+            drawn_BV = shaped[1]
+            if len(shaped[0]) < len(logits_BV):
+                changed = torch.tensor(shaped[0], device=self._device)
+                drawn_BV = logits_BV.float().index_copy(0, changed, shaped[1])
         if not bool(temperature_B.any()):
             token_B, logprob_B = greedy(drawn_BV)
         else:
@@ -154,16 +155,20 @@ class RunningBatch:
     def keep(self, tokens: SequenceOf[SequenceOf[int]], logprobs: SequenceOf[SequenceOf[float]]) -> None:
         """Note what every row has sampled in a step, one token at least; all of them are alive."""
         self._reserve(self.size, self.longest + max(map(len, tokens)), 1)
-        counts_B = torch.tensor([len(row) for row in tokens], device=self._device)
-        starts_B = torch.arange(self.size, device=self._device) * self._tokens.shape[1] + self.column(Column.COUNT)
-        within_N = torch.cat([torch.arange(len(row), device=self._device) for row in tokens])
-        place_N = starts_B.repeat_interleave(counts_B) + within_N
+        starts, capacity = self.column(Column.COUNT).tolist(), self._tokens.shape[1]
+        counts = [start + len(row) for start, row in zip(starts, tokens, strict=True)]
+        places = [
+            row * capacity + place
+            for row, (a, b) in enumerate(zip(starts, counts, strict=True))
+            for place in range(a, b)
+        ]
+        place_N = torch.tensor(places, device=self._device)
         for store, values in ((self._tokens, tokens), (self._logprobs, logprobs)):
             flat = torch.tensor([x for row in values for x in row], dtype=store.dtype, device=self._device)
             store.view(-1).index_copy_(0, place_N, flat)
-        self.column(Column.TOKEN).copy_(torch.tensor([row[-1] for row in tokens], device=self._device))
-        self.column(Column.COUNT).add_(counts_B)
-        self.longest = int(self.column(Column.COUNT).max())
+        newest = torch.tensor([[row[-1] for row in tokens], counts], device=self._device)
+        self._ints[[Column.TOKEN, Column.COUNT], : self.size] = newest
+        self.longest = max(counts)
 
     def truncate(self, count_B: Tensor) -> None:
         """Keep only the first tokens of each row, int64, one at least; the last kept one is fed next."""

@@ -19,6 +19,7 @@ from tafkir.engine.sequence import Sequence
 from tafkir.engine.store import bucket
 from tafkir.errors import CapacityError
 from tafkir.models.decoder import Decoder
+from tafkir.models.draft_chain import DraftChain, DraftTrack
 from tafkir.models.mtp import MtpOutput
 from tafkir.ops.rope import rope_table
 from tafkir.ops.sampling import sample, uniform
@@ -200,12 +201,14 @@ class _Track:
         states: of the tokens before it that no depth has read yet.
         cached: by depth, rows of the cache that hold for good; what was guessed stands behind them.
         carried: by depth, the state that the depth before gave the first row that has to be read again.
+        chain: what the kernel keeps in place of `cached` and `carried`, where it drafts.
     """
 
     position: int
     cached: list[int]
     carried: list[Tensor | None]
     states: list[Tensor] = field(default_factory=list)
+    chain: DraftTrack | None = None
 
 
 class NextnDrafter:
@@ -238,6 +241,7 @@ class NextnDrafter:
         self._post_norm = shape.input_state == "post_norm"
         self.state: str | None = "hidden_ND" if self._post_norm else "pre_norm_ND"
         self._chained = shape.chain_hidden
+        self._chain = DraftChain(decoder) if DraftChain.takes(decoder) else None
         first = decoder.config.num_hidden_layers
         self._caches = [DraftCache(1, first + k) for k in range(shape.depth)]
         self._tracks: dict[Sequence, _Track] = {}
@@ -249,9 +253,12 @@ class NextnDrafter:
         if track is None:
             depth = len(self._caches)
             track = self._tracks[seq] = _Track(position, [0] * depth, [None] * depth)
+            track.chain = self._chain.track() if self._chain is not None else None
         if position != track.position:
             # Steps without drafts lie between; the rows before them stay, and those of the gap are missing.
             track.states, track.carried = [], [None] * len(self._caches)
+            if track.chain is not None:
+                track.chain.forget_states()
         track.states.append(state_ND)
         track.position = position + len(state_ND)
 
@@ -261,6 +268,10 @@ class NextnDrafter:
         texts = [row.ids for row in rows]
         able = [i for i, row in enumerate(rows) if self._is_up_to_date(row.seq, len(texts[i]) - 1)]
         if not able:
+            return drafts
+        if self._chain is not None:
+            for i in able:
+                drafts[i] = self._draft_alone(self._chain, rows[i], texts[i], min(most, self.max_tokens))
             return drafts
         rows, texts = [rows[i] for i in able], [texts[i] for i in able]
         tracks = [self._tracks[row.seq] for row in rows]
@@ -287,6 +298,15 @@ class NextnDrafter:
             # Layers that had no turn go on without the rows that they miss.
             track.carried[most:] = [None] * len(track.carried[most:])
         return drafts
+
+    def _draft_alone(self, chain: DraftChain, row: Row, text: list[int], most: int) -> list[int]:
+        """One sequence, in one call of the kernel."""
+        track = self._tracks[row.seq]
+        assert track.chain is not None
+        state_ND = track.states[0] if len(track.states) == 1 else torch.cat(track.states)
+        state_ND, track.states = state_ND[-self.WINDOW :], []
+        params, draw = row.seq.request.params, (row.seq.key, len(row.tokens))
+        return chain.draft(track.chain, state_ND, text[-len(state_ND) :], len(text) - 2, most, params, draw)
 
     def _is_up_to_date(self, seq: Sequence, position: int) -> bool:
         track = self._tracks.get(seq)

@@ -449,7 +449,10 @@ class Engine:
         batch = self._batch
         shapers = {row: s.shaper for row, s in enumerate(batch.sequences[first:]) if s is not None and s.shaper}
         rows = list(shapers)
-        shaped = (rows, shape_rows(list(shapers.values()), logits_BV[rows])) if rows else None
+        shaped = None
+        if rows:
+            whole = len(rows) == len(logits_BV)
+            shaped = rows, shape_rows(list(shapers.values()), logits_BV if whole else logits_BV[rows])
         tokens, logprobs, ended_B, stopped_B = batch.record(first, logits_BV, shaped)
         step = Step(first, batch.sequences[first:], tokens, logprobs)
         reasons: dict[int, FinishReason] = {}

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,8 +25,8 @@ class TokenConstraint(Protocol):
     error: str | None
     """Why it cannot go on; None while it can."""
 
-    def allowed(self, vocab_size: int) -> Tensor:
-        """bool [V] on the CPU: tokens that may come next."""
+    def allowed(self) -> bytes:
+        """A bit a token, the lowest of a byte first: those that may come next. Tokens beyond are not allowed."""
         ...
 
     def push(self, token_id: int) -> None: ...
@@ -109,26 +110,13 @@ class Shaper:
         self._free = think_first
         if think_first and shaping.thinking is not None:
             self._forced.append(shaping.thinking.start_id)
+        self._cuts_tail = shaping.min_p > 0 and temperature > 0
         self.error: str | None = None
         """Why no token is left to draw; the sequence must end."""
 
     def shape(self, logits_V: Tensor) -> Tensor:
         """float32 [V], a new tensor with at least one finite entry wherever the logits have one."""
         return shape_rows([self], logits_V.unsqueeze(0))[0]
-
-    def _narrow(self, out_V: Tensor) -> None:
-        """Everything but penalties, in place."""
-        wishes = self._shaping
-        for token, bias in wishes.logit_bias.items():
-            out_V[token] += bias
-        if wishes.end_ids and (wishes.min_tokens is None or self._num_tokens < wishes.min_tokens):
-            out_V[list(wishes.end_ids)] = -torch.inf
-        if self._constraint is not None and not self._free:
-            allowed_V = self._constraint.allowed(len(out_V))
-            self.error = self._constraint.error
-            out_V.masked_fill_(~allowed_V.to(out_V.device), -torch.inf)
-        if wishes.min_p > 0 and self._temperature > 0:
-            out_V.masked_fill_(out_V < out_V.max() + self._temperature * math.log(wishes.min_p), -torch.inf)
 
     def push(self, token_id: int) -> None:
         """Note the token that was drawn."""
@@ -159,18 +147,22 @@ class Shaper:
             self._forced = deque([thinking.end_id])
 
 
+Rows = Sequence[tuple[int, Shaper]]
+
+
 def shape_rows(shapers: Sequence[Shaper], logits_RV: Tensor) -> Tensor:
-    """`Shaper.shape` of one row each, float32 [R, V]; penalties are taken off all rows at once."""
+    """`Shaper.shape` of one row each, float32 [R, V]; every kind of wish is met for all rows at once."""
     out_RV = logits_RV.float().clone()
-    free = [row for row, shaper in enumerate(shapers) if not shaper._forced]
-    _penalize([(row, shapers[row]) for row in free], out_RV)
+    free = [(row, shaper) for row, shaper in enumerate(shapers) if not shaper._forced]
+    _penalize(free, out_RV)
+    _add_biases(free, out_RV)
+    _forbid(free, out_RV)
+    _cut_tails(free, out_RV)
     for row, shaper in enumerate(shapers):
         if shaper._forced:
             token, out_V = shaper._forced[0], out_RV[row]
             keep = out_V[token].item()
             out_V.fill_(-torch.inf)[token] = keep
-        else:
-            shaper._narrow(out_RV[row])
     for row, closed in enumerate(out_RV.amax(1).isneginf().tolist()):
         if closed and not shapers[row]._forced:
             shapers[row].error = shapers[row].error or "nothing that the model can say satisfies the request"
@@ -180,7 +172,47 @@ def shape_rows(shapers: Sequence[Shaper], logits_RV: Tensor) -> Tensor:
     return out_RV
 
 
-def _penalize(rows: Sequence[tuple[int, Shaper]], out_RV: Tensor) -> None:
+def _add_biases(rows: Rows, out_RV: Tensor) -> None:
+    biased = [(row, shaper._shaping.logit_bias) for row, shaper in rows if shaper._shaping.logit_bias]
+    if biased:
+        places = [row * out_RV.shape[1] + token for row, biases in biased for token in biases]
+        values = [float(bias) for _, biases in biased for bias in biases.values()]
+        out_RV.view(-1)[torch.tensor(places, device=out_RV.device)] += torch.tensor(values, device=out_RV.device)
+
+
+def _forbid(rows: Rows, out_RV: Tensor) -> None:
+    """Ends that come too early, and what a grammar has no room for."""
+    vocab = out_RV.shape[1]
+    early = [(row, s) for row, s in rows if s._shaping.min_tokens is None or s._num_tokens < s._shaping.min_tokens]
+    if places := [row * vocab + token for row, shaper in early for token in shaper._shaping.end_ids]:
+        out_RV.view(-1)[torch.tensor(places, device=out_RV.device)] = -torch.inf
+    bound = [(row, s, s._constraint) for row, s in rows if s._constraint is not None and not s._free]
+    if not bound:
+        return
+    bits = np.zeros((len(bound), -(-vocab // 8)), dtype=np.uint8)
+    for own, (_, shaper, constraint) in zip(bits, bound, strict=True):
+        allowed = np.frombuffer(constraint.allowed(), dtype=np.uint8)[: len(own)]
+        own[: len(allowed)] = allowed
+        shaper.error = constraint.error
+    forbidden_RV = torch.from_numpy(np.unpackbits(~bits, axis=1, count=vocab, bitorder="little")).to(out_RV.device)
+    if len(bound) == len(out_RV):
+        out_RV.masked_fill_(forbidden_RV.bool(), -torch.inf)
+    else:
+        rows_R = torch.tensor([row for row, _, _ in bound], device=out_RV.device)
+        out_RV[rows_R] = out_RV[rows_R].masked_fill(forbidden_RV.bool(), -torch.inf)
+
+
+def _cut_tails(rows: Rows, out_RV: Tensor) -> None:
+    """`min_p`."""
+    cut = [(row, s._temperature * math.log(s._shaping.min_p)) for row, s in rows if s._cuts_tail]
+    if cut:
+        rows_R = torch.tensor([row for row, _ in cut], device=out_RV.device)
+        below_R1 = torch.tensor([[below] for _, below in cut], device=out_RV.device)
+        own_RV = out_RV[rows_R]
+        out_RV[rows_R] = own_RV.masked_fill_(own_RV < own_RV.amax(1, True) + below_R1, -torch.inf)
+
+
+def _penalize(rows: Rows, out_RV: Tensor) -> None:
     repeating = [(row, shaper) for row, shaper in rows if shaper._shaping.repetition_penalty != 1]
     if repeating:
         places, of_N = _places(repeating, [shaper._seen for _, shaper in repeating], out_RV)
@@ -198,7 +230,7 @@ def _penalize(rows: Sequence[tuple[int, Shaper]], out_RV: Tensor) -> None:
         out_RV.view(-1)[places] -= presence_N + frequency_N * times_N
 
 
-def _places(rows: Sequence[tuple[int, Shaper]], ids: Sequence[array[int]], out_RV: Tensor) -> tuple[Tensor, Tensor]:
+def _places(rows: Rows, ids: Sequence[array[int]], out_RV: Tensor) -> tuple[Tensor, Tensor]:
     """Where the rows' tokens stand in the flattened logits, and whose of `rows` each one is."""
     device = out_RV.device
     of_N = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(part) for part in ids]))

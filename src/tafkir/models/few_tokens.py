@@ -77,7 +77,7 @@ class FewTokens:
         self._kept: list[object] = []
         self._norm = decoder.norm.weight.detach().float().contiguous()
         self._formats: set[str] = set()
-        self._layers = (_LayerStruct * len(decoder.layers))(*(self._layer(layer) for layer in decoder.layers))
+        self._layers = self.structs_of_layers(list(decoder.layers))
         self._num_sparse = sum(layer.experts > 0 for layer in self._layers)
         config = decoder.config
         self._rope: tuple[Tensor, Tensor] | None = None
@@ -85,14 +85,18 @@ class FewTokens:
             self._rope = self._rope_table(torch.arange(config.max_position_embeddings))
 
     @staticmethod
-    def takes(decoder: Decoder) -> bool:
-        """Whether the kernels are in use and know all that the decoder is made of."""
+    def takes(decoder: Decoder, layers: Sequence[nn.Module] | None = None) -> bool:
+        """Whether the kernels are in use and know all that the decoder, or these layers of it, are made of."""
         return (
             native.kernels_in_use() == "native"
             and decoder.norm.weight.device.type == "cpu"
             and type(decoder.residual) is PlainResidual
-            and all(_is_plain(layer) for layer in decoder.layers)
+            and all(_is_plain(layer) for layer in (decoder.layers if layers is None else layers))
         )
+
+    def structs_of_layers(self, layers: Sequence[nn.Module]) -> ctypes.Array[_LayerStruct]:
+        """The kernels' view of layers; valid while this object lives."""
+        return (_LayerStruct * len(layers))(*(self._layer(layer) for layer in layers))
 
     def takes_rows(self, num_tokens: int) -> bool:
         """Whether so many tokens should go this way; a BLAS is faster for many, but for the processor's matrix unit."""

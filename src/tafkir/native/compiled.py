@@ -19,7 +19,7 @@ SOURCES = tuple(
     Path(__file__).with_name(name)
     for name in (
         *("kernels.cpp", "streams.cpp", "formats.cpp", "weights.cpp", "sublayers.cpp", "paged.cpp", "decode.cpp"),
-        *("shared.h", "tiles.h", "vectors.h"),
+        *("digits.h", "shared.h", "tiles.h", "vectors.h"),
     )
 )
 OVERRIDE = "TAFKIR_KERNELS"

@@ -6,6 +6,7 @@
 // Without it, one token of NVFP4 or INT8, and several tokens of all but float32, have ways of their own, which differ
 // in the order of sums alone.
 
+#include "digits.h"
 #include "shared.h"
 #include "tiles.h"
 #include "vectors.h"
@@ -340,52 +341,20 @@ void release_tiles() {}
 
 inline int64_t tile_panels(const Matrix& m) { return (m.rows + kTileRows - 1) / kTileRows; }
 
-// 128 columns of NVFP4 at a time: a lane has eight codes of one block, which a shift brings to where a permutation
-// looks; so the token's numbers stand in that order, and a block's scale is applied to the sum of eight products.
-constexpr int64_t kTurn = 128;
-
-void turn_token(const float* x, int64_t columns, float* to) {
-  for (int64_t c = 0; c < columns; c += kTurn)
-    for (int64_t j = 0; j < 8; j++)
-      for (int64_t lane = 0; lane < kLanes; lane++) to[c + j * kLanes + lane] = x[c + 8 * lane + j];
-}
-
-template <int kRows>
-inline void turned_rows(const Matrix& m, int64_t first, const float* x, Floats* sums) {
-  const Floats values = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f,
-                         -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
-  const uint8_t *codes[kRows], *scales[kRows];
-  for (int r = 0; r < kRows; r++) {
-    const int64_t row = std::min(first + r, m.rows - 1);
-    codes[r] = static_cast<const uint8_t*>(m.codes) + row * m.columns / 2;
-    scales[r] = static_cast<const uint8_t*>(m.scales) + row * m.columns / 16;
-    sums[r] = Floats{};
-  }
-  for (int64_t c = 0; c < m.columns; c += kTurn) {
-    Floats token[8];
-#pragma GCC unroll 8
-    for (int j = 0; j < 8; j++) token[j] = load_as<Floats>(x + c + j * kLanes);
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; r++) {
-      const Words words = load_as<Words>(codes[r] + c / 2);
-      __builtin_prefetch(codes[r] + c / 2 + kRows * m.columns / 2);
-      Floats even = {}, odd = {};
-#pragma GCC unroll 4
-      for (int j = 0; j < 8; j += 2) {
-        even += __builtin_shuffle(values, bits_of<Ints>(words >> (4 * j))) * token[j];
-        odd += __builtin_shuffle(values, bits_of<Ints>(words >> (4 * j + 4))) * token[j + 1];
-      }
-      const Longs pairs = wide_eight_bytes(scales[r] + c / 16);
-      sums[r] += (even + odd) * e4m3_values(bits_of<Words>(pairs | pairs << 32));
-    }
-  }
-}
-
-void turned_panel(const Matrix& m, int64_t first, const float* x, float* out) {
-  const float total = m.format == kNvfp4 ? (float)m.total : (float)(1.0 / m.total);
+void turned_panel(const Matrix& m, int64_t first, const void* packed, float* out) {
+  const float total = (m.format == kNvfp4 ? (float)m.total : (float)(1.0 / m.total)) * kNvfp4Factor;
+  constexpr int kRows = 4;
   for (int64_t row = first; row < std::min(first + kTileRows, m.rows); row += kPanel) {
     Floats sums[kPanel];
-    for (int64_t r = 0; r < kPanel; r += 4) turned_rows<4>(m, row + r, x, sums + r);
+    for (int64_t r = 0; r < kPanel; r += kRows) {
+      const uint8_t *codes[kRows], *scales[kRows];
+      for (int i = 0; i < kRows; i++) {
+        const int64_t at = std::min(row + r + i, m.rows - 1) * m.columns;
+        codes[i] = static_cast<const uint8_t*>(m.codes) + at / 2;
+        scales[i] = static_cast<const uint8_t*>(m.scales) + at / 16;
+      }
+      nvfp4_rows<kRows>(codes, scales, m.columns, packed, sums + r);
+    }
     const Floats joined = join_rows(sums, [](Floats a, Floats b) { return a + b; }) * total;
     for (int64_t r = 0; r < std::min(kPanel, m.rows - row); r++) out[row + r] = joined[r];
   }
@@ -399,12 +368,22 @@ struct UnscaledRow {
   Floats at(int64_t c) const { return __builtin_convertvector(wide_signed_bytes(codes + c), Floats); }
 };
 
-void unscaled_panel(const Matrix& m, int64_t first, const float* x, float* out) {
+void unscaled_panel(const Matrix& m, int64_t first, const float* x, const void* packed, float* out) {
   for (int64_t row = first; row < std::min(first + kTileRows, m.rows); row += kPanel) {
     UnscaledRow rows[kPanel];
     for (int64_t r = 0; r < kPanel; r++)
       rows[r] = {static_cast<const int8_t*>(m.codes) + std::min(row + r, m.rows - 1) * m.columns};
-    const Floats sums = products<16, 1, kPanel>(rows, &x, m.columns);
+    Floats sums;
+    if (has_int8_digits(m.columns)) {
+      Floats lanes[kPanel];
+      for (int64_t r = 0; r < kPanel; r += 4) {
+        const int8_t* const codes[4] = {rows[r].codes, rows[r + 1].codes, rows[r + 2].codes, rows[r + 3].codes};
+        int8_rows<4>(codes, m.columns, packed, lanes + r);
+      }
+      sums = join_rows(lanes, [](Floats a, Floats b) { return a + b; });
+    } else {
+      sums = products<16, 1, kPanel>(rows, &x, m.columns);
+    }
     for (int64_t r = 0; r < std::min(kPanel, m.rows - row); r++)
       out[row + r] = sums[r] * static_cast<const float*>(m.scales)[(row + r) / m.tile_rows];
   }
@@ -446,7 +425,8 @@ class Packed {
 };
 
 void pack(Way way, const float* const* x, int64_t n, int64_t columns, uint16_t* to) {
-  if (way == kTurned) return turn_token(x[0], columns, reinterpret_cast<float*>(to));
+  if (way == kTurned) return pack_nvfp4_token(x[0], columns, to);
+  if (way == kUnscaled && has_int8_digits(columns)) return pack_int8_token(x[0], columns, to);
   if (way == kTiles) pack_tokens(x, n, columns, pieces_wanted(), to);
 }
 
@@ -454,8 +434,8 @@ void pack(Way way, const float* const* x, int64_t n, int64_t columns, uint16_t* 
 void double_panel(Way way, const Matrix& m, int64_t first, const float* const* x, const uint16_t* packed, int64_t n,
                   float* out, int64_t stride) {
   if (way == kTiles) return tile_panel(m, first, packed, n, out, stride);
-  if (way == kTurned) return turned_panel(m, first, reinterpret_cast<const float*>(packed), out);
-  if (way == kUnscaled) return unscaled_panel(m, first, x[0], out);
+  if (way == kTurned) return turned_panel(m, first, packed, out);
+  if (way == kUnscaled) return unscaled_panel(m, first, x[0], packed, out);
   for (int64_t row = first; row < std::min(first + kTileRows, m.rows); row += kPanel)
     any_panel(m, row, x, n, out, stride);
 }
@@ -466,7 +446,7 @@ void linear(const Matrix* parts, int64_t count, const float* const* x, int64_t n
             const Packed& packed) {
   const int64_t columns = parts[0].columns;
   const Way way = packed.way(parts, count, n);
-  if (way == kTurned || way == kTiles) {
+  if (way != kPlain) {
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < n; t += kTileTokens)
       pack(way, x + t, std::min(kTileTokens, n - t), columns, packed.at(t, columns));
@@ -628,6 +608,79 @@ void add_experts(const Layer& layer, const float* normed, int64_t n, const int64
 
 }  // namespace
 
+// --- drafts: MTP layers as a chain, see tafkir.models.draft_chain -----------------------------------------------------
+
+// Layers that draft for a decoder. `joined` reads both normed inputs side by side.
+struct DraftLayer {
+  const float *enorm, *hnorm, *norm;
+  const Matrix* joined;
+  const Layer* block;
+};
+
+struct Drafting {
+  int64_t depth, chained, post_norm, hidden_first, head_parts;
+  const DraftLayer* layers;
+  const Matrix *head, *embedding;
+};
+
+// What a sequence has at one depth: blocks of keys and values, how many of their rows hold for good, and states that
+// are to be read again (one in a chain, else as many as the depth).
+struct DraftTrack {
+  void *keys, *values;
+  float* carried;
+  int64_t cached, num_carried;
+};
+
+namespace {
+
+void embed(const Matrix& table, const int64_t* ids, int64_t n, float* out) {
+  for (int64_t t = 0; t < n; t++)
+    for (int64_t c = 0; c < table.columns; c += kLanes) {
+      const int64_t at = ids[t] * table.columns;
+      const Floats x = table.format == kF32 ? F32Row{static_cast<const float*>(table.codes) + at}.at(c)
+                                            : Bf16Row{static_cast<const uint16_t*>(table.codes) + at}.at(c);
+      std::memcpy(out + t * table.columns + c, &x, sizeof x);
+    }
+}
+
+// The number that a request's stream has for a draw: ops/sampling.py, `uniform`.
+double uniform_of(uint64_t key, uint64_t draw) {
+  uint64_t z = key + (draw + 1) * 0x9E3779B97F4A7C15ull;
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+  return (double)((z ^ (z >> 31)) >> 11) * 0x1p-53;
+}
+
+// As ops/sampling.py draws: top-k, then top-p over what is left, then the inverse of the distribution in order of ids.
+int64_t draw_token(float* logits, int64_t vocab, float temperature, int64_t top_k, float top_p, double u) {
+  const int64_t best = std::max_element(logits, logits + vocab) - logits;
+  if (temperature == 0.0f) return best;
+  const float top = logits[best];
+  for (int64_t v = 0; v < vocab; v++) logits[v] = fast_exp((logits[v] - top) / temperature);
+  if ((top_k > 0 && top_k < vocab) || top_p < 1.0f) {
+    std::vector<int64_t> order(vocab);
+    for (int64_t v = 0; v < vocab; v++) order[v] = v;
+    std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+      return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;
+    });
+    const int64_t count = top_k > 0 ? std::min(top_k, vocab) : vocab;
+    double mass = 0.0, before = 0.0;
+    for (int64_t i = 0; i < count; i++) mass += logits[order[i]];
+    for (int64_t i = 0; i < vocab; i++) {
+      const double weight = logits[order[i]];
+      if (i && (i >= count || (top_p < 1.0f && before >= top_p * mass))) logits[order[i]] = 0.0f;
+      before += weight;
+    }
+  }
+  double total = 0.0, sum = 0.0;
+  for (int64_t v = 0; v < vocab; v++) total += logits[v];
+  for (int64_t v = 0; v < vocab; v++)
+    if ((sum += logits[v]) > u * total) return v;
+  return best;
+}
+
+}  // namespace
+
 extern "C" {
 
 // out [n, rows of all parts] = x [n, columns] times the parts' rows.
@@ -766,6 +819,68 @@ int tafkir_decode_layers(int threads, const Layer* layers, int64_t count, float*
     tafkir_decode_mlp(threads, layer, attended, n, x, ids);
     if (layer->experts) ids += n * layer->active;
   }
+  return 0;
+}
+
+// Up to `most` tokens after the newest one of a sequence. `states` [n, D] are the decoder's of its newest tokens but the
+// last, whose last one stands at `position`; `tokens` the n that follow each of them, with room for what is drafted.
+// cos and sin are tables by position. Draws `first_draw` and the following ones of the stream `key` are the numbers.
+int tafkir_draft(int threads, const Drafting* drafting, DraftTrack* tracks, const float* states, int64_t n,
+                 int64_t position, int64_t most, const float* cos, const float* sin, int64_t* tokens, float temperature,
+                 int64_t top_k, float top_p, int64_t key, int64_t first_draw) {
+  const Layer& first = *drafting->layers->block;
+  const int64_t d = first.hidden, half = first.half;
+  int64_t vocab = 0;
+  for (int64_t p = 0; p < drafting->head_parts; p++) vocab += drafting->head[p].rows;
+  const int64_t longest = n + most + 1;
+  const Scratch scratch(longest * 6 * d + vocab);
+  float *in = scratch.get(), *x = in + longest * d, *hidden = x + longest * d, *both = hidden + longest * d;
+  float *normed = both + longest * 2 * d, *logits = normed + longest * d;
+  std::vector<int64_t> table, rows(longest), places(longest), ids(longest * std::max<int64_t>(1, first.active));
+  const float* outputs = states;
+  int64_t count = n, end = 0;
+  for (int64_t ahead = 0; ahead < most; ahead++) {
+    const int64_t depth = std::min(ahead, drafting->depth - 1);
+    const DraftLayer& layer = drafting->layers[depth];
+    DraftTrack& track = tracks[depth];
+    int64_t start = end;
+    if (ahead == depth) {
+      const int64_t fresh = drafting->chained ? count : n, before = track.num_carried;
+      std::memmove(in + before * d, drafting->chained ? outputs : states, fresh * d * sizeof(float));
+      std::memcpy(in, track.carried, before * d * sizeof(float));
+      count = before + fresh;
+      start = track.cached;
+      track.cached += std::max<int64_t>(0, count - depth);
+      // Its last `depth` rows stand on drafts and are read again; in a chain the layer before makes all but one anew.
+      track.num_carried = depth > count ? 0 : drafting->chained ? std::min<int64_t>(1, depth) : depth;
+      std::memcpy(track.carried, in + (count - depth) * d, track.num_carried * d * sizeof(float));
+    } else {
+      std::memmove(in, outputs + (count - 1) * d, d * sizeof(float));
+      count = 1;
+    }
+    end = start + count;
+    // Both inputs, normed, side by side.
+    embed(*drafting->embedding, tokens + n + ahead - count, count, x);
+    norm_rows(x, layer.enorm, first.eps, count, d, normed);
+    norm_rows(in, layer.hnorm, first.eps, count, d, hidden);
+    for (int64_t t = 0; t < count; t++) {
+      std::memcpy(both + 2 * t * d, (drafting->hidden_first ? hidden : normed) + t * d, d * sizeof(float));
+      std::memcpy(both + (2 * t + 1) * d, (drafting->hidden_first ? normed : hidden) + t * d, d * sizeof(float));
+    }
+    tafkir_packed_linear(threads, layer.joined, 1, both, count, d, x);
+    const int64_t last = position + ahead - depth, width = (end + 15) / 16;
+    for (int64_t b = (int64_t)table.size(); b < width; b++) table.push_back(b);
+    for (int64_t t = 0; t < count; t++) places[t] = start + t;
+    tafkir_decode_layers(threads, layer.block, 1, x, count, cos + (last - count + 1) * half,
+                         sin + (last - count + 1) * half, &track.keys, &track.values, table.data(), rows.data(),
+                         places.data(), width, ids.data());
+    norm_rows(x, layer.norm, first.eps, count, d, hidden);
+    outputs = drafting->post_norm ? hidden : x;
+    tafkir_packed_linear(threads, drafting->head, drafting->head_parts, hidden + (count - 1) * d, 1, vocab, logits);
+    tokens[n + ahead] = draw_token(logits, vocab, temperature, top_k, top_p, uniform_of(key, first_draw + ahead));
+  }
+  // Layers that had no turn go on without the rows that they miss.
+  for (int64_t depth = most; depth < drafting->depth; depth++) tracks[depth].num_carried = 0;
   return 0;
 }
 

@@ -76,6 +76,7 @@ _SIGNATURES = {
     "tafkir_decode_qkv": "ipplppppp",
     "tafkir_decode_mlp": "ipplpp",
     "tafkir_decode_layers": "iplplppppppplp",
+    "tafkir_draft": "ippplllpppflfll",
     "tafkir_paged_attention": "ippppppppllllllfp",
     "tafkir_row_linear": "ippllllp",
 }

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 from tafkir.serve.errors import ApiError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from tafkir.serve.schema import OutputRules
 
 __all__ = ["Grammar", "GrammarCompiler", "check_schema"]
@@ -31,15 +29,10 @@ class Grammar:
         """The same grammar for another sequence, at the same place."""
         return Grammar(self._matcher.deep_copy())
 
-    def allowed(self, vocab_size: int) -> Tensor:
-        import torch
-
-        packed = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+    def allowed(self) -> bytes:
+        bits: bytes = self._matcher.compute_bitmask()
         self._check()
-        bits = (packed.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1
-        flat = bits.flatten()[:vocab_size].bool()
-        # The head may have rows that no token of the tokenizer has.
-        return torch.nn.functional.pad(flat, (0, vocab_size - len(flat)))
+        return bits
 
     def push(self, token_id: int) -> None:
         if not self._matcher.is_stopped():
