@@ -31,7 +31,7 @@ def kernels() -> Iterator[tuple[str, str, dict[str, str], dict[str, Any]]]:
 
     for dtype, own in DTYPES.items():
         exact, data = dtype == "float32", dict.fromkeys(("x", "out", "q", "keys", "values"), own)
-        for tokens in (16, 64):
+        for tokens in (64,) if exact else (16, 64):
             tile = {"exact": exact, "tokens": tokens, "width": WIDTH, "depth": tile_depth(exact)}
             yield "packed_linear", "_linear", {**data, "codes": "*u8", "scales": "*u8"}, tile
             for coded in (False, True):
@@ -39,7 +39,7 @@ def kernels() -> Iterator[tuple[str, str, dict[str, str], dict[str, Any]]]:
                 totals = {} if coded else {"totals": own}
                 for name in ("_gate_up", "_down"):
                     yield "experts", name, {**data, **weight, **totals}, {**tile, "coded": coded}
-        for width in (64, 128):
+        for width in (128,) if exact else (64, 128):
             sizes = {"block": 16, "splits": 4, "exact": exact, "group": 16, "head_width": width, "span": 64}
             yield "paged_attention", "_attend", data, sizes
 
