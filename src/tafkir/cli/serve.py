@@ -87,6 +87,12 @@ FourBitProducts = Annotated[
     bool,
     typer.Option("--four-bit-products", help="On Blackwell: multiply NVFP4 weights by activations rounded to NVFP4."),
 ]
+Processors = Annotated[
+    str | None,
+    typer.Option(
+        "--cpus", metavar="LIST|nodeN", help="Processors to stay on: 0-15,32-47, or those of a NUMA node: node1."
+    ),
+]
 PrefixCache = Annotated[
     bool, typer.Option(help="Begin with what earlier requests of the same beginning have left in the cache.")
 ]
@@ -144,6 +150,7 @@ def serve(
     four_bit_products: FourBitProducts = False,
     max_queue: Annotated[int, typer.Option(min=1, help="Most requests that wait.")] = 256,
     threads: Annotated[int | None, typer.Option(min=1, help="Processor threads; torch's choice if left out.")] = None,
+    cpus: Processors = None,
     api_key: ApiKeys = None,
     api_key_file: Annotated[Path | None, typer.Option(help="A file of keys, one a line.")] = None,
     rate_limit: Annotated[int, typer.Option(min=0, help="Most requests a minute of one key; 0: no limit.")] = 0,
@@ -167,6 +174,10 @@ def serve(
     Keys are asked for on everything but /, /health, /ready, /version and /metrics. SIGTERM takes nothing new and lets
     what runs finish.
     """
+    if cpus is not None:  # before torch is imported, which counts the processors that it may use
+        from tafkir.native.placement import run_on
+
+        run_on(cpus)
     from tafkir.cli.completer import checkpoint_of
     from tafkir.ops.native import set_matmul_precision
     from tafkir.serve.canaries import CanaryOptions
