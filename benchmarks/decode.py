@@ -30,7 +30,7 @@ from typing import Any
 
 KINDS = ("moe", "dense")
 DTYPES = ("float32", "bfloat16")
-PEERS = ("transformers", "vllm", "llama.cpp", "openvino")
+PEERS = ("transformers", "vllm", "llama.cpp")
 QUICK = {"output": 64, "repeats": 3}
 FULL = {"output": 128, "repeats": 5}
 HERE = Path(__file__).parent
@@ -130,7 +130,6 @@ def sides_of(args: argparse.Namespace, kind: str, dtype: str) -> dict[str, dict[
     for peer in args.peers:
         spec = {**shared, "side": peer, "eager": args.eager, "unified": False}
         spec["gguf"] = str(args.models / f"{kind}-{dtype}.gguf")
-        spec["openvino"] = str(args.models / "openvino" / f"{kind}-{dtype}")
         found[peer] = spec
     return found
 

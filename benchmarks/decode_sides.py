@@ -112,32 +112,8 @@ def llama_cpp(spec: dict[str, Any]) -> Batch:
     return lambda prompts, count: list(pool.map(lambda ids: ask(ids, count), prompts))
 
 
-def openvino(spec: dict[str, Any]) -> Batch:
-    """OpenVINO GenAI's continuous batching; its model comes from `optimum-cli export openvino`."""
-    import numpy as np
-    import openvino as ov
-    import openvino_genai as genai
-
-    config = genai.SchedulerConfig()
-    config.cache_size, config.max_num_seqs, config.max_num_batched_tokens = 1, 32, 4096
-    config.dynamic_split_fuse, config.enable_prefix_caching = True, False
-    hint = "f32" if spec["dtype"] == "float32" else "bf16"
-    properties = {"INFERENCE_NUM_THREADS": spec["threads"], "INFERENCE_PRECISION_HINT": hint}
-    if hint == "f32":
-        properties |= {"KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
-    pipe = genai.ContinuousBatchingPipeline(spec["openvino"], config, "CPU", properties)
-
-    def batch(prompts: list[list[int]], count: int) -> list[list[int]]:
-        wanted = genai.GenerationConfig()
-        wanted.max_new_tokens, wanted.min_new_tokens, wanted.ignore_eos, wanted.do_sample = count, count, True, False
-        tensors = [ov.Tensor(np.array([ids], dtype=np.int64)) for ids in prompts]
-        return [list(answer.m_generation_ids[0]) for answer in pipe.generate(tensors, [wanted] * len(prompts))]
-
-    return batch
-
-
 SIDES: dict[str, Callable[[dict[str, Any]], Batch]] = {
-    "tafkir": tafkir, "transformers": transformers, "vllm": vllm, "llama.cpp": llama_cpp, "openvino": openvino,
+    "tafkir": tafkir, "transformers": transformers, "vllm": vllm, "llama.cpp": llama_cpp,
 }  # fmt: skip
 
 
