@@ -115,10 +115,11 @@ async def overload(server: ServerProcess, room: int, seconds: float, tokens: int
         accepted = [each for each in answers if each.status == 200]
         refused = [each for each in answers if each.status != 200]
         times = sorted(each.last_s for each in refused)
+        per_token = [(each.last_s - each.first_s) / (tokens - 1) for each in accepted if each.done]
         found[name] = {
             "accepted": len(accepted),
             "complete": sum(each.done for each in accepted),
-            "tpot_ms": 1000 * statistics.median((each.last_s - each.first_s) / (tokens - 1) for each in accepted),
+            "tpot_ms": 1000 * statistics.median(per_token or [float("nan")]),
             "refused": dict(Counter(str(each.status) for each in refused)),
             "with_retry_after": sum(each.retry_after is not None for each in refused),
             "refusal_ms_p50_p99_max": [1000 * times[int(q * (len(times) - 1))] for q in (0.5, 0.99, 1)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from tafkir.engine.text import StopBuffer, TextStream
 from tafkir.records import FinishReason, Request
@@ -86,8 +86,7 @@ class Sequence:
         return self.request.priority, self.arrival
 
 
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):
     """One sampled token of one request. `top` holds (token, logprob) pairs, the most probable first.
 
     The last token of a step that checked a draft says how many tokens were drafted, and how many of them were kept.

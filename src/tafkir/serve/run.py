@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import logging
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
@@ -64,29 +67,30 @@ def serve(
         CheckpointError, DataError: the checkpoint or its tokenizer is missing or damaged.
         CapacityError: the sizes do not fit the model.
     """
-    from tafkir.serve.app import build_app
-
     options = options or ServerOptions()
     questions = canaries.read() if canaries else None
     listener = _listen(host, port)
     try:
-        app = build_app(
-            checkpoint,
-            model_name=model_name,
-            max_batch=max_batch,
-            max_context=max_context,
-            max_cache_bytes=max_cache_bytes,
-            kv_cache=kv_cache,
-            speculate=speculate,
-            weights=weights,
-            prefix_caching=prefix_caching,
-            batch_invariant=batch_invariant,
-            device=device,
-            four_bit_products=four_bit_products,
-            max_queue=max_queue,
-            num_threads=num_threads,
-            options=options,
-        )
+        with _without_collections():
+            from tafkir.serve.app import build_app
+
+            app = build_app(
+                checkpoint,
+                model_name=model_name,
+                max_batch=max_batch,
+                max_context=max_context,
+                max_cache_bytes=max_cache_bytes,
+                kv_cache=kv_cache,
+                speculate=speculate,
+                weights=weights,
+                prefix_caching=prefix_caching,
+                batch_invariant=batch_invariant,
+                device=device,
+                four_bit_products=four_bit_products,
+                max_queue=max_queue,
+                num_threads=num_threads,
+                options=options,
+            )
     except BaseException:
         listener.close()
         raise
@@ -104,6 +108,17 @@ def serve(
             asking.stop()
         app.state.worker.stop()
         listener.close()
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """What a start makes stays: looking for garbage among it costs the start, and later every full collection."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 class HttpServer(uvicorn.Server):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from tafkir.engine.sequence import TokenEvent
 from tafkir.engine.text import StopBuffer, TextStream
@@ -102,8 +101,7 @@ class ReasoningSplitter:
         return (out, "") if self._state == "thought" else ("", out)
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(NamedTuple):
     """What one or several tokens add to a choice, which has shown so many tokens with them."""
 
     text: str = ""

@@ -213,7 +213,8 @@ class ToolCallSplitter:
     def push(self, text: str) -> tuple[str, list[CallPart]]:
         """Text that is certain to be no part of a call, and what has come of calls."""
         self._held += text
-        out, parts = "", []
+        out = ""
+        parts: list[CallPart] = []
         while True:
             before = self._state, self._held
             if self._state in ("text", "after"):
