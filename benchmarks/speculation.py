@@ -4,10 +4,10 @@
 
 The checkpoint needs MTP layers (`tafkir run mtp-distill`); the engine is the server's, weights are as they are stored.
 It answers made-up word problems that no training reads, as chat; on `loops` the end of an answer is ignored, and a
-small model soon repeats itself. All sides answer one prompt before the next, each time in another order; ratios are within a
-repeat over all prompts. `same` says whether every token is that of plain decoding. At temperature 1
-`rejection_sampling` is what Leviathan et al.'s rule would accept of the first drafted token, the mean of sum(min(p, q))
-along the same texts, beside what is accepted here.
+small model soon repeats itself. All sides answer one prompt before the next, each time in another order; ratios are
+within a repeat over all prompts. `same` says whether every token is that of plain decoding. At temperature 1
+`rejection_sampling` is what Leviathan et al.'s rule would accept of the first drafted token, the mean of
+sum(min(p, q)) along the same texts, beside what is accepted here.
 """
 
 from __future__ import annotations
