@@ -67,22 +67,26 @@ class ParameterCounts:
         return self.active - self.embeddings
 
 
+def _check_64_bits(values: Mapping[str, Any]) -> None:
+    """No size is larger; arithmetic with floats would end in an OverflowError."""
+    for name, value in values.items():
+        if isinstance(value, int) and abs(value) >= 1 << 63:
+            raise ValueError(f"{name} does not fit into 64 bits")
+
+
 class _Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     @model_validator(mode="before")
     @classmethod
     def _in_64_bits(cls, values: Any) -> Any:
-        """No size is larger; arithmetic with floats would end in an OverflowError."""
-        for name, value in values.items() if isinstance(values, Mapping) else ():
-            if isinstance(value, int) and abs(value) >= 1 << 63:
-                raise ValueError(f"{name} does not fit into 64 bits")
+        if isinstance(values, Mapping):
+            _check_64_bits(values)
         return values
 
     @model_validator(mode="after")
     def _in_64_bits_when_read(self) -> Self:
-        """Sizes that came as text are numbers by now."""
-        self._in_64_bits(dict(self))
+        _check_64_bits(dict(self))  # sizes that came as text are numbers by now
         return self
 
 
