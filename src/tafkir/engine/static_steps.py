@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,7 +132,7 @@ class StaticDecode:
         size = size_of_rows(rows, most)
         wide = min(widest, max(_LEAST_BLOCKS, 1 << (blocks - 1).bit_length()))
         if (size, wide) not in self._steps:
-            whole = {"dtype": torch.int64, "device": self._cache.device}
+            whole: dict[str, Any] = {"dtype": torch.int64, "device": self._cache.device}
             self._steps[size, wide] = _Step(
                 torch.zeros(size, **whole), torch.zeros(size, **whole), torch.zeros(size, wide, **whole)
             )
