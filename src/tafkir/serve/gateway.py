@@ -190,7 +190,7 @@ class EarlyRefusal:
         headers = [*response.raw_headers, (b"x-request-id", request_id.encode())]
         headers += [(b"connection", b"close")] if close else []
         lines = b"".join(b"%b: %b\r\n" % header for header in headers)
-        return b"HTTP/1.1 503 Service Unavailable\r\n%b\r\n%b" % (lines, response.body), missing, close
+        return b"HTTP/1.1 503 Service Unavailable\r\n%b\r\n%b" % (lines, bytes(response.body)), missing, close
 
 
 def _keys(options: ServerOptions) -> ApiKeys:

@@ -15,8 +15,8 @@ __all__ = ["Inbox", "waits_for"]
 Delivery = list[TokenEvent] | Exception
 
 # Rest after a hand-out, in seconds for each reader that it woke. What a piece of a stream costs, it costs the thread
-# that steps the engine: 32 streams get one every 32 ms at most, however short a step is, and one alone gets its own.
-_REST_S = 0.001
+# that steps the engine: 32 streams get one every 64 ms at most, however short a step is, and one alone gets its own.
+_REST_S = 0.002
 # Events that a reader of the whole answer lets come together before it looks at them.
 _MANY = 256
 

@@ -33,9 +33,9 @@ logger = logging.getLogger(__name__)
 
 # Prompts that are scored between two steps of those that generate.
 _SCORE_TOKENS = 4096
-# An idle engine waits so long for another request after each, and so long in all: who comes together begins together,
-# in one pass over all prompts where they would be read in pieces beside the tokens of the first.
-_APART_S, _GATHER_S = 0.001, 0.05
+# An idle engine waits so long for another request after the first, longer after several, and so long in all: who comes
+# together begins together, in one pass over all prompts, which would be read in pieces beside the first one's tokens.
+_APART_S, _FAR_APART_S, _GATHER_S = 0.001, 0.005, 0.1
 
 
 class Overloaded(Exception):
@@ -305,7 +305,7 @@ class EngineWorker:
             settle(left_s)
             with self._wake:
                 if len(self._inbox) == count:
-                    self._wake.wait(_APART_S)
+                    self._wake.wait(min(count * _APART_S, _FAR_APART_S))
                 if len(self._inbox) == count or self._stopping:
                     return
 
