@@ -20,12 +20,13 @@ from typing import Any
 from http_load import serving
 
 TAFKIR = ["-m", "tafkir.cli.main"]
+PLAN = [*TAFKIR, "plan", "deepseek-r1", "--precision", "fp8", "--hardware"]
 SIZES = (8, 16, 32, 64, 96, 144)
 COMMANDS = {
     "help": [[*TAFKIR, "--help"]],
     "model ls": [[*TAFKIR, "model", "ls"]],
-    "plan": [[*TAFKIR, "plan", "deepseek-r1", "--hardware", "h200:8"]],
-    "plan search": [[*TAFKIR, "plan", "deepseek-r1", "--hardware", f"h200:{count}"] for count in SIZES],
+    "plan": [[*PLAN, "h200:8"]],
+    "plan search": [[*PLAN, f"h200:{count}"] for count in SIZES],
     "import torch": [["-c", "import torch"]],
 }
 
