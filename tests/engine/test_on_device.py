@@ -25,6 +25,7 @@ from tafkir.quant.convert import quantize_checkpoint
 from tafkir.recipe.model import ModelConfig
 from tafkir.recipe.quantize import QuantizeConfig
 from tafkir.records import Request, SamplingParams
+from tafkir.serve.loading import build_engine
 
 CPU = torch.device("cpu")
 
@@ -111,6 +112,9 @@ def test_refusals_and_what_serves_where(folder: Path, monkeypatch: pytest.Monkey
         move_to_device(load_packed(folder, int8_head=True).decoder, CPU)
     with pytest.raises(BackendUnavailable, match="cpu has no NVFP4 products"):
         move_to_device(load_packed(folder).decoder, CPU, scaled_products=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BackendUnavailable, match="torch finds no cuda device"):
+        build_engine(folder, None, None, device="cuda")  # type: ignore[arg-type]  # nobody asks for the tokenizer
     cuda, found = torch.device("cuda"), {"triton": object()}
 
     def look(name: str) -> Any:
