@@ -35,7 +35,6 @@ SIZES = {"desk": (1200, 900), "phone": (390, 844)}
 LOADED = "new Promise(ok => document.readyState === 'complete' ? ok() : addEventListener('load', ok))"
 SETTLED = "document.fonts.ready.then(() => new Promise(ok => setTimeout(ok, 250)))"
 SUDOKU = "." * 6 + "...45." + ".31.2." + "..61.." + "3.2.4." + ".152.."
-MAZE = ""
 QUESTION = "Sara sold 48 clips in April, and half as many in May. How many clips did she sell altogether?"
 ENGLISH = r"""The sum of the first $n$ odd numbers is a square:
 
@@ -220,11 +219,11 @@ class View:
     checked: bool = True
 
 
-def solved(language: str, *, digits: bool | None = None, puzzle: str = SUDOKU) -> tuple[str, ...]:
+def solved(language: str, *, digits: bool | None = None) -> tuple[str, ...]:
     chosen = f"Object.assign(tafkir.settings, {{language: {language!r}, arabicDigits: {json.dumps(digits)}}})"
     # The wall clock of the browser is the one thing that would differ from picture to picture.
     thought = "tafkir.place().steps.forEach(s => { s.milliseconds = 12; })"
-    return ("tafkir.ready", f"{chosen}; tafkir.take({puzzle!r}); tafkir.solve()", f"{thought}; tafkir.renderAll()")
+    return ("tafkir.ready", f"{chosen}; tafkir.take({SUDOKU!r}); tafkir.solve()", f"{thought}; tafkir.renderAll()")
 
 
 def chosen(language: str) -> str:
@@ -246,7 +245,6 @@ VIEWS = {
     "puzzle-arabic": View(puzzle, solved("ar")),
     "puzzle-latin-digits": View(puzzle, solved("ar", digits=False)),
     "puzzle-settings": View(puzzle, (*solved("en"), "$('tune').click()")),
-    "puzzle-maze": View(puzzle, (*solved("en", puzzle=MAZE),)),
     "film": View(film),
     "film-arabic": View(film, ("$('language').lang === 'en' || $('language').click()",)),
     "watch": View(watch, checked=False),
@@ -266,22 +264,10 @@ VIEWS = {
 DOCS = (
     ("report", "light", "desk"), ("report", "dark", "phone"), ("report-arabic", "light", "desk"),
     ("evaluation", "light", "desk"), ("compare", "light", "desk"), ("compare", "dark", "desk"),
-    ("verify", "light", "desk"), ("card", "light", "desk"), ("plan", "light", "desk"), ("plan-arabic", "dark", "desk"),
-    ("plan", "light", "phone"), ("puzzle", "light", "desk"), ("puzzle", "light", "phone"),
-    ("puzzle-arabic", "dark", "phone"), ("puzzle-maze", "dark", "desk"), ("film", "light", "desk"),
-    ("watch", "dark", "desk"),
-    ("chat", "light", "desk"), ("chat-arabic", "dark", "desk"), ("chat", "light", "phone"),
-    ("chat-arabic", "dark", "phone"),
+    ("plan", "light", "desk"), ("plan-arabic", "dark", "desk"), ("plan", "light", "phone"),
+    ("chat", "light", "desk"), ("chat", "light", "phone"),
+    ("chat-arabic", "dark", "desk"), ("chat-arabic", "dark", "phone"),
 )  # fmt: skip
-
-
-# The first picture of the README: a report, and two phones before it.
-PRODUCT = """<!doctype html><meta charset="utf-8"><title>Tafkir</title><style>
-body {{ margin: 0; height: 720px; background: linear-gradient(150deg, #e3efec, #f4efe6 60%, #f6e9dc); }}
-img {{ position: absolute; top: 48px; border-radius: 16px; box-shadow: 0 16px 60px rgb(31 29 26 / 22%); }}
-img + img {{ border-radius: 26px; border: 5px solid #1f1d1a; }}
-</style><body><img src="{0}" style="left:44px;width:832px"><img src="{1}" style="left:640px;top:118px;width:252px">
-<img src="{2}" style="left:914px;top:62px;width:252px"></body>"""
 
 
 @contextlib.contextmanager
@@ -335,16 +321,6 @@ class Studio:
         browser.run("localStorage.clear()")
         return path, faults
 
-    def product(self) -> Path:
-        """Three of the pictures as one."""
-        names = ("report-light", "puzzle-light-phone", "chat-arabic-dark-phone")
-        page = self.shop.folder / "product.html"
-        page.write_text(PRODUCT.format(*((self.out / f"{name}.webp").resolve().as_uri() for name in names)))
-        self.browser.resize(1200, 720)
-        self.browser.open(page.as_uri())
-        self.browser.run(LOADED)
-        return self._shoot("product", whole=False)
-
     def _shoot(self, name: str, *, whole: bool) -> Path:
         if whole:  # longer than WebP can be
             path = self.out / f"{name}.png"
@@ -393,8 +369,6 @@ def main() -> int:
             failed, total = failed + bool(faults), total + path.stat().st_size
             told = "".join(f"\n    {fault}" for fault in faults) or "  nothing found"
             print(f"{name:<22} {theme:<6}{size:<6}{path.stat().st_size / 1e3:8,.0f} kB{told}", flush=True)
-        if args.docs and args.only == list(VIEWS):
-            total += studio.product().stat().st_size
     print(f"{len(wanted)} views, {failed} with faults; {total / 1e6:.2f} MB of pictures")
     return int(failed > 0)
 
