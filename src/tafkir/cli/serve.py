@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from tafkir.serve.canaries import CanaryOptions
+    from tafkir.serve.options import ServerOptions
 
 __all__ = ["CacheNumbers", "Speculate", "chat", "serve"]
 
@@ -174,37 +178,49 @@ def serve(
     Keys are asked for on everything but /, /health, /ready, /version and /metrics. SIGTERM takes nothing new and lets
     what runs finish.
     """
-    if cpus is not None:  # before torch is imported, which counts the processors that it may use
-        from tafkir.native.placement import run_on
-
-        run_on(cpus)
+    _run_on(cpus)
     from tafkir.cli.completer import checkpoint_of
+    from tafkir.cli.handover import hand_over
     from tafkir.ops.native import set_matmul_precision
-    from tafkir.serve.canaries import CanaryOptions
-    from tafkir.serve.options import ServerOptions, read_api_keys
     from tafkir.serve.run import serve as serve_checkpoint
 
     if engine != "tafkir":
-        from tafkir.cli.handover import hand_over
-
         hand_over(checkpoint_of(checkpoint), engine, hardware, port, print_only=print_only)
         return
-    keys = (*(api_key or ()), *(read_api_keys(api_key_file) if api_key_file else ()))
-    times = {"body_timeout_s": body_timeout, "request_timeout_s": request_timeout, "drain_s": drain}
-    body_bytes, origins = round(max_body_mb * (1 << 20)), tuple(cors_origin or ())
-    admin = {"admin_key": admin_key, "admin_remote": admin_remote, "otlp_traces_endpoint": otlp_traces_endpoint}
-    options = ServerOptions(keys, rate_limit, max_body_bytes=body_bytes, cors_origins=origins, **times, **admin)  # type: ignore[arg-type]
-    questions = None if canaries in (None, "default") else Path(canaries)
-    asked = CanaryOptions(questions, baseline, canary_share) if canaries else None
-    cache = {"max_cache_bytes": max_cache_mb << 20 if max_cache_mb else None, "kv_cache": kv_cache.value}
+    options = _options(
+        api_key, api_key_file, rate_limit, max_body_bytes=round(max_body_mb * (1 << 20)),
+        cors_origins=tuple(cors_origin or ()), body_timeout_s=body_timeout, request_timeout_s=request_timeout,
+        drain_s=drain, admin_key=admin_key, admin_remote=admin_remote, otlp_traces_endpoint=otlp_traces_endpoint,
+    )  # fmt: skip
     sizes: dict[str, Any] = {
         "max_batch": max_batch, "max_context": max_context, "max_queue": max_queue, "num_threads": threads,
-        "weights": weights.value, "speculate": speculate, "prefix_caching": prefix_cache,
-        "batch_invariant": batch_invariant, "model_name": model_name, **cache,
-        "device": device.value, "four_bit_products": four_bit_products,
+        "weights": weights.value, "speculate": speculate, "prefix_caching": prefix_cache, "model_name": model_name,
+        "batch_invariant": batch_invariant, "device": device.value, "four_bit_products": four_bit_products,
+        "max_cache_bytes": max_cache_mb << 20 if max_cache_mb else None, "kv_cache": kv_cache.value,
+        "canaries": _canaries(canaries, baseline, canary_share),
     }  # fmt: skip
     set_matmul_precision(matmul_precision.value)
-    serve_checkpoint(checkpoint_of(checkpoint), host, port, options=options, canaries=asked, **sizes)
+    serve_checkpoint(checkpoint_of(checkpoint), host, port, options=options, **sizes)
+
+
+def _run_on(cpus: str | None) -> None:
+    """Choose processors, before torch is imported, which counts those that it may use."""
+    if cpus is not None:
+        from tafkir.native.placement import run_on
+
+        run_on(cpus)
+
+
+def _options(keys: list[str] | None, file: Path | None, rate_limit: int, **rest: Any) -> ServerOptions:
+    from tafkir.serve.options import ServerOptions, read_api_keys
+
+    return ServerOptions((*(keys or ()), *(read_api_keys(file) if file else ())), rate_limit, **rest)
+
+
+def _canaries(file: str | None, baseline: Path | None, share: float) -> CanaryOptions | None:
+    from tafkir.serve.canaries import CanaryOptions
+
+    return CanaryOptions(None if file == "default" else Path(file), baseline, share) if file else None
 
 
 def chat(

@@ -94,10 +94,7 @@ def serve(
     except BaseException:
         listener.close()
         raise
-    address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-    logger.info("%s: chat at %s, OpenAI API at %s/v1 (Ctrl-C stops)", app.state.model_name, address, address)
-    if host not in ("127.0.0.1", "::1", "localhost") and not options.api_keys:
-        logger.warning("%s is open to everyone who reaches it: --api-key asks for a key", address)
+    _announce(app.state.model_name, host, listener.getsockname()[1], options)
     asking = Canaries(app.state.live, *questions) if questions else None
     try:
         if asking is not None:
@@ -108,6 +105,13 @@ def serve(
             asking.stop()
         app.state.worker.stop()
         listener.close()
+
+
+def _announce(model_name: str, host: str, port: int, options: ServerOptions) -> None:
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    logger.info("%s: chat at %s, OpenAI API at %s/v1 (Ctrl-C stops)", model_name, address, address)
+    if host not in ("127.0.0.1", "::1", "localhost") and not options.api_keys:
+        logger.warning("%s is open to everyone who reaches it: --api-key asks for a key", address)
 
 
 @contextmanager
