@@ -51,7 +51,7 @@ def measure(model: Trm, side: int, steps: Sequence[int], count: int) -> dict[str
     mazes = [make_maze(random, side, side, 2 * side) for _ in range(count)]
     questions, answers = (np.stack([format.encode(pair[part]) for pair in mazes]) for part in (0, 1))
     solved = solve_puzzles(resize(model, side), questions, steps=max(steps), batch_size=50)
-    right = solved.right(answers).all(-1)
+    right = np.all(solved.right(answers), axis=-1)
     return {
         "side": side,
         "mean_moves": float((answers == format.symbols.index("o")).sum(1).mean()) + 1,
