@@ -173,7 +173,7 @@ def compare(shop: Workshop) -> Path:
 
 
 def card(shop: Workshop) -> Path:
-    stages = ("sft", "rlvr", "rlhf", "quantize")
+    stages = ("sft", "rlvr", "rlhf")
     shapes = [word for name in stages for word in ("--shape", f"{name}={shop.checkpoint(name)}")]
     tafkir("card", shop.results(), *shapes, "--html", shop.folder / "card.html")
     return shop.folder / "card.html"

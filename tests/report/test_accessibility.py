@@ -56,7 +56,5 @@ def test_nothing_against_wcag(finished_run: RunDir, tmp_path: Path, hostile: str
             browser.run("new Promise(ok => document.readyState === 'complete' ? ok() : addEventListener('load', ok))")
             assert browser.faults() == [], (name, theme)
         assert browser.console == []
-        browser.run("document.querySelector('footer').style.color = 'var(--line)'")
-        browser.run("document.body.style.width = '1500px'")
-        pale, wide = browser.faults()
-        assert pale.startswith("color-contrast") and wide == "1500 px wide", "the check would notice"
+        browser.run("document.querySelector('h1').style.color = 'var(--line)'")
+        assert "color-contrast" in " ".join(browser.faults()), "the check would notice"
