@@ -8,7 +8,7 @@ from typing import Any
 
 __all__ = ["__version__", "solve"]
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 
 def solve(
