@@ -20,7 +20,6 @@ import torch
 
 from tafkir.checkpoint.trm import load_trm
 from tafkir.data.puzzles.maze import make_maze, maze_format
-from tafkir.errors import DataError
 from tafkir.intervals import accuracy
 from tafkir.models.solving import solve_puzzles
 from tafkir.models.trm import Trm
@@ -31,26 +30,13 @@ from tafkir.runlog.rundir import RunDir
 _SEED = 1_000_003
 
 
-def resize(model: Trm, side: int) -> Trm:
-    """The same weights for square mazes of another side.
-
-    Raises:
-        DataError: the network's weights are tied to one size.
-    """
-    if model.shape.mixer != "neighbours" or model.embed_positions is not None:
-        raise DataError("this network is made for one size", expected='mixer = "neighbours" without learned positions')
-    other = Trm(model.shape.model_copy(update={"sequence_length": side * side, "grid_columns": side}))
-    other.load_state_dict(model.state_dict())
-    return other.eval()
-
-
 def measure(model: Trm, side: int, steps: Sequence[int], count: int) -> dict[str, Any]:
     """Shares of whole grids right after each number of supervision steps, and at the highest q of all of them."""
     format = maze_format(side, side)
     random = Random(derive_seed(_SEED, "mazes", side))
     mazes = [make_maze(random, side, side, 2 * side) for _ in range(count)]
     questions, answers = (np.stack([format.encode(pair[part]) for pair in mazes]) for part in (0, 1))
-    solved = solve_puzzles(resize(model, side), questions, steps=max(steps), batch_size=50)
+    solved = solve_puzzles(model.resized(side, side), questions, steps=max(steps), batch_size=50)
     right = np.all(solved.right(answers), axis=-1)
     return {
         "side": side,

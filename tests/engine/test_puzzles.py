@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ import tafkir
 from tafkir.checkpoint.trm import load_trm, save_trm
 from tafkir.cli.main import app
 from tafkir.data.puzzles.format import Cells, PuzzleFormat
+from tafkir.data.puzzles.maze import make_maze
 from tafkir.data.puzzles.sudoku import Box, sudoku_format
 from tafkir.engine import puzzles
-from tafkir.engine.puzzles import find_solver, solve, split_puzzles
+from tafkir.engine.puzzles import find_solver, fit_to_grid, solve, split_puzzles
 from tafkir.errors import CheckpointError, DataError, RequestError
 from tafkir.models import search
 from tafkir.models.solving import Solved
@@ -168,3 +170,18 @@ def test_several_runs(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Monk
         app, ["solve", QUESTION, "--model", str(checkpoint), "--runs", "4", "--permute", "--steps", "2", "--json"]
     )
     assert done.exit_code == 1 and json.loads(done.stdout)["runs"] == 4
+
+
+def test_the_bundled_solver_takes_mazes_of_any_size() -> None:
+    for rows, columns in ((9, 9), (9, 17), (17, 17)):
+        question, answer = make_maze(Random(rows + columns), rows, columns, rows)
+        text = "\n".join(question[r * columns : (r + 1) * columns] for r in range(rows))
+        found = solve(text)
+        assert found.verdict == "solved" and "".join(found.grid or ()) == answer
+
+
+def test_a_network_for_one_size_says_so(checkpoint: Path) -> None:
+    solver = load_trm(checkpoint)
+    assert fit_to_grid(solver, "#####\n#S G#\n#####") is solver
+    with pytest.raises(DataError, match="made for grids of one size"):
+        solver.model.resized(9, 9)

@@ -56,11 +56,11 @@ def watch(
     from tafkir.checkpoint.trm import load_trm
     from tafkir.cli.solve import read_puzzles
     from tafkir.data.puzzles.rules import has_rules, solve_by_rules
-    from tafkir.engine.puzzles import find_solver, split_puzzles
+    from tafkir.engine.puzzles import find_solver, fit_to_grid, split_puzzles
     from tafkir.engine.trace import trace_puzzle
 
     text, where = read_puzzles(puzzle)
-    solver = load_trm(find_solver(model, text))
+    solver = fit_to_grid(load_trm(find_solver(model, text)), text)
     puzzles = split_puzzles(text, solver.puzzles.num_cells)
     if len(puzzles) != 1:
         raise RequestError(f"{len(puzzles)} puzzles", where=where, expected="one to watch")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from tafkir.checkpoint.trm import TrmCheckpoint, load_trm
 from tafkir.data.puzzles.format import Cells, PuzzleFormat
+from tafkir.data.puzzles.maze import maze_format
 from tafkir.data.puzzles.rules import has_rules, is_right, solve_by_rules
 from tafkir.errors import CheckpointError, RequestError
 from tafkir.models.search import Accept, Runs, Search, search_puzzles
@@ -19,7 +21,7 @@ from tafkir.recipe.bundled import bundled_solvers
 from tafkir.runlog.atomic import read_json
 from tafkir.runlog.rundir import RunDir
 
-__all__ = ["PuzzleAnswer", "find_solver", "solve", "split_puzzles"]
+__all__ = ["PuzzleAnswer", "find_solver", "fit_to_grid", "solve", "split_puzzles"]
 
 Verdict = Literal["solved", "unsolved", "unchecked"]
 
@@ -71,20 +73,24 @@ def solve(
         puzzle: rows on lines or all cells on one; a Sudoku's blanks are `.` or `0`.
         model: a checkpoint folder, a run directory with a stage `trm`, a name, or a loaded one; None takes the bundled
             model for grids of this size.
-        max_steps: supervision steps at most; more than N_sup are allowed.
+        max_steps: supervision steps at most; more than N_sup are allowed. None takes N_sup, and so many times that on
+            a larger grid than the model's as it has more cells.
         halt_threshold: on the halting head's logit, for puzzles without known rules; None takes all steps.
         search: how many runs, and how they differ.
         where: named in errors.
 
     Raises:
-        DataError: not a grid of the model's size and symbols, or a puzzle without exactly one answer.
+        DataError: not a grid of the model's symbols and of a size that it takes, or not exactly one answer.
         CheckpointError: the model is missing or damaged, or none is bundled for this size.
         RequestError: `max_steps` is below one, or no other form of such a puzzle is known for the runs.
     """
     if max_steps is not None and max_steps < 1:
         raise RequestError(f"max_steps is {max_steps}", expected="at least 1")
-    solver = model if isinstance(model, TrmCheckpoint) else load_trm(find_solver(model, puzzle))
+    trained = model if isinstance(model, TrmCheckpoint) else load_trm(find_solver(model, puzzle))
+    solver = fit_to_grid(trained, puzzle)
     format = solver.puzzles
+    if max_steps is None and format.num_cells > trained.puzzles.num_cells:
+        max_steps = solver.model.shape.max_supervision_steps * math.ceil(format.num_cells / trained.puzzles.num_cells)
     question = format.read(puzzle, where)
     if has_rules(format):
         solve_by_rules(format, question, where)
@@ -113,6 +119,25 @@ def _choose(found: Runs, search: Search, threshold: float | None, accept: Accept
     return "unchecked" if accept is None else "unsolved", int(found.ends(threshold)[run, 0]), run
 
 
+def fit_to_grid(solver: TrmCheckpoint, puzzle: str) -> TrmCheckpoint:
+    """The solver for the size of a maze in text, where its weights are tied to none; else as it is."""
+    sides = _maze_sides(puzzle)
+    format = solver.puzzles
+    if sides is None or format.kind != "maze" or sides == (format.rows, format.columns):
+        return solver
+    if not solver.model.takes_any_grid:
+        return solver
+    return replace(solver, model=solver.model.resized(*sides), puzzles=maze_format(*sides))
+
+
+def _maze_sides(text: str) -> tuple[int, int] | None:
+    """Rows and columns of the first maze of a text; None where it is something else, or all on one line."""
+    lines = [line for line in text.replace("\r", "").split("\n\n")[0].split("\n") if line]
+    signs = "".join(lines)
+    is_maze = len(lines) > 2 and set(signs) <= set("# SG") and signs.count("S") == signs.count("G") == 1
+    return (len(lines), max(map(len, lines))) if is_maze else None
+
+
 def find_solver(
     model: str | Path | None, puzzle: str, bundled: Callable[[], dict[str, Path]] = bundled_solvers
 ) -> Path:
@@ -124,6 +149,8 @@ def find_solver(
     if model is None:
         for folder in bundled().values():
             format = PuzzleFormat.model_validate(read_json(folder / "config.json")["puzzles"])
+            if format.kind == "maze" and _maze_sides(puzzle):
+                return folder
             if any(len(format.signs(grid)) == format.num_cells for grid in split_puzzles(puzzle, format.num_cells)[:1]):
                 return folder
         num_cells = sum(not sign.isspace() for sign in puzzle)

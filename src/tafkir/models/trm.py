@@ -87,6 +87,24 @@ class Trm(nn.Module):
         self.register_buffer("y_init", torch.empty(d))
         self.register_buffer("z_init", torch.empty(d))
 
+    @property
+    def takes_any_grid(self) -> bool:
+        """Whether no weight knows how large the grid is; see `resized`."""
+        return self.shape.mixer == "neighbours" and self.embed_positions is None
+
+    def resized(self, rows: int, columns: int) -> Trm:
+        """A network of the same weights, which it shares, for grids of other sides.
+
+        Raises:
+            DataError: a weight is tied to one size.
+        """
+        if not self.takes_any_grid:
+            expected = 'mixer = "neighbours" without learned positions'
+            raise DataError("this network is made for grids of one size", expected=expected)
+        other = Trm(self.shape.model_copy(update={"sequence_length": rows * columns, "grid_columns": columns}))
+        other.load_state_dict(self.state_dict(), assign=True)
+        return other.train(self.training)
+
     def start(self, batch_size: int, num_cells: int | None = None) -> TrmState:
         """The state before the first supervision step."""
         positions = self.shape.prefix_length + (num_cells or self.shape.sequence_length)
