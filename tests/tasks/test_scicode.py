@@ -111,7 +111,7 @@ def test_targets_and_what_is_missing(task: SciCodeTask, tmp_path: Path, monkeypa
     with pytest.raises(DataError, match="background_comment_template"):
         load_task("scicode", tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "h5py", None)
-    with pytest.raises(DataError, match=r"need h5py.*tafkir\[science\]"):
+    with pytest.raises(DataError, match=r"need h5py.*tafkir\[eval\]"):
         read_targets(task._targets, "1.1", 1)
     with pytest.raises(BackendUnavailable, match="numpy_of_nobody"):
         package_folders(("numpy_of_nobody",))

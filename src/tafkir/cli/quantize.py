@@ -109,10 +109,10 @@ def quantize(
     from tafkir.cli.completer import checkpoint_of
     from tafkir.quant.convert import refuse_finished
 
-    if not dry_run:
-        refuse_finished(out)
     settings, rules = with_auto(_said(given), rule or [], rules_file, auto, _plain(sensitivity))
     config = _config(config_file, settings, rules, _said(calibration))
+    if not dry_run:
+        refuse_finished(out)
     folder = checkpoint_of(source)
     if config.auto is not None:
         config = choose_formats(folder, source, out, config, quiet=as_json)
