@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from tafkir.checkpoint import load_checkpoint, save_checkpoint
 from tafkir.checkpoint.packed import load_packed
@@ -88,6 +90,22 @@ def test_packed_equals_expanded(config: ModelConfig, scheme: str, tmp_path: Path
         assert config is MLA or torch.equal(logprobs(packed, FEW_ROWS + 8)[:5], logprobs(packed, 5))
     native.select_kernels("torch")
     torch.testing.assert_close(logprobs(packed, 5), logprobs(expanded, 5), rtol=0, atol=1e-5)
+
+
+def test_a_scale_of_minus_nothing_is_nothing(tmp_path: Path) -> None:
+    wide = QWEN.model_copy(update={"hidden_size": 256})  # for the kernel that multiplies bytes
+    save_checkpoint(tmp_path / "model", build_decoder(wide, seed=1), dtype=torch.bfloat16)
+    quantize_checkpoint(tmp_path / "model", tmp_path / "q", QuantizeConfig.model_validate({"preset": "all-linear"}))
+    (file,) = (tmp_path / "q").glob("*.safetensors")
+    with safe_open(file, "pt") as opened:
+        tensors, said = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.float8_e4m3fn and name.endswith("weight_scale"):
+            tensor.view(torch.uint8)[0, 0] = 0x80
+    save_file(tensors, file, said)
+    expanded = load_checkpoint(tmp_path / "q", verify_hashes=False).decoder
+    packed = load_packed(tmp_path / "q", verify_hashes=False).decoder
+    torch.testing.assert_close(logprobs(packed, 1), logprobs(expanded, 1), rtol=0, atol=1e-5)
 
 
 def test_an_int8_head_is_a_copy_that_makes_logits_alone(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from tafkir.ops.fp8 import dequantize_fp8_blocks, quantize_fp8_blocks
 from tafkir.ops.nvfp4 import dequantize_nvfp4, quantize_nvfp4
 from tafkir.ops.nvfp4_scales import quantize_nvfp4_inverse, search_nvfp4
 from tafkir.quant import convert
-from tafkir.quant.convert import quantize_checkpoint
+from tafkir.quant.convert import calibration_folder, quantize_checkpoint, refuse_finished
 from tafkir.quant.layouts import excluded_modules
 from tafkir.quant.policy import decide
 from tafkir.quant.validate import validate_checkpoint
@@ -335,3 +335,16 @@ def test_worth_is_code_times_scales(source: Path, tmp_path: Path) -> None:
     name = "model.layers.0.mlp.down_proj.weight"
     worth = dequantize_nvfp4(after[name], after[f"{name}_scale"], after[f"{name}_scale_2"])
     assert torch.equal(load_checkpoint(tmp_path / "out").decoder.state_dict()["layers.0.mlp.down_proj.weight"], worth)
+
+
+def test_only_a_finished_checkpoint_makes_its_calibration_useless(tmp_path: Path) -> None:
+    out, work = tmp_path / "out", calibration_folder(tmp_path / "out")
+    for folder in (out, work):
+        folder.mkdir()
+    with pytest.raises(CheckpointError, match="something else"):
+        refuse_finished(out)
+    assert work.exists(), "hours of work are not thrown away for an empty folder"
+    (out / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="a finished checkpoint"):
+        refuse_finished(out)
+    assert not work.exists()

@@ -184,8 +184,19 @@ def test_tool_calls_are_taken_out_of_a_text_however_it_comes(text: str, template
         assert size > 1 or sum(part.index == 0 for part in parts) > 5, "arguments come as they are written"
     broken = f"{form.start}no json{form.end}"
     assert ToolCallSplitter(form).push(broken) == (broken, [])
+    unended = form.spell("a", "{}").removesuffix(form.end) + form.spell("b", "{}")
+    for pieces in ([unended], list(unended)):
+        splitter = ToolCallSplitter(form)
+        parts = [part for piece in pieces for part in splitter.push(piece)[1]]
+        assert [call["function"]["name"] for call in join_calls(parts)] == ["a", "b"]
     cut_off = form.spell("f", '{"a": [1').replace("}", "")
     assert join_calls(ToolCallSplitter(form).push(cut_off)[1])[0]["function"]["arguments"].rstrip() == '{"a": [1'
+
+
+def test_a_name_that_is_no_name_stays_json() -> None:
+    call = {"id": "1", "function": {"name": 'a"b', "arguments": "{}"}}
+    said = to_message(ChatMessage.model_validate({"role": "assistant", "tool_calls": [call]})).content
+    assert json.loads(said.removeprefix("<tool_call>").removesuffix("</tool_call>"))["name"] == 'a"b'
 
 
 def test_each_form_reads_what_it_spells() -> None:

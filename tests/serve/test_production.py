@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlparse
 
 import httpx
@@ -24,7 +24,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from tafkir.errors import RecipeError
 from tafkir.serve.access import ApiKeys, RateLimiter
 from tafkir.serve.app import build_app
+from tafkir.serve.gateway import EarlyRefusal
+from tafkir.serve.metrics import ServerMetrics
 from tafkir.serve.options import ServerOptions, read_api_keys
+from tafkir.serve.worker import EngineWorker, Overloaded
 from tests.serve.conftest import Server, start
 
 PROMPT: dict[str, Any] = {"prompt": "a", "max_tokens": 2}
@@ -226,6 +229,32 @@ def test_a_full_queue_refuses_at_once_and_keeps_its_word(checkpoint: Path) -> No
             thread.join()
         assert [each.status_code for each in results] == [200, 200]
         assert post(server).status_code == 200
+
+
+class Full:
+    """A worker that has no room."""
+
+    full = True
+    metrics = ServerMetrics()
+
+    def check_open(self) -> None:
+        raise Overloaded("9 requests wait")
+
+
+def test_only_a_plain_and_whole_head_is_refused_early() -> None:
+    """What h11 may end elsewhere than this does is h11's, or a body's end would be read as a request."""
+    refusal = EarlyRefusal(ServerOptions(), cast(EngineWorker, Full()))
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 12\r\n"
+    found = refusal.answer(head + b"\r\n{}")
+    assert found is not None and found[0].startswith(b"HTTP/1.1 503 ") and found[1:] == (10, False)
+    whole = head + b"x-a: b\r\n\r\n"
+    assert all(refusal.answer(whole[:cut]) is None for cut in range(len(whole)))
+    for odd in (
+        b"transfer-encoding: chunked", b"content-length: 4", b"origin: https://a", b"x-a: b\nx-c: d", b" folded: on",
+        b"no colon", b"content-length : 3", b"expect: 100-continue",
+    ):  # fmt: skip
+        assert refusal.answer(head + odd + b"\r\n\r\n") is None, odd
+    assert refusal.answer(head + b"\r\n" + bytes(13)) is None, "the next request has come with this one"
 
 
 def test_the_cache_is_told_of(server: Server) -> None:

@@ -105,7 +105,8 @@ def _coded(files: WeightFiles, weight: EncodedWeight) -> PackedMatrix | None:
     finite = scale.float().isfinite().all() and (scale.float() >= 0).all() and total.isfinite()
     if not finite or (codes.dtype == torch.float8_e4m3fn and not codes.float().isfinite().all()):
         raise CheckpointError("codes or scales are not finite", where=weight.codes, fix="quantize the checkpoint again")
-    if is_nvfp4:
+    if is_nvfp4:  # kernels know no sign of a scale, not even that of -0
+        scale = scale.view(torch.uint8).bitwise_and(0x7F).view(torch.float8_e4m3fn)
         kind: PackedFormat = "nvfp4" if weight.encoding == "nvfp4" else "nvfp4_inverse"
         return PackedMatrix(kind, codes.reshape(rows, columns // 2), scale, float(total))
     tile = tiles[weight.encoding]

@@ -91,13 +91,14 @@ def move_to_device(
         scaled_products: multiply NVFP4 by NVFP4 where shapes allow it: activations are rounded as well.
 
     Raises:
-        BackendUnavailable: the device lacks what is asked for, or the decoder has an INT8 copy of its head.
+        BackendUnavailable: the device lacks what is asked for, no matrix is stored for it, or the decoder has an INT8
+            copy of its head.
     """
     if scaled_products:
         require_scaled_products(device)
     if isinstance(decoder, PackedDecoder) and decoder.own_head is not None:
         raise BackendUnavailable(
-            "an INT8 copy of the output head is for the processor's kernels", where=str(device), fix="weights = stored"
+            "an INT8 copy of the output head is for the processor's kernels", where=str(device), fix="--weights stored"
         )
     use = kernels or device_kernels(device)
     mover = _Mover(device, dtype, use == "triton", scaled_products)
@@ -121,6 +122,11 @@ def move_to_device(
         for module in moved.modules():
             if isinstance(module, Experts):
                 module.kernel = experts.moe_experts
+    if scaled_products and not any(isinstance(module, Nvfp4Linear) and module.scaled for module in moved.modules()):
+        raise BackendUnavailable(
+            "no matrix of this checkpoint can be multiplied in four bits", where="--four-bit-products",
+            expected="matrices in NVFP4 and the triton package", fix="leave it out",
+        )  # fmt: skip
     return moved
 
 

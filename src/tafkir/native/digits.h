@@ -23,8 +23,8 @@ constexpr int64_t kTurn = 128;
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
 #define TAFKIR_DIGITS 1
 
-// Columns of INT8 at a time, digits of its numbers, and what they are to be multiplied by.
-constexpr int64_t kInt8Step = 64, kInt8Digits = 4, kInt8Extra = (kInt8Digits + 1) * 64;
+// Columns of INT8 at a time, and digits of its numbers.
+constexpr int64_t kInt8Step = 64, kInt8Digits = 4;
 // What sums of NVFP4 are still to be multiplied by: codes count twice, scales a 2^8th.
 constexpr float kNvfp4Factor = 128.0f;
 

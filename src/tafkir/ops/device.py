@@ -32,12 +32,13 @@ def _is_available(kind: str) -> bool:
     return module is not None and bool(module.is_available())
 
 
-def choose_device(wanted: str = "auto", index: int = 0) -> torch.device:
+def choose_device(wanted: str = "auto", index: int = 0, where: str = "parallel.device") -> torch.device:
     """The device to compute on, made the current one where its kind has several.
 
     Args:
         wanted: `auto` for the best that is there, or a kind.
         index: which of them; under torchrun, the local rank.
+        where: named in errors.
 
     Raises:
         BackendUnavailable: there is no such device here.
@@ -46,7 +47,7 @@ def choose_device(wanted: str = "auto", index: int = 0) -> torch.device:
     kind = found[0] if wanted == "auto" else wanted
     if kind not in found:
         raise BackendUnavailable(
-            f"torch finds no {kind} device", where="parallel.device", expected=f"auto or {', '.join(found)}"
+            f"torch finds no {kind} device", where=where, expected=", ".join(found)
         )
     if kind in ("cpu", "mps"):
         return torch.device(kind)

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from tafkir.checkpoint.folder import MAX_SHARD_BYTES
-from tafkir.errors import CheckpointError
 from tafkir.quant.calibrate import calibrate_checkpoint
 from tafkir.quant.calibration import Calibration
 from tafkir.quant.calibration_text import read_calibration_text
-from tafkir.quant.convert import QuantizeResult, quantize_checkpoint, refuse_finished
+from tafkir.quant.convert import QuantizeResult, calibration_folder, quantize_checkpoint, refuse_finished
 from tafkir.quant.coverage import coverage_rows
 from tafkir.recipe.quantize import QuantizeConfig
 
@@ -66,13 +65,8 @@ def quantize_calibrated(
         CheckpointError, RecipeError, CapacityError: as `calibrate_checkpoint` and `quantize_checkpoint`.
     """
     path = Path(path)
-    folder = path.parent / f".{path.name}.calibration" if record is None else Path(record)
-    try:
-        refuse_finished(path)
-    except CheckpointError:
-        if record is None:  # a process that was killed at its very end left it
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+    folder = calibration_folder(path) if record is None else Path(record)
+    refuse_finished(path)
     calibration = calibrate_checkpoint(source, folder, config, documents, replace=record is None)
     result = quantize_checkpoint(source, path, config, calibration=calibration, **options)
     if record is None:

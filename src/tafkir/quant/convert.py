@@ -36,7 +36,14 @@ if TYPE_CHECKING:
     from tafkir.checkpoint.read import WeightFiles
     from tafkir.quant.torch_jobs import Calibrated
 
-__all__ = ["QuantizeResult", "open_files_of_source", "open_source", "quantize_checkpoint", "refuse_finished"]
+__all__ = [
+    "QuantizeResult",
+    "calibration_folder",
+    "open_files_of_source",
+    "open_source",
+    "quantize_checkpoint",
+    "refuse_finished",
+]
 
 _LOCK = ".lock"
 _MARGIN_BYTES = 64 << 20
@@ -146,7 +153,14 @@ def quantize_checkpoint(
 def refuse_finished(path: Path) -> None:
     """`refuse_present`, except where a process was killed between the folder's name and its own end."""
     if not (path / JOURNAL).exists():
+        if (path / "config.json").exists():  # a calibration beside a finished one was left by a kill at the very end
+            shutil.rmtree(calibration_folder(path), ignore_errors=True)
         refuse_present(path)
+
+
+def calibration_folder(path: Path) -> Path:
+    """Where a calibration stays until the checkpoint that it is for is finished."""
+    return path.parent / f".{path.name}.calibration"
 
 
 def _take_over(path: Path, fingerprint: str) -> None:

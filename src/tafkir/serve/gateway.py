@@ -28,6 +28,9 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _GENERATES = re.compile(rb"POST /v1/(?:chat/completions|completions|responses) HTTP/1\.1\r\n")
+_FIELD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n]*")
+# Whoever sends these is framed, waited for or told in another way.
+_NOT_PLAIN = frozenset({b"origin", b"expect", b"transfer-encoding", b"upgrade"})
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # Open to probes and scrapers, which carry no key; the page and what it is made of are no secret either.
 _OPEN = frozenset({"/", "/health", "/ready", "/version", "/metrics", "/favicon.ico"})
@@ -148,7 +151,8 @@ class EarlyRefusal:
     """Tells those whom a full server cannot take from the first bytes of their request, before anything parses them.
 
     A crowd that is refused costs little then of the interpreter that it shares with those who are served. Whatever is
-    not plain (another key, a limited rate, a page of another origin, a body in chunks) is left to the `Gateway`.
+    not plain (another key, a limited rate, a page of another origin, a body in chunks, a head that is not whole yet or
+    that h11 may read in another way) is left to h11 and the `Gateway`: both must agree where a request ends.
 
     Args:
         options: keys and limits.
@@ -166,13 +170,16 @@ class EarlyRefusal:
     def answer(self, data: bytes) -> tuple[bytes, int, bool] | None:
         """The whole answer to a request, how many bytes of its body are still to come, and whether the connection ends
         with it; None where others answer."""
-        head, _, body = data.partition(b"\r\n\r\n")
-        if not _GENERATES.match(head):
+        head, end, body = data.partition(b"\r\n\r\n")
+        if not end or not _GENERATES.match(head):
             return None
-        fields = {name.lower(): value.strip() for name, _, value in (x.partition(b":") for x in head.split(b"\r\n"))}
+        given = head.split(b"\r\n")[1:]
+        fields = {name.lower(): value.strip() for name, _, value in (field.partition(b":") for field in given)}
+        if len(fields) < len(given) or fields.keys() & _NOT_PLAIN or not all(map(_FIELD.fullmatch, given)):
+            return None
         length = fields.get(b"content-length", b"")
         missing = int(length) - len(body) if length.isdigit() and len(length) < 10 else -1
-        if missing < 0 or missing > self._most or b"origin" in fields or b"expect" in fields:
+        if missing < 0 or missing > self._most:
             return None
         if self._keys and self._keys.caller(fields.get(b"authorization", b"").decode("latin-1")) is None:
             return None

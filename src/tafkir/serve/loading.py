@@ -68,7 +68,7 @@ def build_engine(
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    place = choose_device(device)
+    place = choose_device(device, where="--device")
     if served:
         from tafkir.quant.served import load_served
 

@@ -186,7 +186,8 @@ class _PatientProtocol(H11Protocol):
             data = self._skip(data)
             if not data:
                 return
-        if self.refusal.due and self._is_between_requests() and (refused := self.refusal.answer(data)):
+        quick = self.refusal.due and not self.flow.write_paused and self._is_between_requests()
+        if quick and (refused := self.refusal.answer(data)):
             self._refuse(*refused)
             return
         super().data_received(data)
@@ -212,9 +213,14 @@ class _PatientProtocol(H11Protocol):
         """What stands behind the rest of a refused body; a connection is closed only then, or its answer is lost."""
         skipped = min(len(data), self._unread)
         self._unread -= skipped
-        if self._closes and not self._unread:
-            self.transport.close()
-            return b""
+        if not self._unread:
+            self._disarm()
+            if self._closes:
+                self.transport.close()
+                return b""
+            self._unset_keepalive_if_required()
+            seconds = self.timeout_keep_alive
+            self.timeout_keep_alive_task = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
         return data[skipped:]
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -113,7 +113,8 @@ def to_message(message: ChatMessage, form: ToolForm = HERMES) -> Message:
     if message.role == "tool":
         before, after = form.result
         return Message("user", f"{before}{message.content}{after}")
-    calls = "\n".join(form.spell(call.function.name, _tidy(call.function.arguments)) for call in message.tool_calls)
+    called = ((_compact(call.function.name)[1:-1], call.function.arguments) for call in message.tool_calls)
+    calls = "\n".join(form.spell(name, _tidy(arguments)) for name, arguments in called)
     if calls:
         calls = calls.join(form.around)
     content = "\n".join(part for part in (message.content, calls) if part)
@@ -273,11 +274,14 @@ class ToolCallSplitter:
             self._state, self.num_calls = "tail", self.num_calls + 1
 
     def _read_tail(self) -> None:
-        _, end, after = self._held.partition(self._form.end)
-        if end:
+        start, end = self._form.start, self._form.end
+        before, found, after = self._held.partition(end)
+        if (at := before.find(start)) >= 0:  # the next call begins: this one's end was left out
+            self._held, self._state = self._held[at:], "text"
+        elif found:
             self._held, self._state = after, "after"
         else:
-            self._held = self._held[1 - len(self._form.end) :]
+            self._held = self._held[1 - max(len(start), len(end)) :]
 
     def flush(self) -> str:
         """Called at the end: what began like a call and is none."""
