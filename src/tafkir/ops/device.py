@@ -46,9 +46,7 @@ def choose_device(wanted: str = "auto", index: int = 0, where: str = "parallel.d
     found = find_devices()
     kind = found[0] if wanted == "auto" else wanted
     if kind not in found:
-        raise BackendUnavailable(
-            f"torch finds no {kind} device", where=where, expected=", ".join(found)
-        )
+        raise BackendUnavailable(f"torch finds no {kind} device", where=where, expected=", ".join(found))
     if kind in ("cpu", "mps"):
         return torch.device(kind)
     module = getattr(torch, kind)
