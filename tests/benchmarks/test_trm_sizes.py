@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.trm_sizes import main, resize
+from benchmarks.trm_sizes import main
 from tafkir.checkpoint.trm import save_trm
 from tafkir.data.puzzles.maze import maze_format
 from tafkir.errors import DataError
@@ -24,10 +24,10 @@ def test_a_model_on_larger_mazes(tmp_path: Path) -> None:
     small, large = (build_trm(NETWORK.for_puzzles(6, side * side), 0).eval() for side in (7, 9))
     tokens = torch.randint(1, 6, (2, 81), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        ours, theirs = (model(model.start(2), tokens).logits for model in (resize(small, 9), large))
+        ours, theirs = (model(model.start(2), tokens).logits for model in (small.resized(9, 9), large))
     assert torch.equal(ours, theirs)
-    with pytest.raises(DataError, match="made for one size"):
-        resize(build_trm(NETWORK.model_copy(update={"mixer": "mlp"}).for_puzzles(6, 49), 0), 9)
+    with pytest.raises(DataError, match="made for grids of one size"):
+        build_trm(NETWORK.model_copy(update={"mixer": "mlp"}).for_puzzles(6, 49), 0).resized(9, 9)
 
     save_trm(tmp_path / "seven", small, maze_format(7, 7))
     how = ["--sides", "7", "9", "--steps", "1", "2", "--count", "3", "--out", str(tmp_path / "out.json")]
