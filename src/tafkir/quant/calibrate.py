@@ -256,6 +256,8 @@ class _Run:
         while (folder / f"layer-{finished:05d}.json").exists():
             finished += 1
         if finished >= total:
+            for file in folder.glob("hidden-*.safetensors"):  # a kill came before they went
+                file.unlink()
             return
         self._restore(folder / f"hidden-{finished - 1:05d}.safetensors" if finished else None)
         specs = [self.reader.spec(index) for index in range(total)]
