@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
+import warnings
 from collections.abc import Callable
 from importlib import import_module
 from types import FrameType
@@ -94,6 +96,9 @@ class LoadOnUse(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
+            # What was only half made, an event loop say, complains when it goes; the process goes with it.
+            sys.unraisablehook = lambda _: None
+            warnings.simplefilter("ignore")
             resumed = ctx.invoked_subcommand in _RESUMED
             fix = "the same command goes on where it stopped" if resumed else None
             raise Interrupted(signal.SIGTERM if _terminated else signal.SIGINT, fix=fix) from None
